@@ -1,0 +1,174 @@
+//! The trait every guest-visible disk has.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use bitflags::bitflags;
+
+use super::Extent;
+use crate::Result;
+use crate::storage::Transfer;
+use crate::units::{GuestOffset, GuestRange};
+
+bitflags! {
+    /// How a write is to be done.
+    ///
+    /// ```
+    /// assert!(lacuna::block::WriteFlags::default().is_empty());
+    /// ```
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct WriteFlags: u32 {
+        /// The bytes and all that is needed to find them are durable when the call returns.
+        const FUA = 1;
+    }
+}
+
+bitflags! {
+    /// How zeroes are to be written.
+    ///
+    /// ```
+    /// use lacuna::block::ZeroFlags;
+    /// assert!((ZeroFlags::FUA | ZeroFlags::MAY_UNMAP).contains(ZeroFlags::FUA));
+    /// ```
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct ZeroFlags: u32 {
+        /// Durable when the call returns.
+        const FUA = 1;
+        /// Space may be given back (the opposite of NBD's NO_HOLE).
+        const MAY_UNMAP = 2;
+        /// Fail with `Unsupported` rather than write bytes; nothing is changed then.
+        const FAST = 4;
+    }
+}
+
+/// Who wants the space back, which decides how thoroughly a mapping is removed (A.3.1).
+///
+/// ```
+/// assert_ne!(lacuna::block::DiscardMode::Guest, lacuna::block::DiscardMode::Full);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DiscardMode {
+    /// The guest no longer needs the content; afterwards the range reads as zeros where the
+    /// format can say so.
+    Guest,
+    /// The mapping is removed completely; a backing layer shows through.
+    Full,
+}
+
+/// A fixed-size guest disk.
+///
+/// All calls may be in flight at once. Overlapping writes in flight at the same time leave, for
+/// each sector, the content of one of them. A call may be dropped at any await: it then took
+/// place, in part or not at all, and later calls see a consistent disk.
+///
+/// ```
+/// use lacuna::block::{Layer, WriteFlags};
+/// use lacuna::buffer::Buffer;
+/// use lacuna::raw::Raw;
+/// use lacuna::storage::MemoryStorage;
+/// use lacuna::units::GuestOffset;
+///
+/// pollster::block_on(async {
+///     let disk = Raw::create(MemoryStorage::new(), 1 << 20).await?;
+///     disk.write(GuestOffset(512), Buffer::from(&[7; 512][..]), WriteFlags::FUA).await.0?;
+///     assert!(disk.extents(disk.whole()).await?.iter().any(|extent| extent.status.reads_zero));
+///     Ok::<_, lacuna::Error>(())
+/// }).unwrap();
+/// ```
+pub trait Layer: Send + Sync {
+    /// Returns the size of the disk in bytes.
+    fn size_bytes(&self) -> u64;
+
+    /// Says whether writes are refused.
+    fn is_read_only(&self) -> bool;
+
+    /// Fills the buffer from `offset` on. `OutOfBounds` where that passes the end.
+    fn read(
+        &self,
+        offset: GuestOffset,
+        buffer: crate::buffer::Buffer,
+    ) -> impl Future<Output = Transfer> + Send;
+
+    /// Writes the buffer at `offset`; durable after the next flush, or at once with FUA.
+    fn write(
+        &self,
+        offset: GuestOffset,
+        buffer: crate::buffer::Buffer,
+        flags: WriteFlags,
+    ) -> impl Future<Output = Transfer> + Send;
+
+    /// Makes the range read as zeros.
+    fn write_zeroes(
+        &self,
+        range: GuestRange,
+        flags: ZeroFlags,
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Takes note that the content of the range is no longer needed.
+    ///
+    /// Parts that are smaller than what the layer can free keep their content.
+    fn discard(
+        &self,
+        range: GuestRange,
+        mode: DiscardMode,
+    ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Makes everything durable that was acknowledged before the call began.
+    fn flush(&self) -> impl Future<Output = Result<()>> + Send;
+
+    /// Returns the leading extents of `range`, at least one, in guest order without gaps; they
+    /// may end before the range does (then ask on from there). Neighbours of one status are one
+    /// extent within an answer, not across answers.
+    fn extents(&self, range: GuestRange) -> impl Future<Output = Result<Vec<Extent>>> + Send;
+
+    /// Returns the range of the whole disk.
+    fn whole(&self) -> GuestRange {
+        GuestRange::new(GuestOffset(0), self.size_bytes())
+    }
+}
+
+/// A future in a box, as [`DynLayer`] returns it.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// A [`Layer`] behind a pointer: how a chain hands a backing layer to the image above it.
+///
+/// Every `Layer` is one. The box for each call is paid only where a request leaves the top image.
+///
+/// ```
+/// use std::sync::Arc;
+/// use lacuna::block::DynLayer;
+/// use lacuna::{raw::Raw, storage::MemoryStorage};
+/// let disk = pollster::block_on(Raw::create(MemoryStorage::new(), 4096)).unwrap();
+/// let backing: Arc<dyn DynLayer> = Arc::new(disk);
+/// assert_eq!(backing.size(), 4096);
+/// ```
+pub trait DynLayer: Send + Sync {
+    /// As [`Layer::size_bytes`].
+    fn size(&self) -> u64;
+    /// As [`Layer::read`].
+    fn read_boxed(
+        &self,
+        offset: GuestOffset,
+        buffer: crate::buffer::Buffer,
+    ) -> BoxFuture<'_, Transfer>;
+    /// As [`Layer::extents`].
+    fn extents_boxed(&self, range: GuestRange) -> BoxFuture<'_, Result<Vec<Extent>>>;
+}
+
+impl<L: Layer> DynLayer for L {
+    fn size(&self) -> u64 {
+        self.size_bytes()
+    }
+
+    fn read_boxed(
+        &self,
+        offset: GuestOffset,
+        buffer: crate::buffer::Buffer,
+    ) -> BoxFuture<'_, Transfer> {
+        Box::pin(self.read(offset, buffer))
+    }
+
+    fn extents_boxed(&self, range: GuestRange) -> BoxFuture<'_, Result<Vec<Extent>>> {
+        Box::pin(self.extents(range))
+    }
+}

@@ -1,0 +1,144 @@
+//! A storage object seen as a guest disk.
+
+use crate::block::{AllocationDepth, DiscardMode, Extent, ExtentBuilder, ExtentStatus, Layer};
+use crate::block::{WriteFlags, ZeroFlags};
+use crate::buffer::{Buffer, Hold};
+use crate::storage::{HostStatus, Storage, Transfer, ZeroMode};
+use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
+use crate::{Error, ErrorKind, Result};
+
+/// How many runs one status answer holds at most, so that memory stays bounded.
+const EXTENTS_AT_ONCE: usize = 1024;
+
+/// A raw disk: guest offset equals host offset.
+///
+/// ```
+/// use lacuna::block::Layer;
+/// use lacuna::{raw::Raw, storage::MemoryStorage};
+/// let disk = pollster::block_on(Raw::create(MemoryStorage::new(), 4096)).unwrap();
+/// assert_eq!(disk.size_bytes(), 4096);
+/// ```
+#[derive(Debug)]
+pub struct Raw<S> {
+    storage: S,
+    size_bytes: u64,
+}
+
+impl<S: Storage> Raw<S> {
+    /// Sees all of `storage` as a disk. A tail shorter than a sector reads as if zero-filled.
+    ///
+    /// # Errors
+    /// What asking for the length gives.
+    pub async fn open(storage: S) -> Result<Self> {
+        let size_bytes = storage.len().await?.next_multiple_of(512);
+        Ok(Self { storage, size_bytes })
+    }
+
+    /// Sets the length of `storage` to `size_bytes` and sees it as a disk.
+    ///
+    /// # Errors
+    /// What setting the length gives.
+    pub async fn create(storage: S, size_bytes: u64) -> Result<Self> {
+        storage.set_len(size_bytes).await?;
+        Ok(Self { storage, size_bytes })
+    }
+
+    /// Returns the storage below.
+    pub const fn storage(&self) -> &S {
+        &self.storage
+    }
+
+    /// Gives the storage back.
+    pub fn into_storage(self) -> S {
+        self.storage
+    }
+
+    fn check(&self, range: GuestRange) -> Result<HostRange> {
+        match range.start.checked_add(range.len) {
+            Some(end) if end.0 <= self.size_bytes => {
+                Ok(HostRange::new(HostOffset(range.start.0), range.len))
+            }
+            _ => Err(Error::new(
+                ErrorKind::OutOfBounds,
+                format!(
+                    "{} bytes at {} pass the end of the disk at {:#x}",
+                    range.len, range.start, self.size_bytes
+                ),
+            )),
+        }
+    }
+}
+
+impl<S: Storage> Layer for Raw<S> {
+    fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn is_read_only(&self) -> bool {
+        !self.storage.capabilities().writable
+    }
+
+    async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        match self.check(GuestRange::new(offset, buffer.len() as u64)) {
+            Ok(range) => self.storage.read_at(range.start, buffer).await,
+            Err(error) => (Err(error), buffer),
+        }
+    }
+
+    async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
+        let range = match self.check(GuestRange::new(offset, buffer.len() as u64)) {
+            Ok(range) => range,
+            Err(error) => return (Err(error), buffer),
+        };
+        let (result, buffer) = self.storage.write_at(range.start, buffer).await;
+        if result.is_ok() && flags.contains(WriteFlags::FUA) {
+            return (self.storage.flush().await, buffer);
+        }
+        (result, buffer)
+    }
+
+    async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+        let range = self.check(range)?;
+        let mode = match flags.contains(ZeroFlags::MAY_UNMAP) {
+            true => ZeroMode::MayUnmap,
+            false => ZeroMode::Allocate,
+        };
+        let native = self.storage.capabilities().write_zeroes;
+        if flags.contains(ZeroFlags::FAST) && native != crate::storage::Capability::Native {
+            return Err(Error::unsupported("The host cannot zero faster than writing"));
+        }
+        self.storage.write_zeroes_at(range, mode, Hold::none()).await?;
+        if flags.contains(ZeroFlags::FUA) { self.storage.flush().await } else { Ok(()) }
+    }
+
+    async fn discard(&self, range: GuestRange, _: DiscardMode) -> Result<()> {
+        let range = self.check(range)?;
+        match self.storage.punch_hole_at(range, Hold::none()).await {
+            // A discard is a hint; a host that cannot take it loses nothing.
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            result => result,
+        }
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.storage.flush().await
+    }
+
+    async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
+        let host = self.check(range)?;
+        let (mut builder, mut at) = (ExtentBuilder::default(), host.start);
+        while at < host.end() && builder.len() < EXTENTS_AT_ONCE {
+            let found = self.storage.status_at(HostRange::new(at, host.end() - at)).await?;
+            let status = ExtentStatus {
+                depth: AllocationDepth::TOP,
+                reads_zero: found.status.reads_zero(),
+                is_hole: found.status == HostStatus::Hole,
+                is_compressed: false,
+                host: Some(at),
+            };
+            builder.push(Extent { range: GuestRange::new(GuestOffset(at.0), found.len), status });
+            at = at + found.len;
+        }
+        Ok(builder.finish())
+    }
+}

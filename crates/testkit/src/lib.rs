@@ -1,0 +1,1 @@
+//! What lacuna's tests share.
