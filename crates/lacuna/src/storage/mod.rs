@@ -7,6 +7,7 @@
 //! * Never: a storage knows guest offsets.
 
 mod memory;
+mod shared;
 
 use std::future::Future;
 
