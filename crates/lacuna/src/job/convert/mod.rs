@@ -1,0 +1,254 @@
+//! Copies a disk to another one: [`cut`] decides what to read, [`pump`] moves it, [`sparse`] finds
+//! zeros in what was read.
+//!
+//! * Never reads what extents call zero; never writes zeros where the target is zero already.
+//! * Always in guest order by default, one write at a time while reads run ahead, so that a new
+//!   image is laid out as `qemu-img convert` lays it out.
+//! * Memory: at most `in_flight + 2` buffers of [`REQUEST_BYTES`] with writes in order, twice
+//!   `in_flight` and one more with writes in any order; larger ones where a cluster is larger.
+//! * Dropping the future at any await leaves a valid target with part of the content.
+
+mod cut;
+mod pump;
+mod sparse;
+mod target;
+#[cfg(test)]
+mod tests;
+
+pub use target::Target;
+
+use crate::block::Layer;
+use crate::{Error, Result};
+
+/// How many bytes one request reads at most: what `qemu-img convert` uses.
+const REQUEST_BYTES: u64 = 2 << 20;
+
+/// What is known of the target before the first write.
+///
+/// ```
+/// assert_eq!(lacuna::job::TargetContent::default(), lacuna::job::TargetContent::Unknown);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TargetContent {
+    /// Anything may be there: zeros are made by zeroing.
+    #[default]
+    Unknown,
+    /// All of it reads as zeros (a new image without backing): zeros need no request.
+    Zero,
+    /// A backing layer of the target reads the same as the backing layer of the source does: what
+    /// the source's top layer leaves to its backing layer is left out.
+    Backing {
+        /// Size of the source's backing layer.
+        source_bytes: u64,
+        /// Size of the target's backing layer. Past it the target reads as zeros.
+        target_bytes: u64,
+    },
+}
+
+/// How data is stored in the target.
+///
+/// ```
+/// assert_eq!(lacuna::job::Encoding::default(), lacuna::job::Encoding::Plain);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Encoding {
+    /// As it is.
+    #[default]
+    Plain,
+    /// Compressed cluster by cluster, where that makes it smaller.
+    Compressed,
+}
+
+/// In which order writes are given to the target.
+///
+/// ```
+/// assert_eq!(lacuna::job::WriteOrder::default(), lacuna::job::WriteOrder::Guest);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WriteOrder {
+    /// One after the other, by guest offset: the layout of a new image is predictable.
+    #[default]
+    Guest,
+    /// As reads complete, several at once: faster on some hosts.
+    Any,
+}
+
+/// How to convert.
+///
+/// ```
+/// use lacuna::job::{ConvertOptions, Encoding, TargetContent};
+/// let options = ConvertOptions {
+///     content: TargetContent::Zero,
+///     encoding: Encoding::Compressed,
+///     ..ConvertOptions::default()
+/// };
+/// assert_eq!(options.sparse_bytes, 4096);
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct ConvertOptions {
+    /// What is known of the target before the first write.
+    pub content: TargetContent,
+    /// How data is stored.
+    pub encoding: Encoding,
+    /// How many requests may be in flight; at least 1 is taken.
+    pub in_flight: usize,
+    /// In which order writes are given to the target.
+    pub order: WriteOrder,
+    /// Runs of zeros in data become zeros of the target from this length on, found in blocks of
+    /// the largest power of two in it. 0 writes every byte of the source, known zeros included.
+    pub sparse_bytes: u64,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> Self {
+        Self {
+            content: TargetContent::default(),
+            encoding: Encoding::default(),
+            in_flight: 8,
+            order: WriteOrder::default(),
+            sparse_bytes: 4096,
+        }
+    }
+}
+
+/// What a job is doing.
+///
+/// ```
+/// assert_ne!(lacuna::job::Phase::Copy, lacuna::job::Phase::Flush);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Moving content.
+    Copy,
+    /// Making it durable.
+    Flush,
+}
+
+/// How far a job is.
+///
+/// ```
+/// use lacuna::job::{Phase, Progress};
+/// let progress = Progress { phase: Phase::Copy, done_bytes: 1, total_bytes: 4 };
+/// assert!(progress.done_bytes <= progress.total_bytes);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// What it is doing.
+    pub phase: Phase,
+    /// Bytes of the disk that are done, zeros included.
+    pub done_bytes: u64,
+    /// Bytes of the disk.
+    pub total_bytes: u64,
+}
+
+/// What a conversion did with the bytes of the source; the three add up to its size.
+///
+/// ```
+/// let nothing = lacuna::job::Copied::default();
+/// assert_eq!(nothing.written_bytes + nothing.zeroed_bytes + nothing.skipped_bytes, 0);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Written as data.
+    pub written_bytes: u64,
+    /// Zeroed by request.
+    pub zeroed_bytes: u64,
+    /// Left alone, because the target reads right already.
+    pub skipped_bytes: u64,
+}
+
+impl Copied {
+    fn add(&mut self, more: Self) {
+        self.written_bytes += more.written_bytes;
+        self.zeroed_bytes += more.zeroed_bytes;
+        self.skipped_bytes += more.skipped_bytes;
+    }
+
+    const fn total(self) -> u64 {
+        self.written_bytes + self.zeroed_bytes + self.skipped_bytes
+    }
+}
+
+/// Copies all of `source` to the start of `target` and makes it durable.
+///
+/// Dropping the future stops the copy; the target is valid then and holds part of the content.
+///
+/// # Errors
+/// `InvalidRequest` where the target is shorter than the source or cannot compress though asked
+/// to; else what reading, writing and flushing give. The target is valid then, but incomplete.
+///
+/// ```
+/// use lacuna::job::{self, ConvertOptions, TargetContent};
+/// use lacuna::{raw::Raw, storage::MemoryStorage};
+///
+/// pollster::block_on(async {
+///     let source = Raw::create(MemoryStorage::new(), 1 << 40).await?;
+///     let target = Raw::create(MemoryStorage::new(), 1 << 40).await?;
+///     let options = ConvertOptions { content: TargetContent::Zero, ..Default::default() };
+///     let copied = job::convert(&source, &target, &options, &mut |_| ()).await?;
+///     assert_eq!(copied.skipped_bytes, 1 << 40);
+///     Ok::<_, lacuna::Error>(())
+/// }).unwrap();
+/// ```
+pub async fn convert<A: Layer, B: Target>(
+    source: &A,
+    target: &B,
+    options: &ConvertOptions,
+    progress: &mut (dyn FnMut(Progress) + Send),
+) -> Result<Copied> {
+    let rules = rules(source, target, options)?;
+    let total_bytes = rules.size_bytes;
+    let mut report = |done_bytes, phase| progress(Progress { phase, done_bytes, total_bytes });
+    let copied = pump::run(source, target, &rules, &mut |done| report(done, Phase::Copy)).await?;
+    report(total_bytes, Phase::Flush);
+    target.flush().await?;
+    Ok(copied)
+}
+
+/// Options and what the two ends say, checked against each other.
+#[derive(Clone, Copy, Debug)]
+struct Rules {
+    options: ConvertOptions,
+    /// Size of the source.
+    size_bytes: u64,
+    /// What is compressed as one, where compression is wanted.
+    unit_bytes: Option<u64>,
+    /// How much is read as data in one go.
+    request_bytes: u64,
+    /// Whether the source ends where the target ends.
+    same_size: bool,
+}
+
+impl Rules {
+    /// Says whether zeros go without a request.
+    fn zeros_are_there(&self) -> bool {
+        self.options.content == TargetContent::Zero && self.options.sparse_bytes > 0
+    }
+
+    /// Says whether every byte is to be written, zeros like others.
+    const fn writes_everything(&self) -> bool {
+        self.options.sparse_bytes == 0
+    }
+}
+
+fn rules<A: Layer, B: Target>(source: &A, target: &B, options: &ConvertOptions) -> Result<Rules> {
+    let (size_bytes, room) = (source.size_bytes(), target.size_bytes());
+    if size_bytes > room {
+        return Err(Error::invalid(format!(
+            "The target holds {room} bytes, fewer than the {size_bytes} of the source"
+        )));
+    }
+    let unit_bytes = match options.encoding {
+        Encoding::Plain => None,
+        Encoding::Compressed => Some(target.compressed_unit_bytes().ok_or_else(|| {
+            Error::invalid("The target cannot store compressed data; qcow2 without a data file can")
+        })?),
+    };
+    Ok(Rules {
+        options: *options,
+        size_bytes,
+        unit_bytes,
+        request_bytes: unit_bytes.unwrap_or(REQUEST_BYTES),
+        same_size: size_bytes == room,
+    })
+}

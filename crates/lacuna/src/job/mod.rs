@@ -1,0 +1,13 @@
+//! Work on whole disks: copying one to another, comparing two.
+//!
+//! * Always driven by extents: what metadata calls zero is neither read nor compared by bytes.
+//! * Always bounded: requests in flight times request size, said by each job.
+//! * A job is a future. Dropping it stops it at a safe place; what it wrote stays valid.
+
+mod compare;
+mod convert;
+
+pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
+pub use convert::{
+    ConvertOptions, Copied, Encoding, Phase, Progress, Target, TargetContent, WriteOrder, convert,
+};
