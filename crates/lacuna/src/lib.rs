@@ -4,8 +4,10 @@
 //! into host ranges, [`storage`] moves the bytes. Vocabulary shared by all three is at the root.
 
 pub mod block;
+pub mod blocking;
 pub mod buffer;
 mod error;
+pub mod job;
 pub mod qcow2;
 pub mod raw;
 pub mod storage;
