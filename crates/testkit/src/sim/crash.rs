@@ -1,0 +1,263 @@
+//! What the medium may hold after a power cut, for every moment of a recorded run.
+//!
+//! * Always: what a completed flush covered is there.
+//! * Any unflushed change, in flight ones included, may be lost, there whole, or torn at 512-byte
+//!   sectors. Where several touch one sector, each of their contents (and the one before) may be
+//!   the one that is found; applying a subset in order covers that.
+
+use crate::sim::{Effect, Event, SimHost};
+use crate::{Random, SparseBytes};
+
+/// Lists up to this long are enumerated whole.
+const SHORT_LIST: usize = 5;
+
+/// A change that a power cut may undo.
+#[derive(Clone, Debug)]
+struct Unflushed {
+    call: u64,
+    file: usize,
+    effect: Effect,
+    /// Index of the event by which it took effect; nothing while in flight.
+    applied: Option<usize>,
+}
+
+/// The medium while a record is played.
+#[derive(Clone, Debug)]
+struct Medium {
+    stable: Vec<SparseBytes>,
+    unflushed: Vec<Unflushed>,
+}
+
+impl Medium {
+    fn play(&mut self, index: usize, event: &Event) {
+        match event {
+            Event::Issued { call, file, effect } => self.unflushed.push(Unflushed {
+                call: *call,
+                file: *file,
+                effect: effect.clone(),
+                applied: None,
+            }),
+            Event::Applied { call } => self.apply(*call, index),
+            Event::Failed { call, remains } => self.fail(*call, index, remains),
+            Event::Flushed { file, since } => {
+                for effect in self.take_covered(*file, *since) {
+                    effect.apply(&mut self.stable[*file]);
+                }
+            }
+            Event::FlushFailed { file, since, kept } => {
+                drop(self.take_covered(*file, *since));
+                kept.iter().for_each(|effect| effect.apply(&mut self.stable[*file]));
+            }
+            Event::Mark(_) => {}
+        }
+    }
+
+    /// Moves the call behind all that took effect before it.
+    fn apply(&mut self, call: u64, index: usize) {
+        if let Some(at) = self.unflushed.iter().position(|change| change.call == call) {
+            let change = self.unflushed.remove(at);
+            let end = self.applied_len();
+            self.unflushed.insert(end, Unflushed { applied: Some(index), ..change });
+        }
+    }
+
+    fn fail(&mut self, call: u64, index: usize, remains: &[Effect]) {
+        let Some(at) = self.unflushed.iter().position(|change| change.call == call) else {
+            return;
+        };
+        let Unflushed { file, .. } = self.unflushed.remove(at);
+        let end = self.applied_len();
+        let applied = Some(index);
+        let parts = remains.iter().map(|effect| (call, effect.clone()));
+        let parts = parts.map(|(call, effect)| Unflushed { call, file, effect, applied });
+        self.unflushed.splice(end..end, parts);
+    }
+
+    fn applied_len(&self) -> usize {
+        self.unflushed.iter().take_while(|change| change.applied.is_some()).count()
+    }
+
+    fn take_covered(&mut self, file: usize, since: usize) -> Vec<Effect> {
+        let covered = |change: &mut Unflushed| {
+            change.file == file && change.applied.is_some_and(|applied| applied < since)
+        };
+        self.unflushed.extract_if(.., covered).map(|change| change.effect).collect()
+    }
+}
+
+/// Returns the effects in `file` that a flush issued at event `since` would make durable.
+pub(super) fn unflushed(events: &[Event], file: usize, since: usize) -> Vec<Effect> {
+    let files = events.iter().filter_map(|event| match event {
+        Event::Issued { file, .. } | Event::Flushed { file, .. } => Some(*file + 1),
+        _ => None,
+    });
+    let count = files.max().unwrap_or(0).max(file + 1);
+    let mut medium = Medium { stable: vec![SparseBytes::default(); count], unflushed: Vec::new() };
+    events.iter().enumerate().for_each(|(index, event)| medium.play(index, event));
+    medium.take_covered(file, since)
+}
+
+/// Returns a random part of the sectors of `effect`, as effects of their own.
+pub(super) fn tear(effect: &Effect, random: &mut Random) -> Vec<Effect> {
+    let sectors = effect.sectors();
+    if sectors == 1 {
+        return if random.one_in(2) { vec![effect.clone()] } else { Vec::new() };
+    }
+    let mut parts = Vec::new();
+    let mut at = 0;
+    while at < sectors {
+        let run = 1 + random.below(sectors);
+        let end = (at + run).min(sectors);
+        if random.one_in(2) {
+            parts.push(effect.part(at, end));
+        }
+        at = end;
+    }
+    parts
+}
+
+/// A moment at which the power may go.
+#[derive(Clone, Debug)]
+pub struct Crash {
+    /// Index of the event that it follows.
+    pub event: usize,
+    /// The last note that the test made before.
+    pub mark: Option<u64>,
+    stable: Vec<SparseBytes>,
+    unflushed: Vec<Unflushed>,
+    /// The change that is new since the moment before; states without it were seen there.
+    newest: Option<u64>,
+}
+
+/// Returns every moment of `host`'s record at which a crash can leave something new: at the start,
+/// after each change that was issued, after each flush, at each note.
+///
+/// ```
+/// use lacuna::{buffer::Buffer, storage::Storage, units::HostOffset};
+/// use testkit::sim::{Pace, SimHost, crash};
+/// let host = SimHost::new(Pace::AtOnce, 1);
+/// let file = host.add_file(b"old"[..].into());
+/// let write = file.write_at(HostOffset(0), Buffer::from(&b"new"[..]));
+/// assert!(pollster::block_on(write).0.is_ok());
+/// let points = crash::points(&host);
+/// let mut contents = points[1].states(1, 10).map(|state| state.files[0].to_vec());
+/// assert!(contents.any(|content| content == b"new"));
+/// ```
+#[must_use]
+pub fn points(host: &SimHost) -> Vec<Crash> {
+    let (initial, events) = host.record();
+    let mut medium = Medium { stable: initial, unflushed: Vec::new() };
+    let mut mark = None;
+    let start = Crash::new(0, None, &medium, None);
+    let mut crashes = vec![start];
+    for (index, event) in events.iter().enumerate() {
+        medium.play(index, event);
+        let newest = match event {
+            Event::Issued { call, .. } => Some(*call),
+            Event::Mark(label) => {
+                mark = Some(*label);
+                None
+            }
+            Event::Flushed { .. } | Event::FlushFailed { .. } => None,
+            Event::Applied { .. } | Event::Failed { .. } => continue,
+        };
+        crashes.push(Crash::new(index, mark, &medium, newest));
+    }
+    crashes
+}
+
+/// What may be found after a crash.
+#[derive(Clone, Debug)]
+pub struct CrashState {
+    /// The content of each file.
+    pub files: Vec<SparseBytes>,
+    /// Which unflushed changes got through, for the message of a failing test.
+    pub survivors: Vec<String>,
+}
+
+impl Crash {
+    fn new(event: usize, mark: Option<u64>, medium: &Medium, newest: Option<u64>) -> Self {
+        let Medium { stable, unflushed } = medium.clone();
+        Self { event, mark, stable, unflushed, newest }
+    }
+
+    /// Returns the states to look at: all subsets (whole, and once torn) of a short list, else
+    /// about `limit`: none, all, each one alone, each one missing, and random ones.
+    pub fn states(&self, seed: u64, limit: usize) -> impl Iterator<Item = CrashState> {
+        let mut random = Random::new(seed ^ (self.event as u64) << 20);
+        let mut choices = self.choices(&mut random, limit);
+        choices.dedup();
+        choices.into_iter().flat_map(move |chosen| {
+            let torn = chosen.iter().any(|index| self.unflushed[*index].effect.sectors() > 1);
+            let whole = self.state(&chosen, None);
+            let torn = torn.then(|| self.state(&chosen, Some(&mut random.split())));
+            [Some(whole), torn].into_iter().flatten()
+        })
+    }
+
+    /// Returns how many changes a crash here may undo.
+    #[must_use]
+    pub const fn unflushed_len(&self) -> usize {
+        self.unflushed.len()
+    }
+
+    /// Lists the indices that survive, for each state to look at.
+    fn choices(&self, random: &mut Random, limit: usize) -> Vec<Vec<usize>> {
+        let len = self.unflushed.len();
+        let newest = self.unflushed.iter().position(|change| Some(change.call) == self.newest);
+        let is_new = |chosen: &Vec<usize>| newest.is_none_or(|newest| chosen.contains(&newest));
+        if len <= SHORT_LIST {
+            let subsets = (0..1_u32 << len).map(|mask| subset(len, |i| mask >> i & 1 == 1));
+            return subsets.filter(is_new).collect();
+        }
+        let mut choices = vec![Vec::new(), (0..len).collect()];
+        choices.extend((0..len).map(|one| vec![one]));
+        choices.extend((0..len).map(|one| subset(len, |i| i != one)));
+        if let Some(newest) = newest {
+            choices.extend((0..len).map(|one| subset(len, |i| i == one || i == newest)));
+        }
+        choices.retain(is_new);
+        while choices.len() > limit.max(4) {
+            choices.swap_remove(random.index(choices.len()));
+        }
+        while choices.len() < limit {
+            let chosen = subset(len, |i| Some(i) == newest || random.one_in(2));
+            choices.push(chosen);
+        }
+        choices
+    }
+
+    fn state(&self, chosen: &[usize], mut torn: Option<&mut Random>) -> CrashState {
+        let mut files = self.stable.clone();
+        let mut survivors = Vec::new();
+        for index in chosen {
+            let Unflushed { file, effect, call, .. } = &self.unflushed[*index];
+            let parts = match &mut torn {
+                Some(random) => tear(effect, random),
+                None => vec![effect.clone()],
+            };
+            for part in parts {
+                part.apply(&mut files[*file]);
+                survivors.push(format!("call {call} file {file}: {}", describe(&part)));
+            }
+        }
+        CrashState { files, survivors }
+    }
+}
+
+fn subset(len: usize, mut contains: impl FnMut(usize) -> bool) -> Vec<usize> {
+    (0..len).filter(|index| contains(*index)).collect()
+}
+
+/// Says what a change does, without its bytes.
+#[must_use]
+pub fn describe(effect: &Effect) -> String {
+    let (start, end) = effect.span();
+    match effect {
+        Effect::Write { .. } => format!("write {start:#x}..{end:#x}"),
+        Effect::Zero { mode, .. } => format!("zero {start:#x}..{end:#x} {mode:?}"),
+        Effect::Punch { .. } => format!("punch {start:#x}..{end:#x}"),
+        Effect::Allocate { .. } => format!("allocate {start:#x}..{end:#x}"),
+        Effect::SetLen { len } => format!("set length {len:#x}"),
+    }
+}

@@ -1,0 +1,18 @@
+//! Storage that behaves as badly as the contract of [`Storage`](lacuna::storage::Storage) allows.
+//!
+//! * A call is issued at its first poll. With [`Pace::Executor`] it takes effect when the executor
+//!   picks it, in any order among the calls in flight; with [`Pace::AtOnce`] right then.
+//! * A call whose future was dropped still takes effect at some later time; buffer and hold stay
+//!   with it until then.
+//! * Only a flush makes durable, and only what had taken effect before it was issued.
+//! * Everything that happens is recorded, so that one run can be crashed at every event afterwards
+//!   ([`crash`]).
+
+pub mod crash;
+mod fault;
+mod host;
+mod storage;
+
+pub use fault::{Failure, Fault};
+pub use host::{Counts, Effect, Event, OperationKind, Pace, SimHost, SimulatedCall};
+pub use storage::SimStorage;

@@ -1,0 +1,213 @@
+//! Bytes of a file with holes, cheap to copy: crash states of one image share their pages.
+
+use std::collections::BTreeMap;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+
+use lacuna::storage::HostStatus;
+
+/// Bytes of a page.
+pub(crate) const PAGE: u64 = 4096;
+
+type Page = Arc<[u8; PAGE as usize]>;
+
+/// The page that stands for reserved space nobody has written.
+static UNWRITTEN: LazyLock<Page> = LazyLock::new(|| Arc::new([0; PAGE as usize]));
+
+/// The content of a file; pages that are not there are holes.
+///
+/// ```
+/// let mut file = testkit::SparseBytes::default();
+/// file.write(5000, b"lacuna");
+/// assert_eq!(file.len(), 5006);
+/// assert_eq!(file.read_vec(4999, 3), b"\0la");
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SparseBytes {
+    len: u64,
+    pages: BTreeMap<u64, Page>,
+}
+
+impl From<&[u8]> for SparseBytes {
+    fn from(bytes: &[u8]) -> Self {
+        let mut file = Self::default();
+        for (index, page) in bytes.chunks(PAGE as usize).enumerate() {
+            if page.iter().any(|byte| *byte != 0) {
+                file.write(index as u64 * PAGE, page);
+            }
+        }
+        file.len = bytes.len() as u64;
+        file
+    }
+}
+
+/// The parts of `start..end`, page by page: page index and range in the page.
+fn pieces(start: u64, end: u64) -> impl Iterator<Item = (u64, std::ops::Range<usize>)> {
+    (start / PAGE..end.div_ceil(PAGE)).filter(move |_| start < end).map(move |page| {
+        let from = start.max(page * PAGE) - page * PAGE;
+        let to = end.min((page + 1) * PAGE) - page * PAGE;
+        (page, from as usize..to as usize)
+    })
+}
+
+impl SparseBytes {
+    /// Returns the length in bytes.
+    #[must_use]
+    pub const fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Says whether there is no byte.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Fills `bytes` from `offset` on; zeros past the end.
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) {
+        let mut rest = bytes;
+        let end = offset + rest.len() as u64;
+        for (page, within) in pieces(offset, end) {
+            let (part, tail) = rest.split_at_mut(within.len());
+            match self.pages.get(&page) {
+                Some(page) => part.copy_from_slice(&page[within]),
+                None => part.fill(0),
+            }
+            rest = tail;
+        }
+    }
+
+    /// Returns `len` bytes from `offset` on.
+    #[must_use]
+    pub fn read_vec(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.read(offset, &mut bytes);
+        bytes
+    }
+
+    /// Returns everything.
+    #[must_use]
+    pub fn to_vec(&self) -> Vec<u8> {
+        self.read_vec(0, usize::try_from(self.len).expect("content fits into memory"))
+    }
+
+    /// Writes `bytes` at `offset`, extending the file where it ends earlier.
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let mut rest = bytes;
+        let end = offset + rest.len() as u64;
+        for (page, within) in pieces(offset, end) {
+            let (part, tail) = rest.split_at(within.len());
+            let page = self.pages.entry(page).or_insert_with(|| Arc::clone(&UNWRITTEN));
+            Arc::make_mut(page)[within].copy_from_slice(part);
+            rest = tail;
+        }
+        if !bytes.is_empty() {
+            self.len = self.len.max(end);
+        }
+    }
+
+    /// Makes `start..end` a hole as far as it covers whole pages, and zeros; the length stays.
+    pub fn punch(&mut self, start: u64, end: u64) {
+        self.clear(start, end, None);
+    }
+
+    /// Makes `start..end` zeros with its space reserved, extending the file.
+    pub fn zero(&mut self, start: u64, end: u64) {
+        self.clear(start, end, Some(&UNWRITTEN));
+        self.len = self.len.max(end);
+    }
+
+    fn clear(&mut self, start: u64, end: u64, whole: Option<&Page>) {
+        let inner = start.div_ceil(PAGE)..(end / PAGE).max(start.div_ceil(PAGE));
+        let present: Vec<u64> = self.pages.range(inner.clone()).map(|(page, _)| *page).collect();
+        for page in present {
+            self.pages.remove(&page);
+        }
+        if let Some(unwritten) = whole {
+            self.pages.extend(inner.map(|page| (page, Arc::clone(unwritten))));
+        }
+        for edge in [start / PAGE, end / PAGE] {
+            let (from, to) = (start.max(edge * PAGE), end.min((edge + 1) * PAGE));
+            if let (true, Some(page)) = (from < to, self.pages.get_mut(&edge)) {
+                let within = (from - edge * PAGE) as usize..(to - edge * PAGE) as usize;
+                if page[within.clone()].iter().any(|byte| *byte != 0) {
+                    Arc::make_mut(page)[within].fill(0);
+                }
+            }
+        }
+    }
+
+    /// Reserves space for `start..end` without a change of its content.
+    pub fn allocate(&mut self, start: u64, end: u64) {
+        for (page, _) in pieces(start, end) {
+            self.pages.entry(page).or_insert_with(|| Arc::clone(&UNWRITTEN));
+        }
+        self.len = self.len.max(end);
+    }
+
+    /// Cuts or extends to `len` bytes.
+    pub fn set_len(&mut self, len: u64) {
+        let end = self.len.max(len);
+        self.punch(len, end.next_multiple_of(PAGE));
+        self.len = len;
+    }
+
+    /// Returns the status at `offset` and the end of the run of pages that share it.
+    #[must_use]
+    pub fn status(&self, offset: u64) -> (HostStatus, u64) {
+        let first = offset / PAGE;
+        let status = self.page_status(first);
+        if status == HostStatus::Hole {
+            let next = self.pages.range(first..).next();
+            return (status, next.map_or(u64::MAX, |(page, _)| page * PAGE));
+        }
+        let mut end = first + 1;
+        while self.page_status(end) == status {
+            end += 1;
+        }
+        (status, end * PAGE)
+    }
+
+    fn page_status(&self, page: u64) -> HostStatus {
+        match self.pages.get(&page) {
+            None => HostStatus::Hole,
+            Some(bytes) if Arc::ptr_eq(bytes, &UNWRITTEN) => HostStatus::Unwritten,
+            Some(_) => HostStatus::Data,
+        }
+    }
+
+    /// Returns how many bytes are not holes, in whole pages.
+    #[must_use]
+    pub fn allocated_bytes(&self) -> u64 {
+        self.pages.len() as u64 * PAGE
+    }
+
+    /// Writes the content to a file for foreign tools, holes as holes.
+    ///
+    /// # Panics
+    /// If the file cannot be written.
+    pub fn save(&self, path: &Path) {
+        let fail = |error| -> ! { panic!("Writing {}: {error}", path.display()) };
+        let mut file = std::fs::File::create(path).unwrap_or_else(|error| fail(error));
+        for (page, bytes) in &self.pages {
+            let at = page * PAGE;
+            let len = (self.len.saturating_sub(at)).min(PAGE) as usize;
+            file.seek(SeekFrom::Start(at))
+                .and_then(|_| file.write_all(&bytes[..len]))
+                .unwrap_or_else(|error| fail(error));
+        }
+        file.set_len(self.len).unwrap_or_else(|error| fail(error));
+    }
+
+    /// Reads a file whole.
+    ///
+    /// # Panics
+    /// If the file cannot be read.
+    #[must_use]
+    pub fn load(path: &Path) -> Self {
+        let bytes = std::fs::read(path)
+            .unwrap_or_else(|error| panic!("Reading {}: {error}", path.display()));
+        Self::from(&bytes[..])
+    }
+}
