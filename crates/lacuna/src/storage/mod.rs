@@ -6,11 +6,17 @@
 //!   with the driver until the kernel is done with it; the effect may or may not take place.
 //! * Never: a storage knows guest offsets.
 
+#[cfg(target_os = "linux")]
+mod file;
 mod memory;
 mod shared;
+#[cfg(target_os = "linux")]
+mod sys;
 
 use std::future::Future;
 
+#[cfg(target_os = "linux")]
+pub use file::{CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions, FileStorage};
 pub use memory::MemoryStorage;
 
 use crate::Result;

@@ -1,0 +1,179 @@
+//! From a path to an open storage: what it is, what it can do, who drives it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{Mode as Permissions, OFlags, fcntl_getfl, fcntl_setfl};
+
+use super::options::{CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions};
+use super::{Engine, FileStorage, Inner, RangeLock, Refusals, is_refusal};
+use crate::buffer::ALIGNMENT;
+use crate::storage::sys::{
+    Bell, DirectAlignment, Kind, Pool, Ring, device_zeroes_natively, direct_alignment, file_len,
+    punch_hole, uninterrupted,
+};
+use crate::storage::{Capabilities, Capability, sys};
+use crate::{Error, Result};
+
+/// Where rings and threads come from; tests bring their own.
+pub(super) struct Makers {
+    pub(super) shared_ring: fn() -> io::Result<Arc<Ring>>,
+    pub(super) own_ring: fn() -> io::Result<Arc<Ring>>,
+    pub(super) pool: Arc<Pool>,
+}
+
+impl Default for Makers {
+    fn default() -> Self {
+        Self { shared_ring: Ring::shared, own_ring: Ring::new, pool: Pool::shared() }
+    }
+}
+
+/// Opens the file itself, by the options' access and creation.
+pub(super) fn open_file(path: &Path, options: &FileOptions) -> Result<OwnedFd> {
+    if options.create != Create::Never && options.access == FileAccess::ReadOnly {
+        return Err(Error::invalid("Making a file needs write access"));
+    }
+    let access = match options.access {
+        FileAccess::ReadOnly => OFlags::RDONLY,
+        FileAccess::ReadWrite => OFlags::RDWR,
+    };
+    let create = match options.create {
+        Create::Never => OFlags::empty(),
+        Create::IfMissing => OFlags::CREATE,
+        Create::Exclusive => OFlags::CREATE | OFlags::EXCL,
+        Create::Replace => OFlags::CREATE | OFlags::TRUNC,
+    };
+    // Without waiting, or a named pipe in the place of an image would hang us.
+    let flags = access | create | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+    uninterrupted(|| rustix::fs::open(path, flags, Permissions::from_raw_mode(0o666)))
+        .map_err(|error| Error::io(error, format!("Opening {}", path.display())))
+}
+
+/// Makes an open file a storage.
+pub(super) fn storage(
+    file: OwnedFd,
+    path: PathBuf,
+    options: &FileOptions,
+    makers: Makers,
+) -> Result<FileStorage> {
+    let inspect = |error| Error::io(error, format!("Inspecting {}", path.display()));
+    let kind = sys::kind(file.as_fd()).map_err(inspect)?;
+    if let Kind::Other(what) = kind {
+        return Err(Error::unsupported(format!(
+            "{} is {what}; an image is a file or a block device",
+            path.display()
+        )));
+    }
+    set_flags(&file, options.cache).map_err(|error| match options.cache {
+        CacheMode::Direct => no_direct(&path, Some(error)),
+        CacheMode::Buffered => inspect(error),
+    })?;
+    let direct = match options.cache {
+        CacheMode::Buffered => None,
+        CacheMode::Direct => Some(usable_alignment(&file, kind, &path)?),
+    };
+    let (driver, engine, bell) = choose_driver(options.driver, &makers)?;
+    let capabilities = capabilities(&file, kind, options.access, direct);
+    let inner = Inner {
+        file: Arc::new(file),
+        path,
+        kind,
+        access: options.access,
+        direct,
+        driver,
+        engine,
+        pool: makers.pool,
+        bell,
+        capabilities,
+        locks: Arc::new(RangeLock::default()),
+        refusals: Refusals::default(),
+        lost: std::sync::OnceLock::new(),
+    };
+    Ok(FileStorage { inner: Arc::new(inner) })
+}
+
+/// Takes the mark off that was to keep the opening from waiting (a ring would heed it), and puts
+/// O_DIRECT on or off.
+fn set_flags(file: &OwnedFd, cache: CacheMode) -> io::Result<()> {
+    let mut flags = fcntl_getfl(file)? - OFlags::NONBLOCK;
+    flags.set(OFlags::DIRECT, cache == CacheMode::Direct);
+    Ok(fcntl_setfl(file, flags)?)
+}
+
+fn usable_alignment(file: &OwnedFd, kind: Kind, path: &Path) -> Result<DirectAlignment> {
+    match direct_alignment(file.as_fd(), kind) {
+        Some(alignment) if alignment.memory as usize <= ALIGNMENT => Ok(alignment),
+        _ => Err(no_direct(path, None)),
+    }
+}
+
+fn no_direct(path: &Path, source: Option<io::Error>) -> Error {
+    let reason = source.map_or(String::new(), |error| format!(": {error}"));
+    Error::unsupported(format!("{} cannot be opened past the page cache{reason}", path.display()))
+}
+
+fn choose_driver(choice: DriverChoice, makers: &Makers) -> Result<(Driver, Engine, Option<Bell>)> {
+    let refused = |error| Error::io(error, "The kernel refuses io_uring");
+    match choice {
+        DriverChoice::Threads => Ok((Driver::Threads { refusal: None }, Engine::Threads, None)),
+        DriverChoice::IoUring => {
+            let ring = (makers.shared_ring)().map_err(refused)?;
+            Ok((Driver::IoUring, Engine::Ring(ring), None))
+        }
+        DriverChoice::Auto => Ok(match (makers.shared_ring)() {
+            Ok(ring) => (Driver::IoUring, Engine::Ring(ring), None),
+            Err(error) => {
+                let refusal = Some(refused(error));
+                (Driver::Threads { refusal }, Engine::Threads, None)
+            }
+        }),
+        DriverChoice::External => {
+            let ring = (makers.own_ring)().map_err(refused)?;
+            let bell = make_bell(&ring).map_err(refused)?;
+            Ok((Driver::External, Engine::Ring(ring), Some(bell)))
+        }
+    }
+}
+
+fn make_bell(ring: &Ring) -> io::Result<Bell> {
+    let bell = Bell(Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?));
+    ring.register(bell.0.as_fd())?;
+    Ok(bell)
+}
+
+fn capabilities(
+    file: &OwnedFd,
+    kind: Kind,
+    access: FileAccess,
+    direct: Option<DirectAlignment>,
+) -> Capabilities {
+    let writable = access == FileAccess::ReadWrite;
+    let native = writable
+        && match kind {
+            Kind::BlockDevice => device_zeroes_natively(file.as_fd()),
+            _ => punches_holes(file, kind),
+        };
+    let choose = |yes, otherwise| if yes { Capability::Native } else { otherwise };
+    Capabilities {
+        write_zeroes: choose(native, Capability::Emulated),
+        punch_hole: choose(native, Capability::Unsupported),
+        set_len: choose(writable && kind == Kind::Regular, Capability::Unsupported),
+        writable,
+        preferred_alignment_bytes: direct.map_or(1, |alignment| alignment.offset),
+    }
+}
+
+/// Asks for a hole past the end, where there is nothing to lose.
+fn punches_holes(file: &OwnedFd, kind: Kind) -> bool {
+    const PIECE: u64 = 1 << 20;
+    let Ok(len) = file_len(file.as_fd(), kind) else { return false };
+    let Some(past) = len.checked_next_multiple_of(PIECE) else { return false };
+    match punch_hole(file.as_fd(), past, PIECE) {
+        Ok(()) => true,
+        // A failure of another kind says nothing against it.
+        Err(error) => !is_refusal(&error),
+    }
+}

@@ -1,0 +1,227 @@
+//! What needs a look inside: refusals, gates, lost flushes.
+
+use std::future::Future;
+use std::io;
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::task::{Context, Poll, Waker};
+
+use super::*;
+use crate::buffer::Release;
+use crate::storage::HostStatus;
+use crate::storage::sys::Attempt;
+use crate::storage::sys::{Direction, Rider};
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a scratch folder can be made")
+}
+
+fn open(path: &Path, cache: CacheMode, driver: DriverChoice) -> FileStorage {
+    let options =
+        FileOptions { cache, driver, create: Create::IfMissing, ..FileOptions::read_write() };
+    FileStorage::open(path, &options).expect("the scratch file opens")
+}
+
+fn open_with(path: &Path, cache: CacheMode, makers: open::Makers) -> Result<FileStorage> {
+    let options = FileOptions { cache, ..FileOptions::replace() };
+    open::storage(open::open_file(path, &options)?, path.to_owned(), &options, makers)
+}
+
+fn refuse() -> io::Result<Arc<Ring>> {
+    Err(rustix::io::Errno::PERM.into())
+}
+
+/// Tells the test when it is released.
+struct Told(Sender<u64>);
+
+impl Release for Told {
+    fn release(&self, token: u64) {
+        self.0.send(token).expect("the test listens");
+    }
+}
+
+fn told() -> (Arc<Told>, Receiver<u64>) {
+    let (sender, receiver) = channel();
+    (Arc::new(Told(sender)), receiver)
+}
+
+fn poll_once<F: Future>(future: F) -> Poll<F::Output> {
+    pin!(future).poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// A pool whose only thread waits until the sender is used.
+fn gated_pool() -> (Arc<Pool>, Sender<()>) {
+    let (open_gate, gate) = channel();
+    let pool = Pool::new(1);
+    drop(pool.run(None, move || gate.recv().expect("the test opens the gate")));
+    (pool, open_gate)
+}
+
+fn range(start: u64, len: u64) -> HostRange {
+    HostRange::new(HostOffset(start), len)
+}
+
+#[test]
+fn where_the_kernel_refuses_io_uring_auto_takes_threads_and_says_why() {
+    let folder = folder();
+    let makers = open::Makers { shared_ring: refuse, ..open::Makers::default() };
+    let storage = open_with(&folder.path().join("f"), CacheMode::Buffered, makers).expect("opens");
+    let Driver::Threads { refusal: Some(reason) } = storage.driver() else {
+        panic!("not the threads after a refusal: {:?}", storage.driver());
+    };
+    assert_eq!(reason.raw_os_error(), Some(rustix::io::Errno::PERM.raw_os_error()));
+}
+
+#[test]
+fn io_uring_asked_for_and_refused_is_an_error() {
+    let folder = folder();
+    for driver in [DriverChoice::IoUring, DriverChoice::External] {
+        let makers =
+            open::Makers { shared_ring: refuse, own_ring: refuse, ..open::Makers::default() };
+        let path = folder.path().join("f");
+        let options = FileOptions { driver, ..FileOptions::replace() };
+        let file = open::open_file(&path, &options).expect("opens");
+        let error = open::storage(file, path, &options, makers).expect_err("refused");
+        assert!(error.to_string().contains("io_uring"), "{error}");
+    }
+}
+
+#[test]
+fn a_dropped_read_leaves_buffer_and_hold_with_the_thread() {
+    let folder = folder();
+    let (pool, open_gate) = gated_pool();
+    let makers = open::Makers { shared_ring: refuse, pool, ..open::Makers::default() };
+    let storage = open_with(&folder.path().join("f"), CacheMode::Direct, makers).expect("opens");
+    let (owner, released) = told();
+    for (token, len) in [(1, 4096), (2, 100)] {
+        let mut buffer = Buffer::new(len);
+        buffer.set_hold(Hold::new(owner.clone(), token));
+        assert!(poll_once(storage.read_at(HostOffset(0), buffer)).is_pending());
+    }
+    assert!(released.try_recv().is_err(), "released while the request was in flight");
+    open_gate.send(()).expect("the gate is there");
+    assert_eq!((released.recv(), released.recv()), (Ok(1), Ok(2)));
+}
+
+#[test]
+fn a_dropped_change_leaves_its_hold_and_its_lock_with_the_thread() {
+    let folder = folder();
+    let (pool, open_gate) = gated_pool();
+    let makers = open::Makers { shared_ring: refuse, pool, ..open::Makers::default() };
+    let storage = open_with(&folder.path().join("f"), CacheMode::Direct, makers).expect("opens");
+    let (owner, released) = told();
+    let hold = |token| Hold::new(owner.clone(), token);
+    let mut buffer = Buffer::from(&[7; 4096][..]);
+    buffer.set_hold(hold(1));
+    assert!(poll_once(storage.write_at(HostOffset(0), buffer)).is_pending());
+    let mut buffer = Buffer::from(&[8; 100][..]);
+    buffer.set_hold(hold(2));
+    assert!(poll_once(storage.write_at(HostOffset(8192), buffer)).is_pending());
+    // The tail is locked: this one never gets to a thread, and goes at once.
+    let zeroes = storage.write_zeroes_at(range(8192, 512), ZeroMode::MayUnmap, hold(3));
+    assert!(poll_once(zeroes).is_pending());
+    assert_eq!(released.try_recv(), Ok(3));
+    assert!(released.try_recv().is_err(), "released while the request was in flight");
+    open_gate.send(()).expect("the gate is there");
+    assert_eq!((released.recv(), released.recv()), (Ok(1), Ok(2)));
+    assert_eq!(pollster::block_on(storage.len()).expect("has a length"), 8292);
+}
+
+#[test]
+fn a_dropped_request_leaves_its_things_with_the_ring() {
+    let (reader, writer) = rustix::pipe::pipe().expect("a pipe can be made");
+    let ring = Ring::new().expect("this kernel has io_uring");
+    let (owner, released) = told();
+    let mut buffer = Buffer::new(4096);
+    buffer.set_hold(Hold::new(owner, 1));
+    let attempt = Attempt {
+        file: Arc::new(reader),
+        direction: Direction::Read,
+        offset: u64::MAX,
+        buffer,
+        start: 0,
+        rider: Rider::default(),
+    };
+    assert!(poll_once(ring.submit(attempt)).is_pending());
+    ring.reap();
+    assert!(released.try_recv().is_err(), "released while the kernel was reading");
+    rustix::io::write(&writer, b"x").expect("the pipe takes a byte");
+    // Waits for the kernel.
+    drop(ring);
+    assert_eq!(released.try_recv(), Ok(1));
+}
+
+#[test]
+fn after_a_failed_flush_every_later_one_fails_alike() {
+    let folder = folder();
+    let storage = open(&folder.path().join("f"), CacheMode::Buffered, DriverChoice::Auto);
+    pollster::block_on(storage.flush()).expect("nothing is wrong yet");
+    let failed = storage.inner.settle_flush(Err(rustix::io::Errno::IO.into()));
+    assert_eq!(failed.expect_err("it failed").raw_os_error(), Some(5));
+    let again = pollster::block_on(storage.flush()).expect_err("stays failed");
+    assert_eq!(again.raw_os_error(), Some(5));
+}
+
+#[test]
+fn an_eventfd_and_complete_are_all_a_foreign_loop_needs() {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let folder = folder();
+    let storage = open(&folder.path().join("f"), CacheMode::Direct, DriverChoice::External);
+    let event_fd = storage.event_fd().expect("the driver is External");
+    let mut future = pin!(async {
+        storage.write_at(HostOffset(0), Buffer::from(&[9; 8192][..])).await.0?;
+        storage.write_at(HostOffset(100), Buffer::from(&[1; 1000][..])).await.0?;
+        storage.flush().await?;
+        let (result, bytes) = storage.read_at(HostOffset(0), Buffer::new(8192)).await;
+        result.map(|()| bytes)
+    });
+    let mut context = Context::from_waker(Waker::noop());
+    let bytes = loop {
+        if let Poll::Ready(result) = future.as_mut().poll(&mut context) {
+            break result.expect("all of it works");
+        }
+        let mut waits = [PollFd::new(&event_fd, PollFlags::IN)];
+        assert_eq!(poll(&mut waits, None).expect("poll works"), 1);
+        storage.complete().expect("the eventfd can be read");
+    };
+    assert!(bytes[..100].iter().chain(&bytes[1100..]).all(|byte| *byte == 9));
+    assert!(bytes[100..1100].iter().all(|byte| *byte == 1));
+}
+
+#[test]
+fn refused_zeroing_is_remembered_and_done_by_writing() {
+    let folder = folder();
+    let storage = open(&folder.path().join("f"), CacheMode::Buffered, DriverChoice::Auto);
+    remember(&storage.inner.refusals.punch_hole);
+    remember(&storage.inner.refusals.zero_range);
+    pollster::block_on(async {
+        storage.write_at(HostOffset(0), Buffer::from(&[7; 3000][..])).await.0.expect("writes");
+        let (owner, released) = told();
+        let hold = Hold::new(owner, 1);
+        storage.write_zeroes_at(range(1000, 5000), ZeroMode::MayUnmap, hold).await.expect("zeroes");
+        assert_eq!(released.try_recv(), Ok(1));
+        assert_eq!(storage.len().await.expect("has a length"), 6000);
+        let (result, bytes) = storage.read_at(HostOffset(0), Buffer::new(6000)).await;
+        result.expect("reads");
+        assert!(bytes[..1000].iter().all(|b| *b == 7) && bytes[1000..].iter().all(|b| *b == 0));
+        let error = storage.punch_hole_at(range(0, 1000), Hold::none()).await;
+        assert_eq!(error.expect_err("refused").kind(), ErrorKind::Unsupported);
+    });
+}
+
+#[test]
+fn where_no_extent_map_is_to_be_had_seek_data_decides() {
+    let folder = folder();
+    let storage = open(&folder.path().join("f"), CacheMode::Buffered, DriverChoice::Auto);
+    remember(&storage.inner.refusals.extent_map);
+    pollster::block_on(async {
+        storage.allocate_at(range(0, 1 << 20)).await.expect("reserves");
+        storage.write_at(HostOffset(0), Buffer::from(&[7; 4096][..])).await.0.expect("writes");
+        let data = storage.status_at(range(0, 1 << 20)).await.expect("has a status");
+        assert_eq!(data, HostExtent { len: 4096, status: HostStatus::Data });
+        let rest = storage.status_at(range(4096, 1 << 19)).await.expect("has a status");
+        assert_eq!(rest, HostExtent { len: 1 << 19, status: HostStatus::Hole });
+    });
+}

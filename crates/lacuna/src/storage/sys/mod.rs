@@ -1,0 +1,23 @@
+//! System calls and who runs them: the ring, the thread pool, and the calls with no safe wrapper.
+//!
+//! * Always: what the kernel may touch (memory, descriptor) belongs to the request until the
+//!   kernel has answered, whether or not anybody still waits for the answer.
+//! * Never: a decision about files; that is [`file`](super::file)'s.
+
+mod fallocate;
+mod fiemap;
+mod pool;
+mod probe;
+mod task;
+mod transfer;
+mod uring;
+
+pub(crate) use fallocate::{allocate, punch_hole, zero_range};
+pub(crate) use fiemap::{Mapping, Run, Writeback, first_run};
+pub(crate) use pool::{Bell, Pool};
+pub(crate) use probe::{
+    DirectAlignment, Kind, device_zeroes_natively, direct_alignment, file_len, kind,
+};
+pub(crate) use task::Task;
+pub(crate) use transfer::{Attempt, Direction, Rider, read_to_end, uninterrupted, write_all};
+pub(crate) use uring::Ring;
