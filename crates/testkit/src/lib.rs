@@ -3,11 +3,18 @@
 //! * Always: what is random follows from a seed, and the seed is in the message of a failure.
 //! * Never: a missing foreign tool is passed over in silence.
 
+mod builder;
 mod executor;
+pub mod foreign;
+mod model;
+mod operations;
 mod random;
 pub mod sim;
 mod sparse;
 
+pub use builder::{Built, ImageBuilder};
 pub use executor::{Device, DropPoint, Executor, Stalled, Task};
+pub use model::{AfterDiscard, ModelDisk, Rules};
+pub use operations::{Menu, Operation, Operations, content};
 pub use random::{Random, seeds};
 pub use sparse::SparseBytes;

@@ -1,0 +1,183 @@
+//! Tools that others wrote, run to disagree with us.
+//!
+//! * Never: a missing tool is skipped; the panic names the line that installs it.
+
+use std::ffi::OsStr;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+/// A foreign program and the package that has it.
+///
+/// ```
+/// let version = testkit::foreign::QEMU_IMG.succeed(["--version"]);
+/// assert!(version.starts_with("qemu-img version"));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tool {
+    /// File name of the program.
+    pub name: &'static str,
+    /// Debian package.
+    pub package: &'static str,
+}
+
+/// Makes, checks and compares images.
+pub const QEMU_IMG: Tool = Tool { name: "qemu-img", package: "qemu-utils" };
+/// Reads and writes images by commands.
+pub const QEMU_IO: Tool = Tool { name: "qemu-io", package: "qemu-utils" };
+/// Serves images.
+pub const QEMU_NBD: Tool = Tool { name: "qemu-nbd", package: "qemu-utils" };
+/// Checks ext file systems.
+pub const E2FSCK: Tool = Tool { name: "e2fsck", package: "e2fsprogs" };
+/// Makes ext file systems.
+pub const MKE2FS: Tool = Tool { name: "mke2fs", package: "e2fsprogs" };
+
+/// What a program left: its exit code (-1 for a signal) and what it said.
+///
+/// ```
+/// let finished = testkit::foreign::QEMU_IMG.run(["no-such-verb"]);
+/// assert_eq!(finished.code, 1);
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finished {
+    /// Exit code.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Tool {
+    /// Returns a command for the tool, which also looks where only root's path leads.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let places = ["/usr/sbin", "/sbin", "/usr/local/sbin"];
+        let place = places.iter().map(|place| Path::new(place).join(self.name));
+        let found = place.into_iter().find(|path| path.exists());
+        Command::new(found.unwrap_or_else(|| self.name.into()))
+    }
+
+    /// Runs the tool with `arguments` and no input.
+    ///
+    /// # Panics
+    /// If the tool is not installed.
+    pub fn run<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Finished {
+        let mut command = self.command();
+        command.args(arguments).stdin(Stdio::null());
+        self.finish(command.output())
+    }
+
+    /// Runs the tool and returns what it printed.
+    ///
+    /// # Panics
+    /// If the tool is not installed, or its exit code is not 0.
+    pub fn succeed<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> String {
+        let arguments: Vec<_> = arguments.into_iter().collect();
+        let shown: Vec<_> = arguments.iter().map(|word| word.as_ref().to_string_lossy()).collect();
+        let finished = self.run(&arguments);
+        assert!(
+            finished.code == 0,
+            "{} {}: exit code {}\n{}{}",
+            self.name,
+            shown.join(" "),
+            finished.code,
+            finished.stdout,
+            finished.stderr
+        );
+        finished.stdout
+    }
+
+    fn finish(&self, output: std::io::Result<Output>) -> Finished {
+        let output = match output {
+            Ok(output) => output,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                panic!("{} not found: install with apt-get install {}", self.name, self.package)
+            }
+            Err(error) => panic!("{} cannot be started: {error}", self.name),
+        };
+        Finished {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+/// What `qemu-img check` says of an image.
+///
+/// ```
+/// use testkit::foreign::QemuCheck;
+/// assert!(!QemuCheck { leaks: 1, ..QemuCheck::default() }.is_clean());
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct QemuCheck {
+    /// Clusters whose refcount is too low, or entries that make no sense.
+    pub corruptions: u64,
+    /// Clusters whose refcount is too high.
+    pub leaks: u64,
+    /// Exit code.
+    pub code: i32,
+    /// Everything it said.
+    pub text: String,
+}
+
+impl QemuCheck {
+    /// Says whether there is nothing to complain of.
+    #[must_use]
+    pub const fn is_clean(&self) -> bool {
+        self.code == 0 && self.corruptions == 0 && self.leaks == 0
+    }
+
+    /// Says whether there is nothing worse than leaks.
+    #[must_use]
+    pub const fn is_safe(&self) -> bool {
+        matches!(self.code, 0 | 3) && self.corruptions == 0
+    }
+}
+
+/// Runs `qemu-img check` on a qcow2 file.
+///
+/// # Panics
+/// If the tool is not installed.
+#[must_use]
+pub fn qemu_img_check(path: &Path) -> QemuCheck {
+    let words = ["check", "-f", "qcow2"].map(OsStr::new);
+    let finished = QEMU_IMG.run(words.into_iter().chain([path.as_os_str()]));
+    let text = format!("{}{}", finished.stdout, finished.stderr);
+    let number_before = |what: &str| {
+        let line = text.lines().find(|line| line.contains(what))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    QemuCheck {
+        corruptions: number_before("errors were found").unwrap_or(0),
+        leaks: number_before("leaked clusters were found").unwrap_or(0),
+        code: finished.code,
+        text,
+    }
+}
+
+/// Runs `qemu-io` commands on a qcow2 file and returns what it printed.
+///
+/// # Panics
+/// If the tool is not installed, or a command failed.
+pub fn qemu_io(path: &Path, commands: impl IntoIterator<Item = String>) -> String {
+    let mut words: Vec<std::ffi::OsString> = ["-f", "qcow2", "-d", "unmap"].map(Into::into).into();
+    for command in commands {
+        words.extend(["-c".into(), command.into()]);
+    }
+    words.push(path.into());
+    let printed = QEMU_IO.succeed(&words);
+    let bad = ["failed", "error", "Pattern verification"];
+    assert!(!bad.iter().any(|word| printed.contains(word)), "qemu-io {words:?}:\n{printed}");
+    printed
+}
+
+/// Asserts that two images show the guest the same bytes; `strict` also compares sizes.
+///
+/// # Panics
+/// If the tool is not installed, or the images differ.
+pub fn assert_same_guest(first: (&str, &Path), second: (&str, &Path)) {
+    let words = ["compare", "-f", first.0, "-F", second.0].map(OsStr::new);
+    QEMU_IMG.succeed(words.into_iter().chain([first.1.as_os_str(), second.1.as_os_str()]));
+}
