@@ -4,13 +4,26 @@
 //! * Never: panics, unchecked lengths or lossy casts on bytes from an image.
 
 mod compressed;
+mod extension;
+mod features;
 mod geometry;
+mod header;
 mod l1;
 mod l2;
+mod name;
 
 pub use compressed::CompressedRun;
+pub use extension::{BitmapsExtension, EncryptionHeader, Extensions, UnknownExtension};
+pub use features::{
+    AutoclearFeatures, CompatibleFeatures, FeatureName, FeatureWord, Features, IncompatibleFeatures,
+};
 pub use geometry::{
     EntryWidth, Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, SUBCLUSTERS, Version,
 };
+pub use header::{
+    CompressionType, Encryption, Header, L1Location, MAGIC, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, RefcountTableLocation, SnapshotTableLocation,
+};
 pub use l1::L1Entry;
 pub use l2::{L2Entry, SubclusterBitmap, SubclusterState};
+pub use name::StoredName;
