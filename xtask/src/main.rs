@@ -1,3 +1,69 @@
-//! The project's own commands.
+//! The project's own commands: `cargo xtask VERB`.
+//!
+//! * `ci.rs` — what everybody runs before saying "done", and the steps it is made of
+//! * `setup.rs` — the foreign tools that the tests are checked against
+//! * `tidy/` — the rules of the house that a program can check
+//! * `licences.rs` — whether every dependency may be shipped
+//! * `harness.rs` — benchmarks and QEMU's iotests, which live outside of this repository
+//! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
+//! * `run.rs` — starting programs
 
-fn main() {}
+mod ci;
+mod fuzz;
+mod harness;
+mod licences;
+mod run;
+mod setup;
+mod tidy;
+
+use std::process::ExitCode;
+
+/// Why a command did not succeed, as a sentence for the person at the terminal.
+type Outcome<T = ()> = Result<T, String>;
+
+const USAGE: &str = "\
+usage: cargo xtask VERB [ARGUMENTS]
+
+  ci                          format, lints, tests, docs, tidy, licences: all that must pass
+  test [FILTER...]            installs missing peers, then runs every test and doc example
+  setup                       installs the foreign tools that the tests need (apt)
+  tidy                        the rules of the house: module arrows, banned words, sizes
+  licences                    whether the licence of every dependency allows shipping it
+  bench    [--harness DIR] [ARGUMENTS...]   benchmarks against QEMU's tools (DIR/bench)
+  iotests  [--harness DIR] [ARGUMENTS...]   QEMU's own tests (DIR/run-iotests)
+  fuzz     [--seconds N] [TARGET...]        cargo-fuzz on all targets, or on some
+
+LACUNA_HARNESS stands in for --harness.";
+
+fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    let verb = arguments.next().unwrap_or_default();
+    let rest: Vec<String> = arguments.collect();
+    match dispatch(&verb, &rest) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("xtask {verb}: {reason}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(verb: &str, rest: &[String]) -> Outcome {
+    std::env::set_current_dir(run::workspace())
+        .map_err(|error| format!("cannot enter the workspace: {error}"))?;
+    match verb {
+        "ci" => ci::all(),
+        "test" => ci::test(rest),
+        "setup" => setup::peers(),
+        "tidy" => tidy::workspace(),
+        "licences" | "deny" => licences::check(),
+        "bench" => harness::bench(rest),
+        "iotests" => harness::iotests(rest),
+        "fuzz" => fuzz::targets(rest),
+        "" | "help" | "--help" | "-h" => {
+            println!("{USAGE}");
+            Ok(())
+        }
+        _ => Err(format!("no such verb\n\n{USAGE}")),
+    }
+}
