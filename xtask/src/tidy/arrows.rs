@@ -18,7 +18,7 @@ struct Area {
 const VOCABULARY: [&str; 6] = ["units", "buffer", "error", "Error", "ErrorKind", "Result"];
 
 /// A path belongs to the longest entry that it begins with.
-const AREAS: [Area; 12] = [
+const AREAS: [Area; 13] = [
     Area { path: "units", may_name: &[] },
     Area { path: "buffer", may_name: &[] },
     Area { path: "error", may_name: &[] },
@@ -26,6 +26,8 @@ const AREAS: [Area; 12] = [
     Area { path: "storage::sys", may_name: &["storage"] },
     // A transfer gives the buffer back whoever makes it: storage's word, used by layers as well.
     Area { path: "block", may_name: &["storage::Transfer"] },
+    // Waits for a layer on the calling thread.
+    Area { path: "blocking", may_name: &["block", "storage::Transfer"] },
     Area { path: "raw", may_name: &["block", "storage"] },
     Area { path: "qcow2::format", may_name: &[] },
     Area { path: "qcow2", may_name: &["qcow2::format", "block", "storage"] },
