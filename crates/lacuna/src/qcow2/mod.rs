@@ -1,3 +1,38 @@
 //! How a guest range becomes host ranges in a qcow2 image.
+//!
+//! A request meets the files in this order: [`Image`] (`image`, `layer`) takes it; `plan_write`
+//! and `plan_zero` decide, purely, over the tables in `meta`; `read`, `write` and `zero` carry the
+//! bytes; `write_back` brings storage after memory in a crash-safe order.
+//!
+//! * Always: a cluster is referenced on storage only once its refcount is there too.
+//! * Always: a freed cluster is reused only once nothing on storage shows it any more.
+//! * Never: a backing or data file is opened here; the caller hands them in.
 
 pub mod format;
+mod image;
+mod in_flight;
+mod layer;
+mod mapping;
+mod meta;
+mod need;
+mod open;
+mod options;
+mod overlap;
+mod plan_write;
+mod plan_zero;
+mod quarantine;
+mod read;
+mod refcounts;
+mod resize;
+mod shim;
+mod table_cache;
+mod write;
+mod write_back;
+mod zero;
+use shim::{codec, repair_dirty, snapshots};
+
+pub use image::{Counts, Image};
+pub use open::read_header;
+pub use options::{Access, DiscardPolicy, OpenOptions, Parts};
+pub use refcounts::Placement;
+pub use resize::Shrink;

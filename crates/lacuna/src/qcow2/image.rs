@@ -1,0 +1,537 @@
+//! An opened image: what its requests share, and how they get what planning needs.
+//!
+//! Locks, in this order: the write-back turn (async, one write-back at a time), then the metadata
+//! (short, never across an await), then the header (likewise).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures_util::StreamExt;
+use futures_util::stream;
+use parking_lot::Mutex;
+
+use super::format::{CompatibleFeatures, Geometry, Header, IncompatibleFeatures};
+use super::in_flight::Token;
+use super::mapping::DataPlace;
+use super::meta::{LoadedTable, Meta};
+use super::need::{Need, Planned, Stop};
+use super::options::DiscardPolicy;
+use super::quarantine::{Freed, FreedBy};
+use super::write_back::{self, Piece, Refcounting, Step, Undo};
+use crate::block::{BoxFuture, DynLayer};
+use crate::buffer::{Buffer, Hold, Release};
+use crate::storage::Storage;
+use crate::units::{HostCluster, HostOffset, HostRange};
+use crate::{Error, ErrorKind, Result};
+
+/// The hold of a metadata write, as opposed to that of a request.
+const METADATA: u64 = u64::MAX;
+/// How many metadata writes are in flight at once.
+const WRITES_AT_ONCE: usize = 16;
+
+/// A qcow2 image.
+///
+/// Cheap to clone; all clones are one image. Requests may run at the same time from any thread.
+/// Close it with [`close`](Self::close): an image that is only dropped is left as after a crash,
+/// which loses nothing that was flushed but may leave leaks and the dirty bit.
+///
+/// ```ignore
+/// use lacuna::block::{Layer, WriteFlags};
+/// use lacuna::buffer::Buffer;
+/// use lacuna::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, create};
+/// use lacuna::storage::MemoryStorage;
+/// use lacuna::units::GuestOffset;
+///
+/// pollster::block_on(async {
+///     let storage = MemoryStorage::new();
+///     create(&storage, &CreateOptions { size_bytes: 1 << 30, ..Default::default() }).await?;
+///     let image = Image::open(Parts::alone(storage), OpenOptions::new(Access::ReadWrite)).await?;
+///     image.write(GuestOffset(4096), Buffer::from(&[7; 512][..]), WriteFlags::FUA).await.0?;
+///     let (result, bytes) = image.read(GuestOffset(4096), Buffer::new(512)).await;
+///     result?;
+///     assert_eq!(bytes[0], 7);
+///     image.close().await
+/// }).unwrap();
+/// ```
+pub struct Image<S: Storage>(pub(super) Arc<Inner<S>>);
+
+impl<S: Storage> Clone for Image<S> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<S: Storage> std::fmt::Debug for Image<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image").field("header", &self.0.header).finish_non_exhaustive()
+    }
+}
+
+pub(super) struct Inner<S> {
+    pub(super) storage: S,
+    pub(super) data: Option<S>,
+    pub(super) backing: Option<Arc<dyn DynLayer>>,
+    pub(super) header: Mutex<Header>,
+    pub(super) meta: Mutex<Meta>,
+    pub(super) discard: DiscardPolicy,
+    /// One write-back at a time.
+    turn: async_lock::Mutex<()>,
+    /// How many flushes were asked for, and up to which one all is durable.
+    flushes_asked: AtomicU64,
+    flushes_done: AtomicU64,
+    write_backs: AtomicU64,
+}
+
+impl<S: Storage> Release for Inner<S> {
+    fn release(&self, token: u64) {
+        let mut meta = self.meta.lock();
+        match token {
+            METADATA => meta.in_flight.metadata_write_over(),
+            token => meta.end(Token(token)),
+        }
+    }
+}
+
+/// What an image did so far.
+///
+/// ```
+/// let counts = lacuna::qcow2::Counts::default();
+/// assert_eq!(counts.write_backs, 0);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Ordered write-backs of metadata, those of flushes included.
+    pub write_backs: u64,
+    /// Write-backs made only to get at clusters that were freed shortly before, so that the file
+    /// need not grow.
+    pub write_backs_for_reuse: u64,
+}
+
+impl<S: Storage> Image<S> {
+    pub(super) fn from_parts(
+        storage: S,
+        data: Option<S>,
+        backing: Option<Arc<dyn DynLayer>>,
+        header: Header,
+        meta: Meta,
+        discard: DiscardPolicy,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            storage,
+            data,
+            backing,
+            header: Mutex::new(header),
+            meta: Mutex::new(meta),
+            discard,
+            turn: async_lock::Mutex::new(()),
+            flushes_asked: AtomicU64::new(0),
+            flushes_done: AtomicU64::new(0),
+            write_backs: AtomicU64::new(0),
+        }))
+    }
+
+    /// Returns the header as it stands in memory.
+    #[must_use]
+    pub fn header(&self) -> Header {
+        self.0.header.lock().clone()
+    }
+
+    /// Returns the sizes of the image.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        *self.0.meta.lock().geometry()
+    }
+
+    /// Returns the image file.
+    #[must_use]
+    pub fn storage(&self) -> &S {
+        &self.0.storage
+    }
+
+    /// Returns what was counted since the image was opened.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        Counts {
+            write_backs: self.0.write_backs.load(Ordering::Relaxed),
+            write_backs_for_reuse: self.0.meta.lock().refcounts.released_by_search(),
+        }
+    }
+
+    /// Makes everything durable, brings refcounts and bitmaps up to date and clears the dirty
+    /// bit. Requests of other clones that still run fail or finish; nothing is lost, but they may
+    /// leave leaks.
+    ///
+    /// # Errors
+    /// The first failure of a write or flush; the image is then as after a crash.
+    pub async fn close(self) -> Result<()> {
+        if !self.0.meta.lock().writable {
+            return Ok(());
+        }
+        self.write_back(Refcounting::Written).await?;
+        // The first one freed clusters; their refcounts are dirty now.
+        self.write_back(Refcounting::Written).await?;
+        self.store_bitmaps().await?;
+        self.round_up_length().await?;
+        self.clear_dirty_bit().await
+    }
+
+    /// Compressed clusters may leave the file at any length; readers like whole sectors.
+    async fn round_up_length(&self) -> Result<()> {
+        let len = self.0.storage.len().await?;
+        match len % 512 {
+            0 => Ok(()),
+            _ => self.0.storage.set_len(len.next_multiple_of(512)).await,
+        }
+    }
+
+    // ---- planning --------------------------------------------------------------------------
+
+    /// Plans under the lock, and does what planning needs outside of it, until there is a plan.
+    pub(super) async fn plan<T>(
+        &self,
+        mut decide: impl FnMut(&mut Meta) -> Planned<T>,
+    ) -> Result<T> {
+        loop {
+            let planned = decide(&mut self.0.meta.lock());
+            match planned {
+                Ok(plan) => return Ok(plan),
+                Err(Stop::Need(need)) => self.satisfy(need).await?,
+                Err(Stop::Fail(error)) => return Err(error),
+                Err(Stop::Corrupt(error)) => return Err(self.mark_corrupt(error).await),
+            }
+        }
+    }
+
+    /// Boxed, since a write-back plans in turn; this is never the fast path.
+    fn satisfy(&self, need: Need) -> BoxFuture<'_, Result<()>> {
+        match need {
+            Need::DirtyBit => Box::pin(self.set_dirty_bit()),
+            Need::FirstChange => Box::pin(self.mark_bitmaps_in_use()),
+            Need::L2Slice(offset) => Box::pin(self.load_l2_slice(offset)),
+            Need::L2Table(offset) => Box::pin(self.load_l2_table(offset)),
+            Need::RefcountSlice(offset) => Box::pin(self.load_refcount_slice(offset)),
+            Need::Turn(over) => Box::pin(async {
+                over.await;
+                Ok(())
+            }),
+            Need::WriteBack => Box::pin(self.write_back(self.usual_refcounting())),
+        }
+    }
+
+    async fn load_l2_slice(&self, offset: HostOffset) -> Result<()> {
+        let (generation, len) = {
+            let meta = self.0.meta.lock();
+            (meta.l2.generation(), meta.l2.slice_bytes())
+        };
+        let bytes = self.load(offset, len, "L2 table").await?;
+        self.0.meta.lock().l2.insert_loaded(offset, &bytes, generation);
+        Ok(())
+    }
+
+    async fn load_refcount_slice(&self, offset: HostOffset) -> Result<()> {
+        let (generation, len) = {
+            let meta = self.0.meta.lock();
+            (meta.refcounts.blocks.generation(), meta.refcounts.blocks.slice_bytes())
+        };
+        let bytes = self.load(offset, len, "refcount block").await?;
+        self.0.meta.lock().refcounts.blocks.insert_loaded(offset, &bytes, generation);
+        Ok(())
+    }
+
+    async fn load_l2_table(&self, offset: HostOffset) -> Result<()> {
+        let (generation, len) = {
+            let meta = self.0.meta.lock();
+            (meta.l2.generation(), meta.geometry().cluster_bytes())
+        };
+        let bytes = self.load(offset, len, "L2 table").await?.to_vec();
+        self.0.meta.lock().loaded_table = Some(LoadedTable { offset, bytes, generation });
+        Ok(())
+    }
+
+    pub(super) async fn load(&self, offset: HostOffset, len: u64, what: &str) -> Result<Buffer> {
+        let (result, bytes) = self.0.storage.read_at(offset, Buffer::new(len as usize)).await;
+        result.map_err(|error| error.context(format!("Reading {what} at host offset {offset}")))?;
+        Ok(bytes)
+    }
+
+    /// Returns the hold of a request: whoever drops it last ends the request.
+    pub(super) fn hold(&self, token: Token) -> Hold {
+        Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, token.0)
+    }
+
+    /// Returns where guest data lies.
+    pub(super) fn data_storage(&self) -> &S {
+        self.0.data.as_ref().unwrap_or(&self.0.storage)
+    }
+
+    // ---- header bits -----------------------------------------------------------------------
+
+    async fn set_dirty_bit(&self) -> Result<()> {
+        let _turn = self.0.turn.lock().await;
+        if self.0.meta.lock().gate.dirty_bit {
+            self.change_incompatible(|bits| bits.insert(IncompatibleFeatures::DIRTY)).await?;
+            self.0.meta.lock().gate.dirty_bit = false;
+        }
+        Ok(())
+    }
+
+    async fn clear_dirty_bit(&self) -> Result<()> {
+        let is_set =
+            self.0.header.lock().features.incompatible.contains(IncompatibleFeatures::DIRTY);
+        if is_set {
+            self.change_incompatible(|bits| bits.remove(IncompatibleFeatures::DIRTY)).await?;
+        }
+        Ok(())
+    }
+
+    /// Marks an image that contradicts itself (version 3) and allows no more changes. Returns the
+    /// error to report: the contradiction, whether or not it could be marked.
+    pub(super) async fn mark_corrupt(&self, error: Error) -> Error {
+        let writable = {
+            let mut meta = self.0.meta.lock();
+            meta.failed.get_or_insert_with(|| error.clone());
+            meta.writable
+        };
+        if writable && self.geometry().version() == super::format::Version::V3 {
+            let marked =
+                self.change_incompatible(|bits| bits.insert(IncompatibleFeatures::CORRUPT));
+            if let Err(second) = marked.await {
+                return error.context(format!("Could not mark the image corrupt ({second})"));
+            }
+        }
+        error
+    }
+
+    async fn change_incompatible(
+        &self,
+        change: impl FnOnce(&mut IncompatibleFeatures),
+    ) -> Result<()> {
+        let (offset, bytes) = {
+            let mut header = self.0.header.lock();
+            change(&mut header.features.incompatible);
+            header.features.header_update()
+        };
+        self.write_header_field(offset, &bytes).await
+    }
+
+    /// Writes a header field and makes it durable.
+    pub(super) async fn write_header_field(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
+        self.write_piece(Piece { offset, bytes: bytes.to_vec() }).await?;
+        self.0.storage.flush().await
+    }
+
+    // ---- write-back ------------------------------------------------------------------------
+
+    pub(super) fn usual_refcounting(&self) -> Refcounting {
+        let lazy =
+            self.0.header.lock().features.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
+        let crowded = self.0.meta.lock().refcounts.blocks.is_crowded();
+        if lazy && !crowded { Refcounting::Postponed } else { Refcounting::Written }
+    }
+
+    /// Makes everything durable that was acknowledged before. Flushes that arrive while one runs
+    /// share the next one.
+    pub(super) async fn flush_all(&self) -> Result<()> {
+        let mine = self.0.flushes_asked.fetch_add(1, Ordering::SeqCst) + 1;
+        let _turn = self.0.turn.lock().await;
+        if self.0.flushes_done.load(Ordering::SeqCst) >= mine {
+            return Ok(());
+        }
+        let covered = self.0.flushes_asked.load(Ordering::SeqCst);
+        self.write_back_in_turn(self.usual_refcounting()).await?;
+        self.0.flushes_done.fetch_max(covered, Ordering::SeqCst);
+        Ok(())
+    }
+
+    pub(super) async fn write_back(&self, refcounting: Refcounting) -> Result<()> {
+        let _turn = self.0.turn.lock().await;
+        self.write_back_in_turn(refcounting).await
+    }
+
+    async fn write_back_in_turn(&self, refcounting: Refcounting) -> Result<()> {
+        self.wait_for_metadata_writes().await;
+        if let Some(error) = &self.0.meta.lock().failed {
+            return Err(error.clone().context("The image was closed to changes"));
+        }
+        self.0.write_backs.fetch_add(1, Ordering::Relaxed);
+        let planned = write_back::plan(&mut self.0.meta.lock(), refcounting);
+        let work = match planned {
+            Ok(work) => work,
+            Err(error) => return Err(self.mark_corrupt(error).await),
+        };
+        let mut undo = UndoOnDrop { image: self, undo: Some(work.undo) };
+        if let Err(error) = self.execute(work.steps).await {
+            // Nobody knows what is durable now: nothing more may be acknowledged.
+            self.0.meta.lock().failed = Some(error.clone());
+            return Err(error);
+        }
+        let batch = undo.done();
+        self.release(batch).await
+    }
+
+    /// A dropped write-back leaves writes with the driver; nothing may overtake them.
+    async fn wait_for_metadata_writes(&self) {
+        loop {
+            let over = {
+                let meta = self.0.meta.lock();
+                match meta.in_flight.has_metadata_writes() {
+                    false => return,
+                    true => meta.in_flight.wait(),
+                }
+            };
+            over.await;
+        }
+    }
+
+    async fn execute(&self, steps: Vec<Step>) -> Result<()> {
+        for step in steps {
+            match step {
+                Step::Sync => self.0.storage.flush().await?,
+                Step::SyncData => self.data_storage().flush().await?,
+                Step::Write(pieces) => {
+                    let mut writes = stream::iter(pieces)
+                        .map(|piece| self.write_piece(piece))
+                        .buffer_unordered(WRITES_AT_ONCE);
+                    while let Some(result) = writes.next().await {
+                        result?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_piece(&self, piece: Piece) -> Result<()> {
+        let mut buffer = Buffer::from(&piece.bytes[..]);
+        self.0.meta.lock().in_flight.metadata_write_begins();
+        buffer.set_hold(Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, METADATA));
+        let (result, _buffer) = self.0.storage.write_at(piece.offset, buffer).await;
+        result.map_err(|error| error.context(format!("Writing metadata at {}", piece.offset)))
+    }
+
+    /// Takes references off the refcounts whose mapping change is durable, as far as no older
+    /// request is in the way, and gives host space back.
+    async fn release(&self, batch: Vec<Freed>) -> Result<()> {
+        let ready = {
+            let mut meta = self.0.meta.lock();
+            let meta = &mut *meta;
+            meta.quarantine.ready(batch, &meta.in_flight)
+        };
+        if ready.is_empty() {
+            return Ok(());
+        }
+        let mut rest = KeepOnDrop { image: self, ready, done: 0 };
+        self.punch_last_references(&rest.ready).await?;
+        while let Some(freed) = rest.ready.get(rest.done) {
+            let cluster = freed.cluster;
+            self.plan(|meta| meta.drop_reference(cluster)).await?;
+            rest.done += 1;
+        }
+        Ok(())
+    }
+
+    async fn punch_last_references(&self, ready: &[Freed]) -> Result<()> {
+        if !ready.iter().any(|freed| self.gives_back(freed.by)) {
+            return Ok(());
+        }
+        let mut runs: Vec<HostRange> = Vec::new();
+        let cluster_bytes = self.geometry().cluster_bytes();
+        for group in ready.chunk_by(|a, b| a.cluster == b.cluster) {
+            let cluster = group[0].cluster;
+            let refcount = self.plan(|meta| meta.refcounts.read(cluster)).await?;
+            if refcount != group.len() as u64 || !group.iter().all(|it| self.gives_back(it.by)) {
+                continue;
+            }
+            let start = HostOffset(cluster.0 * cluster_bytes);
+            match runs.last_mut() {
+                Some(last) if last.end() == start => last.len += cluster_bytes,
+                _ => runs.push(HostRange::new(start, cluster_bytes)),
+            }
+        }
+        for run in runs {
+            match self.0.storage.punch_hole_at(run, Hold::none()).await {
+                // The map says what the guest reads; the space is only a wish (D.1-6).
+                Err(error) if error.kind() != ErrorKind::Unsupported => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn gives_back(&self, by: FreedBy) -> bool {
+        match by {
+            FreedBy::CopyOnWrite => false,
+            FreedBy::Guest => self.0.discard.guest,
+            FreedBy::Table => self.0.discard.tables,
+        }
+    }
+
+    pub(super) fn place(&self) -> DataPlace {
+        match self.0.data {
+            Some(_) => DataPlace::External,
+            None => DataPlace::ImageFile,
+        }
+    }
+}
+
+/// Puts everything back as dirty when a write-back is dropped or fails half-way.
+struct UndoOnDrop<'a, S: Storage> {
+    image: &'a Image<S>,
+    undo: Option<Undo>,
+}
+
+impl<S: Storage> UndoOnDrop<'_, S> {
+    /// Everything is in storage. Returns the references that can go now.
+    fn done(&mut self) -> Vec<Freed> {
+        let mut meta = self.image.0.meta.lock();
+        meta.l2.written();
+        meta.refcounts.blocks.written();
+        self.undo.take().map(|undo| undo.batch).unwrap_or_default()
+    }
+}
+
+impl<S: Storage> Drop for UndoOnDrop<'_, S> {
+    fn drop(&mut self) {
+        if let Some(undo) = self.undo.take() {
+            undo.apply(&mut self.image.0.meta.lock());
+        }
+    }
+}
+
+/// Keeps the references that were not yet taken off when a release is dropped half-way.
+struct KeepOnDrop<'a, S: Storage> {
+    image: &'a Image<S>,
+    ready: Vec<Freed>,
+    done: usize,
+}
+
+impl<S: Storage> Drop for KeepOnDrop<'_, S> {
+    fn drop(&mut self) {
+        let rest = self.ready.split_off(self.done);
+        self.image.0.meta.lock().quarantine.keep(rest);
+    }
+}
+
+impl Meta {
+    /// Takes one reference off a cluster that no durable mapping shows any more.
+    fn drop_reference(&mut self, cluster: HostCluster) -> Planned<()> {
+        let left = self.refcounts.decrease(cluster, 1)?;
+        self.quarantine.released(cluster);
+        if left == 0 {
+            let offset = self.geometry().host_offset(cluster);
+            self.l2.forget(offset);
+            self.refcounts.blocks.forget(offset);
+            self.structures.remove_cluster(cluster);
+        }
+        Ok(())
+    }
+}
+
+impl<S: Storage> Image<S> {
+    async fn store_bitmaps(&self) -> Result<()> {
+        Ok(())
+    }
+    async fn mark_bitmaps_in_use(&self) -> Result<()> {
+        Ok(())
+    }
+}

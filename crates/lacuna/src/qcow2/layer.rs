@@ -1,0 +1,45 @@
+//! The image as a guest disk.
+
+use super::image::Image;
+use crate::Result;
+use crate::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use crate::buffer::Buffer;
+use crate::storage::{Storage, Transfer};
+use crate::units::{GuestOffset, GuestRange};
+
+impl<S: Storage> Layer for Image<S> {
+    fn size_bytes(&self) -> u64 {
+        self.size()
+    }
+
+    fn is_read_only(&self) -> bool {
+        !self.0.meta.lock().writable
+    }
+
+    async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        self.read_guest(offset, buffer).await
+    }
+
+    async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
+        self.write_guest(offset, buffer, flags).await
+    }
+
+    async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+        self.zero_guest(range, flags).await
+    }
+
+    async fn discard(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
+        self.discard_guest(range, mode).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        if self.is_read_only() {
+            return Ok(());
+        }
+        self.flush_all().await
+    }
+
+    async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
+        self.extents_of(range).await
+    }
+}

@@ -1,0 +1,415 @@
+//! All metadata of an open image that changes, behind one short lock.
+//!
+//! * Always: a function here finishes or changes nothing that counts; it never waits. What is
+//!   missing is named as a [`Need`], satisfied outside the lock, and the function called again.
+//! * Always: memory is ahead of storage; only a write-back brings storage after, in order.
+
+use std::collections::BTreeSet;
+
+use smallvec::SmallVec;
+
+use super::format::{CompressedRun, Geometry, L1Entry, L2Entry, SubclusterBitmap, Version};
+use super::in_flight::{InFlight, Token};
+use super::mapping::{DataPlace, Decoder, Mapping};
+use super::need::{Need, Planned, Stop};
+use super::overlap::{Structure, Structures};
+use super::quarantine::{Freed, FreedBy, Quarantine};
+use super::refcounts::Refcounts;
+use super::table_cache::TableCache;
+use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
+use crate::{Error, ErrorKind, Result};
+
+/// The active L1 table, whole in memory.
+#[derive(Debug)]
+pub(super) struct L1Table {
+    pub(super) entries: Vec<L1Entry>,
+    pub(super) offset: HostOffset,
+    /// Entries that storage does not have yet.
+    pub(super) dirty: BTreeSet<usize>,
+    /// The table lies at a new place that the header does not name yet.
+    pub(super) moved: bool,
+    /// The old table, to be freed by the write-back that switches.
+    pub(super) replaced: Option<HostRange>,
+}
+
+impl L1Table {
+    pub(super) fn new(entries: Vec<L1Entry>, offset: HostOffset) -> Self {
+        Self { entries, offset, dirty: BTreeSet::new(), moved: false, replaced: None }
+    }
+
+    pub(super) fn set(&mut self, index: usize, entry: L1Entry) {
+        self.entries[index] = entry;
+        self.dirty.insert(index);
+    }
+
+    /// Returns where the table lies.
+    pub(super) fn range(&self) -> HostRange {
+        HostRange::new(self.offset, self.entries.len() as u64 * 8)
+    }
+}
+
+/// What must be made durable before the first change of an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Gate {
+    /// Enabled bitmaps are not yet marked in use.
+    pub(super) bitmaps: bool,
+    /// Refcounts are postponed and the dirty bit is not yet set.
+    pub(super) dirty_bit: bool,
+}
+
+/// A table read whole, for a copy.
+#[derive(Debug)]
+pub(super) struct LoadedTable {
+    pub(super) offset: HostOffset,
+    pub(super) bytes: Vec<u8>,
+    pub(super) generation: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Meta {
+    pub(super) decoder: Decoder,
+    pub(super) size_bytes: u64,
+    pub(super) has_backing: bool,
+    pub(super) writable: bool,
+    pub(super) l1: L1Table,
+    pub(super) l2: TableCache,
+    pub(super) refcounts: Refcounts,
+    pub(super) quarantine: Quarantine,
+    pub(super) in_flight: InFlight,
+    pub(super) structures: Structures,
+    pub(super) gate: Gate,
+    /// The size in the header is not yet this one.
+    pub(super) size_dirty: bool,
+    /// Guest bytes were written that entries in memory point to, and not synced since.
+    pub(super) needs_data_sync: bool,
+    /// Nothing was ever written at or beyond this offset: it reads as zeros.
+    pub(super) zero_from: HostOffset,
+    pub(super) loaded_table: Option<LoadedTable>,
+    /// The file is being cut: changes wait.
+    pub(super) paused: bool,
+    /// Why nothing more may be changed.
+    pub(super) failed: Option<Error>,
+}
+
+/// A run of guest bytes with one mapping.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Run {
+    pub(super) mapping: Mapping,
+    pub(super) len: u64,
+}
+
+/// Where the entry of a guest byte lies.
+#[derive(Clone, Copy, Debug)]
+struct EntryPlace {
+    slice: HostOffset,
+    at: usize,
+}
+
+impl Meta {
+    pub(super) const fn geometry(&self) -> &Geometry {
+        &self.decoder.geometry
+    }
+
+    /// Refuses what reaches past the end of the disk.
+    pub(super) fn check_bounds(&self, range: GuestRange) -> Result<()> {
+        match range.start.checked_add(range.len) {
+            Some(end) if end.0 <= self.size_bytes => Ok(()),
+            _ => Err(Error::new(
+                ErrorKind::OutOfBounds,
+                format!(
+                    "{} bytes at {} pass the end of the disk at {:#x}",
+                    range.len, range.start, self.size_bytes
+                ),
+            )),
+        }
+    }
+
+    /// Refuses changes where there may be none, and asks for what must come before the first.
+    pub(super) fn before_change(&self) -> Planned<()> {
+        if let Some(error) = &self.failed {
+            return Err(Stop::Fail(error.clone().context("The image was closed to changes")));
+        }
+        if !self.writable {
+            return Err(Stop::Fail(Error::new(
+                ErrorKind::ReadOnly,
+                "The image was opened read-only",
+            )));
+        }
+        if self.paused {
+            return Err(Need::Turn(self.in_flight.wait()).into());
+        }
+        if self.gate.bitmaps {
+            return Err(Need::FirstChange.into());
+        }
+        if self.l2.is_crowded() || self.refcounts.blocks.is_crowded() {
+            return Err(Need::WriteBack.into());
+        }
+        Ok(())
+    }
+
+    // ---- reading the map -------------------------------------------------------------------
+
+    /// Returns the L2 table for a guest byte, unless there is none.
+    pub(super) fn table(&self, guest: GuestOffset) -> Planned<Option<HostOffset>> {
+        let index = self.geometry().l1_index(guest) as usize;
+        let entry = self.l1.entries.get(index).copied().unwrap_or_default();
+        match entry.table() {
+            Some(table) if !self.geometry().is_aligned(table.0) => {
+                Err(Stop::Corrupt(Error::corrupt(format!(
+                    "L2 table offset {table} (L1 index {index}) is not a multiple of the cluster size"
+                ))))
+            }
+            Some(table) if self.writable && table >= self.zero_from => {
+                Err(Stop::Corrupt(Error::corrupt(format!(
+                    "L2 table offset {table} (L1 index {index}) lies beyond the end of the file at {}",
+                    self.zero_from
+                ))))
+            }
+            table => Ok(table),
+        }
+    }
+
+    fn place(&self, table: HostOffset, guest: GuestOffset) -> EntryPlace {
+        let width = self.geometry().entry_width().bytes();
+        let offset = table + self.geometry().l2_index(guest) * width;
+        let slice = self.l2.slice_of(offset);
+        EntryPlace { slice, at: (offset - slice) as usize }
+    }
+
+    /// Returns the entry of a guest byte; nothing where there is no table.
+    pub(super) fn entry(&mut self, guest: GuestOffset) -> Planned<Option<L2Entry>> {
+        let Some(table) = self.table(guest)? else { return Ok(None) };
+        let place = self.place(table, guest);
+        let extended = self.geometry().has_subclusters();
+        let Some(bytes) = self.l2.read(place.slice) else {
+            return Err(Need::L2Slice(place.slice).into());
+        };
+        let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        let subclusters = if extended { word(place.at + 8) } else { 0 };
+        Ok(Some(L2Entry { word: word(place.at), subclusters: SubclusterBitmap(subclusters) }))
+    }
+
+    /// Returns what is known of the byte at `guest` and how far that reaches, at most to the end
+    /// of the cluster (of the L2 table's coverage, where there is no table).
+    fn mapping(&mut self, guest: GuestOffset) -> Planned<Run> {
+        match self.entry(guest)? {
+            Some(entry) => {
+                let (mapping, len) = self.decoder.decode(entry, guest).map_err(Stop::Corrupt)?;
+                self.check_end(mapping, guest)?;
+                Ok(Run { mapping, len })
+            }
+            None => {
+                let coverage = self.geometry().l2_coverage_bytes();
+                let len = coverage - guest.0 % coverage;
+                Ok(Run { mapping: Mapping::Unallocated { reserved: None }, len })
+            }
+        }
+    }
+
+    /// A cluster beyond everything ever written was lost with the file's end. A reader gets zeros
+    /// there as from QEMU; a writer must not go on (D.1-46).
+    fn check_end(&self, mapping: Mapping, guest: GuestOffset) -> Planned<()> {
+        match mapping {
+            Mapping::Data { host, .. }
+                if self.writable
+                    && self.decoder.place == DataPlace::ImageFile
+                    && host >= self.zero_from =>
+            {
+                Err(Stop::Corrupt(Error::corrupt(format!(
+                    "Guest offset {guest} is mapped to host offset {host}, beyond the end of the file at {}",
+                    self.zero_from
+                ))))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the longest run of one mapping at the start of `range` that needs no further load.
+    pub(super) fn run(&mut self, range: GuestRange) -> Planned<Run> {
+        let mut run = self.mapping(range.start)?;
+        while run.len < range.len {
+            match self.mapping(range.start + run.len) {
+                Ok(next) if run.mapping.is_continued_by(next.mapping, run.len) => {
+                    run.len += next.len;
+                }
+                _ => break,
+            }
+        }
+        run.len = run.len.min(range.len);
+        Ok(run)
+    }
+
+    // ---- changing the map ------------------------------------------------------------------
+
+    /// Says whether the L2 table for a guest byte may be changed where it lies.
+    pub(super) fn owns_table(&self, guest: GuestOffset) -> bool {
+        let index = self.geometry().l1_index(guest) as usize;
+        self.l1.entries.get(index).is_some_and(|entry| entry.is_copied())
+    }
+
+    /// Sees to it that there is an L2 table for the guest byte that nothing else references.
+    pub(super) fn own_table(&mut self, guest: GuestOffset) -> Planned<()> {
+        match self.table(guest)? {
+            None => self.make_table(guest),
+            Some(_) if self.owns_table(guest) => Ok(()),
+            Some(table) => self.copy_table(guest, table),
+        }
+    }
+
+    fn make_table(&mut self, guest: GuestOffset) -> Planned<()> {
+        let new = self.allocate(1)?;
+        self.l2.make_fresh(new);
+        self.install_table(guest, new);
+        Ok(())
+    }
+
+    /// Copies a table that a snapshot shares. The data clusters keep their refcounts: each path
+    /// from an L1 table was counted when the snapshot was made.
+    fn copy_table(&mut self, guest: GuestOffset, old: HostOffset) -> Planned<()> {
+        let generation = self.l2.generation();
+        let loaded = self.loaded_table.as_ref();
+        if loaded.is_none_or(|it| it.offset != old || it.generation != generation) {
+            return Err(Need::L2Table(old).into());
+        }
+        self.refcounts.read(self.geometry().host_cluster(old))?;
+        let new = self.allocate(1)?;
+        let Some(loaded) = self.loaded_table.take() else { return Err(Need::L2Table(old).into()) };
+        self.l2.make_fresh(new);
+        let slice_bytes = self.l2.slice_bytes();
+        for (index, stored) in loaded.bytes.chunks(slice_bytes as usize).enumerate() {
+            let at = index as u64 * slice_bytes;
+            // What is cached is newer than what was read.
+            let bytes = self.l2.read(old + at).map_or_else(|| stored.to_vec(), <[u8]>::to_vec);
+            if let Some(target) = self.l2.change(new + at) {
+                target.copy_from_slice(&bytes);
+            }
+        }
+        self.install_table(guest, new);
+        self.free(self.geometry().host_cluster(old), FreedBy::Table)
+    }
+
+    fn install_table(&mut self, guest: GuestOffset, table: HostOffset) {
+        let index = self.geometry().l1_index(guest) as usize;
+        self.l1.set(index, L1Entry::new(table));
+        let range = HostRange::new(table, self.geometry().cluster_bytes());
+        self.structures.add(range, Structure::ActiveL2);
+    }
+
+    /// Replaces the entry of a guest byte whose table is owned and whose slice was just read.
+    pub(super) fn set_entry(&mut self, guest: GuestOffset, entry: L2Entry) -> Planned<()> {
+        let Some(table) = self.table(guest)? else {
+            return Err(Stop::Fail(Error::corrupt(format!(
+                "No L2 table for guest offset {guest}"
+            ))));
+        };
+        let place = self.place(table, guest);
+        let extended = self.geometry().has_subclusters();
+        let Some(bytes) = self.l2.change(place.slice) else {
+            return Err(Need::L2Slice(place.slice).into());
+        };
+        bytes[place.at..place.at + 8].copy_from_slice(&entry.word.to_be_bytes());
+        if extended {
+            let word = entry.subclusters.0.to_be_bytes();
+            bytes[place.at + 8..place.at + 16].copy_from_slice(&word);
+        }
+        Ok(())
+    }
+
+    // ---- host clusters ---------------------------------------------------------------------
+
+    /// Hands out one run of clusters; whoever links it or not, it counts as used from here on.
+    pub(super) fn allocate(&mut self, count: u64) -> Planned<HostOffset> {
+        if self.gate.dirty_bit {
+            return Err(Need::DirtyBit.into());
+        }
+        let start = self.refcounts.allocate(count, &self.quarantine)?.start;
+        self.note_allocated(HostRange::new(start, count * self.geometry().cluster_bytes()))?;
+        Ok(start)
+    }
+
+    /// Hands out bytes for a compressed cluster.
+    pub(super) fn allocate_bytes(&mut self, len: u64) -> Planned<HostOffset> {
+        if self.gate.dirty_bit {
+            return Err(Need::DirtyBit.into());
+        }
+        let limit = CompressedRun::offset_limit(self.geometry());
+        let start = self.refcounts.allocate_bytes(len, limit, &self.quarantine)?;
+        self.note_allocated(HostRange::new(start, len))?;
+        Ok(start)
+    }
+
+    /// Checks a run that was handed out and takes note of the metadata made for it.
+    pub(super) fn note_allocated(&mut self, range: HostRange) -> Planned<()> {
+        for (range, structure) in self.refcounts.take_new_metadata() {
+            self.structures.add(range, structure);
+            self.zero_from = self.zero_from.max(range.end());
+        }
+        if range.start.0 == 0 {
+            return Err(Stop::Corrupt(Error::corrupt(
+                "The header's cluster has refcount 0: refcounts cannot be trusted, run check",
+            )));
+        }
+        self.structures.check(range, None).map_err(Stop::Corrupt)?;
+        let end = range.end().0.next_multiple_of(self.geometry().cluster_bytes());
+        self.zero_from = self.zero_from.max(HostOffset(end));
+        Ok(())
+    }
+
+    /// Returns the host clusters that an entry references.
+    pub(super) fn references(&self, entry: L2Entry) -> SmallVec<[HostCluster; 2]> {
+        if self.decoder.place == DataPlace::External {
+            return SmallVec::new();
+        }
+        if let Some(run) = entry.compressed_run(self.geometry()) {
+            let range = run.range();
+            let first = self.geometry().host_cluster(range.start).0;
+            let last = self.geometry().host_cluster(HostOffset(range.end().0 - 1)).0;
+            return (first..=last).map(HostCluster).collect();
+        }
+        entry.host().map(|host| self.geometry().host_cluster(host)).into_iter().collect()
+    }
+
+    /// Has the refcounts at hand of all that an entry references, so that freeing cannot stop.
+    pub(super) fn prepare_free(&mut self, entry: L2Entry) -> Planned<()> {
+        for cluster in self.references(entry) {
+            self.refcounts.read(cluster)?;
+        }
+        Ok(())
+    }
+
+    /// Drops the references of an entry that was just replaced.
+    pub(super) fn free_entry(&mut self, entry: L2Entry, by: FreedBy) -> Planned<()> {
+        for cluster in self.references(entry) {
+            self.free(cluster, by)?;
+        }
+        Ok(())
+    }
+
+    /// Drops one reference of a cluster, once the mapping change that goes with it is durable.
+    pub(super) fn free(&mut self, cluster: HostCluster, by: FreedBy) -> Planned<()> {
+        let refcount = self.refcounts.read(cluster)?;
+        let at = self.in_flight.moment();
+        if self.quarantine.push(Freed { cluster, by, at }, refcount) {
+            self.refcounts.lower_cursors(cluster);
+        }
+        Ok(())
+    }
+
+    /// Ends a request; what it had reserved and never linked is freed again.
+    pub(super) fn end(&mut self, token: Token) {
+        for range in self.in_flight.end(token) {
+            let first = self.geometry().host_cluster(range.start).0;
+            let last = self.geometry().host_cluster(HostOffset(range.end().0 - 1)).0;
+            for cluster in first..=last {
+                let at = self.in_flight.moment();
+                let freed = Freed { cluster: HostCluster(cluster), by: FreedBy::CopyOnWrite, at };
+                self.quarantine.push(freed, 1);
+            }
+        }
+    }
+
+    /// Says whether zero flags exist (version 3; 001-5).
+    pub(super) const fn has_zero_flag(&self) -> bool {
+        matches!(self.geometry().version(), Version::V3)
+    }
+}

@@ -1,0 +1,210 @@
+//! Opening an image: everything the header claims is checked before it is believed.
+
+use super::format::{AutoclearFeatures, CompatibleFeatures, Header, IncompatibleFeatures, L1Entry};
+use super::image::Image;
+use super::in_flight::InFlight;
+use super::mapping::{DataPlace, Decoder};
+use super::meta::{Gate, L1Table, Meta};
+use super::options::{Access, OpenOptions, Parts};
+use super::overlap::{Structure, Structures};
+use super::quarantine::Quarantine;
+use super::refcounts::Refcounts;
+use super::table_cache::TableCache;
+use crate::buffer::Buffer;
+use crate::storage::Storage;
+use crate::units::{HostOffset, HostRange};
+use crate::{Error, ErrorKind, Result};
+
+/// Enough of the file to learn the cluster size.
+const PEEK_BYTES: u64 = 512;
+
+impl<S: Storage> Image<S> {
+    /// Opens an image whose parts the caller opened.
+    ///
+    /// For writing, a dirty image is repaired first, autoclear bits that are not maintained here
+    /// are cleared, and all of that is durable before the call returns. Opened read-only, nothing
+    /// is written.
+    ///
+    /// # Errors
+    /// `Corrupt` or `Unsupported` where the header or a table location is not one this engine can
+    /// work with; `InvalidRequest` where a part is missing that the header names; `ReadOnly`
+    /// where the storage cannot be written.
+    pub async fn open(parts: Parts<S>, options: OpenOptions) -> Result<Self> {
+        let mut header = read_header(&parts.storage).await?;
+        check_parts(&header, &parts)?;
+        let writable = options.access == Access::ReadWrite;
+        if writable {
+            prepare_for_writing(&parts.storage, &mut header).await?;
+        }
+        let meta = load_meta(&parts, &header, &options).await?;
+        Ok(Self::from_parts(
+            parts.storage,
+            parts.data,
+            parts.backing,
+            header,
+            meta,
+            options.discard,
+        ))
+    }
+}
+
+/// Reads and checks the header of the image in `storage`.
+///
+/// # Errors
+/// `Corrupt` or `Unsupported` with the field that is wrong and what would be right.
+///
+/// ```ignore
+/// use lacuna::qcow2::{CreateOptions, create, read_header};
+/// use lacuna::storage::MemoryStorage;
+/// let storage = MemoryStorage::new();
+/// pollster::block_on(create(&storage, &CreateOptions { size_bytes: 512, ..Default::default() }))?;
+/// assert_eq!(pollster::block_on(read_header(&storage))?.size_bytes, 512);
+/// # Ok::<_, lacuna::Error>(())
+/// ```
+pub async fn read_header<S: Storage>(storage: &S) -> Result<Header> {
+    let file_bytes = storage.len().await?;
+    let peek = read(storage, HostOffset(0), PEEK_BYTES.min(file_bytes)).await?;
+    let cluster_bytes = Header::peek_cluster_bytes(&peek)?;
+    let bytes = read(storage, HostOffset(0), cluster_bytes.min(file_bytes)).await?;
+    Header::decode(&bytes)
+}
+
+async fn read<S: Storage>(storage: &S, offset: HostOffset, len: u64) -> Result<Buffer> {
+    let (result, bytes) = storage.read_at(offset, Buffer::new(len as usize)).await;
+    result.map(|()| bytes)
+}
+
+fn check_parts<S>(header: &Header, parts: &Parts<S>) -> Result<()> {
+    if let Some(kind) = header.encryption() {
+        return Err(Error::unsupported(format!(
+            "The image is encrypted ({kind:?}); encrypted images can be described but not opened"
+        )));
+    }
+    match (header.has_external_data_file(), parts.data.is_some()) {
+        (true, false) => {
+            return Err(Error::invalid(
+                "The image keeps its data in an external file, which was not given",
+            ));
+        }
+        (false, true) => {
+            return Err(Error::invalid("A data file was given, but the image has none"));
+        }
+        _ => {}
+    }
+    if header.backing_name.is_some() && parts.backing.is_none() {
+        return Err(Error::invalid("The image has a backing file, which was not given"));
+    }
+    Ok(())
+}
+
+/// Refuses what must not be written, repairs what may be, and clears foreign autoclear bits.
+async fn prepare_for_writing<S: Storage>(storage: &S, header: &mut Header) -> Result<()> {
+    if !storage.capabilities().writable {
+        return Err(Error::new(ErrorKind::ReadOnly, "The image file was opened read-only"));
+    }
+    if header.features.incompatible.contains(IncompatibleFeatures::CORRUPT) {
+        return Err(Error::corrupt(
+            "The image is marked corrupt: open it read-only, or repair it with check -r all",
+        ));
+    }
+    if header.features.incompatible.contains(IncompatibleFeatures::DIRTY) {
+        super::repair_dirty(storage).await?;
+        *header = read_header(storage).await?;
+    }
+    let known = AutoclearFeatures::BITMAPS | AutoclearFeatures::RAW_EXTERNAL_DATA;
+    let kept = header.features.autoclear & known;
+    if kept != header.features.autoclear {
+        header.features.autoclear = kept;
+        let (offset, bytes) = header.features.header_update();
+        storage.write_at(offset, Buffer::from(&bytes[..])).await.0?;
+        storage.flush().await?;
+    }
+    Ok(())
+}
+
+async fn load_meta<S: Storage>(
+    parts: &Parts<S>,
+    header: &Header,
+    options: &OpenOptions,
+) -> Result<Meta> {
+    let geometry = header.geometry;
+    let file_bytes = parts.storage.len().await?;
+    let l1_range = HostRange::new(header.l1.offset, u64::from(header.l1.entries) * 8);
+    let l1 = words(&parts.storage, l1_range).await?;
+    let l1: Vec<L1Entry> = l1.into_iter().map(L1Entry).collect();
+    let writable = options.access == Access::ReadWrite;
+    let table_bytes = match writable {
+        true => u64::from(header.refcount_table.clusters) * geometry.cluster_bytes(),
+        false => 0,
+    };
+    let table =
+        words(&parts.storage, HostRange::new(header.refcount_table.offset, table_bytes)).await?;
+    let structures = match writable {
+        true => structures(&parts.storage, header, &l1, &table).await?,
+        false => Structures::new(geometry.cluster_bits()),
+    };
+    let place = if parts.data.is_some() { DataPlace::External } else { DataPlace::ImageFile };
+    let lazy = header.features.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
+    Ok(Meta {
+        decoder: Decoder { geometry, place },
+        size_bytes: header.size_bytes / 512 * 512,
+        has_backing: parts.backing.is_some(),
+        writable,
+        l1: L1Table::new(l1, header.l1.offset),
+        l2: TableCache::new(geometry.cluster_bytes(), options.cache_bytes),
+        refcounts: Refcounts::new(
+            geometry,
+            table,
+            header.refcount_table.offset,
+            file_bytes,
+            options.cache_bytes / 4,
+            options.placement,
+        ),
+        quarantine: Quarantine::default(),
+        in_flight: InFlight::default(),
+        structures,
+        gate: Gate { bitmaps: false, dirty_bit: writable && lazy },
+        size_dirty: false,
+        needs_data_sync: false,
+        zero_from: HostOffset(file_bytes.next_multiple_of(geometry.cluster_bytes())),
+        loaded_table: None,
+        paused: false,
+        failed: None,
+    })
+}
+
+/// Reads a table of big-endian words; the header was checked against the format's limits, so the
+/// size is bounded.
+async fn words<S: Storage>(storage: &S, range: HostRange) -> Result<Vec<u64>> {
+    let bytes = read(storage, range.start, range.len).await?;
+    let (words, _) = bytes.as_chunks::<8>();
+    Ok(words.iter().map(|word| u64::from_be_bytes(*word)).collect())
+}
+
+/// Finds where the metadata lies that no write may hit.
+async fn structures<S: Storage>(
+    storage: &S,
+    header: &Header,
+    l1: &[L1Entry],
+    table: &[u64],
+) -> Result<Structures> {
+    let geometry = &header.geometry;
+    let cluster_bytes = geometry.cluster_bytes();
+    let mut all = Structures::new(geometry.cluster_bits());
+    all.add(HostRange::new(HostOffset(0), cluster_bytes), Structure::Header);
+    all.add(HostRange::new(header.l1.offset, l1.len() as u64 * 8), Structure::ActiveL1);
+    let table_bytes = table.len() as u64 * 8;
+    all.add(HostRange::new(header.refcount_table.offset, table_bytes), Structure::RefcountTable);
+    for table in l1.iter().filter_map(|entry| entry.table()) {
+        all.add(HostRange::new(table, cluster_bytes), Structure::ActiveL2);
+    }
+    for block in table.iter().map(|entry| entry & !0x1ff).filter(|block| *block != 0) {
+        all.add(HostRange::new(HostOffset(block), cluster_bytes), Structure::RefcountBlock);
+    }
+    if let Some(bitmaps) = header.valid_bitmaps() {
+        let range = HostRange::new(bitmaps.directory_offset, bitmaps.directory_bytes);
+        all.add(range, Structure::BitmapDirectory);
+    }
+    super::snapshots::add_structures(storage, header, &mut all).await?;
+    Ok(all)
+}

@@ -1,0 +1,110 @@
+//! Where the metadata lies, so that no write hits it by mistake (B.12, QEMU's `cached` set).
+//!
+//! Known: header, active L1 table, refcount table and blocks, snapshot table, bitmap directory,
+//! active L2 tables, L1 tables of snapshots. L2 tables of snapshots are not (they would have to
+//! be read).
+
+use crate::units::{HostCluster, HostRange};
+use crate::{Error, Result};
+
+type Map<V> = std::collections::HashMap<u64, V, foldhash::fast::RandomState>;
+
+/// A kind of metadata.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Structure {
+    ActiveL1,
+    ActiveL2,
+    BitmapDirectory,
+    Header,
+    InactiveL1,
+    RefcountBlock,
+    RefcountTable,
+    SnapshotTable,
+}
+
+impl Structure {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::ActiveL1 => "the active L1 table",
+            Self::ActiveL2 => "an active L2 table",
+            Self::BitmapDirectory => "the bitmap directory",
+            Self::Header => "the header",
+            Self::InactiveL1 => "a snapshot's L1 table",
+            Self::RefcountBlock => "a refcount block",
+            Self::RefcountTable => "the refcount table",
+            Self::SnapshotTable => "the snapshot table",
+        }
+    }
+}
+
+/// Which cluster holds which metadata.
+#[derive(Debug)]
+pub(super) struct Structures {
+    cluster_bits: u32,
+    by_cluster: Map<Structure>,
+}
+
+impl Structures {
+    pub(super) fn new(cluster_bits: u32) -> Self {
+        Self { cluster_bits, by_cluster: Map::default() }
+    }
+
+    fn clusters(&self, range: HostRange) -> std::ops::Range<u64> {
+        let end = range.start.0.saturating_add(range.len);
+        range.start.0 >> self.cluster_bits..end.div_ceil(1 << self.cluster_bits)
+    }
+
+    pub(super) fn add(&mut self, range: HostRange, structure: Structure) {
+        for cluster in self.clusters(range) {
+            self.by_cluster.entry(cluster).or_insert(structure);
+        }
+    }
+
+    pub(super) fn remove(&mut self, range: HostRange) {
+        for cluster in self.clusters(range) {
+            self.by_cluster.remove(&cluster);
+        }
+    }
+
+    pub(super) fn remove_cluster(&mut self, cluster: HostCluster) {
+        self.by_cluster.remove(&cluster.0);
+    }
+
+    /// Refuses a write that touches metadata other than `own` (`None`: guest data).
+    pub(super) fn check(&self, range: HostRange, own: Option<Structure>) -> Result<()> {
+        for cluster in self.clusters(range) {
+            match self.by_cluster.get(&cluster) {
+                Some(found) if Some(*found) != own => return Err(overlap(range, *found)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn overlap(range: HostRange, found: Structure) -> Error {
+    Error::corrupt(format!(
+        "A write of {} bytes at host offset {} would overwrite {}; the image is damaged, run check",
+        range.len,
+        range.start,
+        found.name()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::HostOffset;
+
+    #[test]
+    fn a_write_may_touch_its_own_kind_of_metadata_only() {
+        let mut structures = Structures::new(16);
+        structures.add(HostRange::new(HostOffset(0x30000), 8), Structure::ActiveL1);
+        let inside = HostRange::new(HostOffset(0x2ffff), 2);
+        assert!(structures.check(inside, None).is_err());
+        assert!(structures.check(inside, Some(Structure::ActiveL1)).is_ok());
+        assert!(structures.check(HostRange::new(HostOffset(0x20000), 0x10000), None).is_ok());
+        structures.remove(HostRange::new(HostOffset(0x30000), 8));
+        assert!(structures.check(inside, None).is_ok());
+    }
+}

@@ -1,0 +1,217 @@
+//! Reading guest bytes, and learning about them without reading.
+
+use std::sync::Arc;
+
+use super::codec;
+use super::format::CompressedRun;
+use super::image::Image;
+use super::in_flight::{Token, Touch};
+use super::mapping::Mapping;
+use super::meta::Run;
+use crate::block::{AllocationDepth, DynLayer, Extent, ExtentBuilder, ExtentStatus};
+use crate::buffer::Buffer;
+use crate::storage::{Storage, Transfer};
+use crate::units::{GuestOffset, GuestRange};
+use crate::{Error, Result};
+
+/// How many extents one answer holds at most, so that its memory stays bounded.
+const EXTENTS_AT_ONCE: usize = 4096;
+
+impl<S: Storage> Image<S> {
+    /// Enters a read that lies within the disk.
+    fn begin_read(&self, range: GuestRange) -> Result<Token> {
+        let mut meta = self.0.meta.lock();
+        meta.check_bounds(range)?;
+        meta.in_flight
+            .begin(Touch::Read, range)
+            .map_err(|_| Error::invalid("A read had to wait, which no read ever has to"))
+    }
+
+    pub(super) async fn read_guest(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        let range = GuestRange::new(offset, buffer.len() as u64);
+        match self.begin_read(range) {
+            Ok(token) => {
+                let _hold = self.hold(token);
+                self.read_mapped(offset, buffer).await
+            }
+            Err(error) => (Err(error), buffer),
+        }
+    }
+
+    /// Fills the buffer by the map; the caller keeps the mapped clusters from being reused.
+    pub(super) async fn read_mapped(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        let mut rest = buffer;
+        let mut done: Option<Buffer> = None;
+        let mut at = offset;
+        loop {
+            let range = GuestRange::new(at, rest.len() as u64);
+            if range.is_empty() {
+                return (Ok(()), join(done, rest));
+            }
+            let run = match self.plan(|meta| meta.run(range)).await {
+                Ok(run) => run,
+                Err(error) => return (Err(error), join(done, rest)),
+            };
+            if run.len == range.len {
+                let (result, last) = self.fill(run, at, rest).await;
+                return (result, join(done, last));
+            }
+            let behind = rest.split_off(run.len as usize);
+            let (result, part) = self.fill(run, at, rest).await;
+            done = Some(join(done, part));
+            rest = behind;
+            at = at + run.len;
+            if let Err(error) = result {
+                return (Err(error), join(done, rest));
+            }
+        }
+    }
+
+    async fn fill(&self, run: Run, at: GuestOffset, mut buffer: Buffer) -> Transfer {
+        match run.mapping {
+            Mapping::Data { host, .. } => self.data_storage().read_at(host, buffer).await,
+            Mapping::Unallocated { .. } => self.read_below(at, buffer).await,
+            Mapping::Zero { .. } => {
+                buffer.fill(0);
+                (Ok(()), buffer)
+            }
+            Mapping::Compressed(run) => match self.decompress(run).await {
+                Ok(cluster) => {
+                    let from = self.geometry().within_cluster(at.0) as usize;
+                    let len = buffer.len();
+                    buffer.copy_from_slice(&cluster[from..from + len]);
+                    (Ok(()), buffer)
+                }
+                Err(error) => (Err(error), buffer),
+            },
+        }
+    }
+
+    /// Reads from the backing layer; where that ends (or is not), bytes are zero.
+    async fn read_below(&self, at: GuestOffset, mut buffer: Buffer) -> Transfer {
+        let Some(backing) = &self.0.backing else {
+            buffer.fill(0);
+            return (Ok(()), buffer);
+        };
+        let there = backing.size().saturating_sub(at.0).min(buffer.len() as u64) as usize;
+        let mut beyond = buffer.split_off(there);
+        beyond.fill(0);
+        if there == 0 {
+            buffer.unsplit(beyond);
+            return (Ok(()), buffer);
+        }
+        let (result, mut buffer) = backing.read_boxed(at, buffer).await;
+        buffer.unsplit(beyond);
+        (result, buffer)
+    }
+
+    async fn decompress(&self, run: CompressedRun) -> Result<Buffer> {
+        let range = run.range();
+        let input = self.load(range.start, range.len, "compressed cluster").await?;
+        let mut cluster = Buffer::new(self.geometry().cluster_bytes() as usize);
+        let kind = self.0.header.lock().compression;
+        codec::decompress(kind, &input, &mut cluster).map_err(|error| {
+            error.context(format!("Compressed cluster at host offset {}", range.start))
+        })?;
+        Ok(cluster)
+    }
+
+    // ---- block status ----------------------------------------------------------------------
+
+    pub(super) async fn extents_of(&self, range: GuestRange) -> Result<Vec<Extent>> {
+        let token = self.begin_read(range)?;
+        let _hold = self.hold(token);
+        let mut builder = ExtentBuilder::default();
+        let mut at = range.start;
+        while at < range.end() && builder.len() < EXTENTS_AT_ONCE {
+            let rest = GuestRange::new(at, range.end() - at);
+            let run = self.plan(|meta| meta.run(rest)).await?;
+            let found = GuestRange::new(at, run.len);
+            match status(run.mapping) {
+                Some(status) => builder.push(Extent { range: found, status }),
+                None => self.extents_below(found, run.mapping, &mut builder).await?,
+            }
+            at = builder.end().unwrap_or_else(|| found.end());
+        }
+        Ok(builder.finish())
+    }
+
+    /// Adds what the backing layer knows of an unallocated range, or as much as it says at once.
+    async fn extents_below(
+        &self,
+        range: GuestRange,
+        mapping: Mapping,
+        builder: &mut ExtentBuilder,
+    ) -> Result<()> {
+        let is_hole = mapping.host().is_none();
+        let nothing = ExtentStatus { is_hole, ..ExtentStatus::UNALLOCATED };
+        let there = match &self.0.backing {
+            Some(backing) => backing.size().saturating_sub(range.start.0).min(range.len),
+            None => 0,
+        };
+        if let (Some(backing), true) = (&self.0.backing, there > 0) {
+            let below = GuestRange::new(range.start, there);
+            for extent in backing.extents_boxed(below).await? {
+                let status = ExtentStatus { depth: extent.status.depth.below(), ..extent.status };
+                builder.push(Extent { status, ..extent });
+            }
+            if builder.end() < Some(below.end()) {
+                return Ok(());
+            }
+        }
+        let beyond = GuestRange::new(range.start + there, range.len - there);
+        builder.push(Extent { range: beyond, status: nothing });
+        Ok(())
+    }
+
+    /// Says whether all of a range is known to be zeros below this image.
+    pub(super) async fn is_zero_below(&self, range: GuestRange) -> Result<bool> {
+        let Some(backing) = &self.0.backing else { return Ok(true) };
+        let there = backing.size().saturating_sub(range.start.0).min(range.len);
+        is_known_zero(backing, GuestRange::new(range.start, there)).await
+    }
+}
+
+async fn is_known_zero(layer: &Arc<dyn DynLayer>, range: GuestRange) -> Result<bool> {
+    let mut at = range.start;
+    while at < range.end() {
+        let rest = GuestRange::new(at, range.end() - at);
+        for extent in layer.extents_boxed(rest).await? {
+            if !extent.status.reads_zero {
+                return Ok(false);
+            }
+            at = extent.range.end();
+        }
+    }
+    Ok(true)
+}
+
+/// Returns the facts of a mapping; nothing where the backing layer has to be asked.
+fn status(mapping: Mapping) -> Option<ExtentStatus> {
+    let here = ExtentStatus {
+        depth: AllocationDepth::TOP,
+        reads_zero: false,
+        is_hole: false,
+        is_compressed: false,
+        host: mapping.host(),
+    };
+    match mapping {
+        Mapping::Compressed(_) => Some(ExtentStatus { is_compressed: true, ..here }),
+        Mapping::Data { .. } => Some(here),
+        Mapping::Unallocated { .. } => None,
+        Mapping::Zero { reserved } => {
+            Some(ExtentStatus { reads_zero: true, is_hole: reserved.is_none(), ..here })
+        }
+    }
+}
+
+/// Joins a part that is done with the part behind it.
+pub(super) fn join(done: Option<Buffer>, next: Buffer) -> Buffer {
+    match done {
+        Some(mut done) => {
+            done.unsplit(next);
+            done
+        }
+        None => next,
+    }
+}

@@ -1,0 +1,196 @@
+//! Changing the size of the disk.
+
+use super::format::{L1Entry, Version};
+use super::image::Image;
+use super::meta::Meta;
+use super::need::Planned;
+use super::plan_zero::Intent;
+use super::quarantine::FreedBy;
+use super::write_back::Refcounting;
+use crate::block::ZeroFlags;
+use crate::storage::Storage;
+use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
+use crate::{Error, ErrorKind, Result};
+
+/// Most bytes an active L1 table may have (B.1).
+const MAX_L1_BYTES: u64 = 32 << 20;
+
+/// Whether guest bytes may be cut off.
+///
+/// ```
+/// assert_ne!(lacuna::qcow2::Shrink::Refuse, lacuna::qcow2::Shrink::Allow);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Shrink {
+    /// What lies beyond the new end is lost.
+    Allow,
+    /// A smaller size is an error.
+    Refuse,
+}
+
+impl<S: Storage> Image<S> {
+    /// Changes the size of the disk to `size_bytes`, a multiple of 512. Durable on return.
+    ///
+    /// What is added reads as zeros, whatever lies in a longer backing file. When shrinking, the
+    /// file is cut behind its last used cluster.
+    ///
+    /// # Errors
+    /// `InvalidRequest` for sizes that are not whole sectors or shrink without leave;
+    /// `Unsupported` for version 2 with snapshots and for images with bitmaps; `NoSpace` where
+    /// the format cannot map so much.
+    pub async fn resize(&self, size_bytes: u64, shrink: Shrink) -> Result<()> {
+        let old = self.size();
+        self.check_resize(old, size_bytes, shrink)?;
+        match size_bytes.cmp(&old) {
+            std::cmp::Ordering::Equal => Ok(()),
+            std::cmp::Ordering::Greater => self.grow(old, size_bytes).await,
+            std::cmp::Ordering::Less => self.shrink(old, size_bytes).await,
+        }
+    }
+
+    fn check_resize(&self, old: u64, new: u64, shrink: Shrink) -> Result<()> {
+        let header = self.0.header.lock();
+        if !new.is_multiple_of(512) {
+            return Err(Error::invalid(format!("New size {new} is not a multiple of 512")));
+        }
+        if new < old && shrink == Shrink::Refuse {
+            return Err(Error::invalid(format!(
+                "Shrinking from {old} to {new} bytes loses data; allow it explicitly"
+            )));
+        }
+        if header.geometry.version() == Version::V2 && header.snapshots.count > 0 {
+            return Err(Error::unsupported(
+                "A version 2 image with internal snapshots cannot be resized: its snapshots do not record their size",
+            ));
+        }
+        if header.valid_bitmaps().is_some() {
+            return Err(Error::unsupported("An image with bitmaps cannot be resized yet"));
+        }
+        let entries = header.geometry.l1_entries_for(new);
+        if entries * 8 > MAX_L1_BYTES {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                format!(
+                    "{new} bytes need an L1 table of more than {MAX_L1_BYTES} bytes at this cluster size"
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    async fn grow(&self, old: u64, new: u64) -> Result<()> {
+        if let Some(data) = &self.0.data {
+            data.set_len(new).await?;
+        }
+        self.plan(|meta| {
+            meta.before_change()?;
+            meta.grow_l1(new)?;
+            meta.size_bytes = new;
+            Ok(())
+        })
+        .await?;
+        let hidden = self.0.backing.as_ref().map_or(0, |backing| backing.size());
+        let cluster_end = old.next_multiple_of(self.geometry().cluster_bytes());
+        let end = hidden.max(cluster_end).min(new);
+        if end > old {
+            // Left-overs of the last cluster, and backing bytes that the old end hid (D.1-49).
+            let range = GuestRange::new(GuestOffset(old), end - old);
+            self.zero_guest(range, ZeroFlags::MAY_UNMAP).await?;
+        }
+        self.commit_size(new).await
+    }
+
+    async fn shrink(&self, old: u64, new: u64) -> Result<()> {
+        let cluster_bytes = self.geometry().cluster_bytes();
+        let from = new.next_multiple_of(cluster_bytes);
+        let to = old.next_multiple_of(cluster_bytes);
+        self.clear(GuestRange::new(GuestOffset(from), to - from), Intent::Forget).await?;
+        self.plan(|meta| {
+            meta.drop_tables(new)?;
+            meta.size_bytes = new;
+            Ok(())
+        })
+        .await?;
+        self.commit_size(new).await?;
+        self.write_back(Refcounting::Written).await?;
+        if let Some(data) = &self.0.data {
+            data.set_len(new).await?;
+        }
+        self.cut_file().await
+    }
+
+    async fn commit_size(&self, size_bytes: u64) -> Result<()> {
+        self.0.meta.lock().size_dirty = true;
+        self.flush_all().await?;
+        let mut header = self.0.header.lock();
+        header.size_bytes = size_bytes;
+        Ok(())
+    }
+
+    /// Shortens the file to the end of its last used cluster.
+    async fn cut_file(&self) -> Result<()> {
+        let end = self.plan(Meta::pause_and_cut).await?;
+        let _resume = ResumeOnDrop(self);
+        if self.0.storage.len().await? <= end.0 {
+            return Ok(());
+        }
+        self.0.storage.set_len(end.0).await
+    }
+}
+
+/// Lets changes go on again.
+struct ResumeOnDrop<'a, S: Storage>(&'a Image<S>);
+
+impl<S: Storage> Drop for ResumeOnDrop<'_, S> {
+    fn drop(&mut self) {
+        let mut meta = self.0.0.meta.lock();
+        meta.paused = false;
+        meta.in_flight.wake_all();
+    }
+}
+
+impl Meta {
+    /// Makes the L1 table long enough for a disk of `size_bytes`, at a new place where need be.
+    fn grow_l1(&mut self, size_bytes: u64) -> Planned<()> {
+        let entries = self.geometry().l1_entries_for(size_bytes) as usize;
+        if entries <= self.l1.entries.len() {
+            return Ok(());
+        }
+        let clusters = self.geometry().clusters_for(entries as u64 * 8);
+        let new = self.allocate(clusters)?;
+        let old = self.l1.range();
+        self.l1.replaced = (!old.is_empty()).then_some(old);
+        self.l1.entries.resize(entries, L1Entry::UNALLOCATED);
+        self.l1.offset = new;
+        self.l1.moved = true;
+        Ok(())
+    }
+
+    /// Frees the L2 tables that lie wholly beyond `size_bytes`; their entries are clear already.
+    fn drop_tables(&mut self, size_bytes: u64) -> Planned<()> {
+        self.before_change()?;
+        let first = self.geometry().l1_entries_for(size_bytes) as usize;
+        for index in first..self.l1.entries.len() {
+            let Some(table) = self.l1.entries[index].table() else { continue };
+            self.free(self.geometry().host_cluster(table), FreedBy::Table)?;
+            self.l1.set(index, L1Entry::UNALLOCATED);
+            let range = HostRange::new(table, self.geometry().cluster_bytes());
+            self.structures.remove(range);
+        }
+        Ok(())
+    }
+
+    /// Finds the end of the last used cluster, and lets nothing be allocated until the file was
+    /// cut there.
+    fn pause_and_cut(&mut self) -> Planned<HostOffset> {
+        let mut end = self.geometry().host_cluster(self.refcounts.end()).0;
+        while end > 1 && self.refcounts.read(HostCluster(end - 1))? == 0 {
+            end -= 1;
+        }
+        let end = self.geometry().host_offset(HostCluster(end));
+        self.refcounts.cut_at(end);
+        self.zero_from = self.zero_from.min(end);
+        self.paused = true;
+        Ok(end)
+    }
+}

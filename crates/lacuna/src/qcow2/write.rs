@@ -1,0 +1,257 @@
+//! Writing guest bytes.
+
+use super::codec;
+use super::format::{CompressedRun, L2Entry};
+use super::image::Image;
+use super::in_flight::Touch;
+use super::mapping::{DataPlace, Mapping};
+use super::meta::Meta;
+use super::need::{Need, Planned};
+use super::plan_write::{NewData, WritePiece, link_data, plan_write};
+use super::quarantine::FreedBy;
+use super::read::join;
+use crate::block::WriteFlags;
+use crate::buffer::{Buffer, Hold};
+use crate::storage::{Storage, Transfer, ZeroMode};
+use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
+use crate::{Error, Result};
+
+/// Zeros up to this many bytes are written as bytes, more as a zero range.
+const SMALL_ZERO_BYTES: u64 = 64 << 10;
+
+impl<S: Storage> Image<S> {
+    pub(super) async fn write_guest(
+        &self,
+        offset: GuestOffset,
+        buffer: Buffer,
+        flags: WriteFlags,
+    ) -> Transfer {
+        let range = GuestRange::new(offset, buffer.len() as u64);
+        if let Err(error) = self.0.meta.lock().check_bounds(range) {
+            return (Err(error), buffer);
+        }
+        let (result, buffer) = self.write_pieces(offset, buffer).await;
+        if result.is_ok() && flags.contains(WriteFlags::FUA) {
+            return (self.flush_all().await, buffer);
+        }
+        (result, buffer)
+    }
+
+    async fn write_pieces(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        let (mut done, mut rest, mut at) = (None, buffer, offset);
+        while !rest.is_empty() {
+            let range = GuestRange::new(at, rest.len() as u64);
+            let piece = match self.plan(|meta| plan_write(meta, range)).await {
+                Ok(piece) => piece,
+                Err(error) => return (Err(error), join(done, rest)),
+            };
+            let len = piece.len();
+            let behind = rest.split_off(len as usize);
+            let (result, part) = self.write_piece_of_guest(piece, rest).await;
+            done = Some(join(done, part));
+            rest = behind;
+            at = at + len;
+            if let Err(error) = result {
+                return (Err(error), join(done, rest));
+            }
+        }
+        (Ok(()), join(done, rest))
+    }
+
+    async fn write_piece_of_guest(&self, piece: WritePiece, mut bytes: Buffer) -> Transfer {
+        match piece {
+            WritePiece::InPlace { token, host, .. } => {
+                bytes.set_hold(self.hold(token));
+                let (result, mut bytes) = self.data_storage().write_at(host, bytes).await;
+                drop(bytes.take_hold());
+                (result, bytes)
+            }
+            WritePiece::Link(new) => {
+                let hold = self.hold(new.token);
+                match self.fill_head_and_tail(&new, hold).await {
+                    Ok(hold) => self.write_and_link(&new, bytes, hold).await,
+                    Err(error) => (Err(error), bytes),
+                }
+            }
+        }
+    }
+
+    async fn write_and_link(&self, new: &NewData, mut bytes: Buffer, hold: Hold) -> Transfer {
+        bytes.set_hold(hold);
+        let (mut result, mut bytes) = self.data_storage().write_at(new.host, bytes).await;
+        let hold = bytes.take_hold();
+        if result.is_ok() {
+            result = self.plan(|meta| link_data(meta, new)).await;
+        }
+        drop(hold);
+        (result, bytes)
+    }
+
+    /// Brings the bytes around the write to the new place, so that nothing else shows there.
+    async fn fill_head_and_tail(&self, new: &NewData, hold: Hold) -> Result<Hold> {
+        let hold = self.copy_old(new, new.head, hold).await?;
+        self.copy_old(new, new.tail, hold).await
+    }
+
+    async fn copy_old(&self, new: &NewData, range: GuestRange, hold: Hold) -> Result<Hold> {
+        if range.is_empty() {
+            return Ok(hold);
+        }
+        let host = new.host_of(range.start);
+        if self.reads_zero(range).await? {
+            return match new.reads_zero {
+                true => Ok(hold),
+                false => self.write_zero_bytes(HostRange::new(host, range.len), hold).await,
+            };
+        }
+        let (result, mut bytes) =
+            self.read_mapped(range.start, Buffer::new(range.len as usize)).await;
+        result?;
+        bytes.set_hold(hold);
+        let (result, mut bytes) = self.data_storage().write_at(host, bytes).await;
+        result.map(|()| bytes.take_hold())
+    }
+
+    async fn write_zero_bytes(&self, host: HostRange, hold: Hold) -> Result<Hold> {
+        if host.len > SMALL_ZERO_BYTES {
+            self.data_storage().write_zeroes_at(host, ZeroMode::MayUnmap, Hold::none()).await?;
+            return Ok(hold);
+        }
+        let mut zeros = Buffer::zeroed(host.len as usize);
+        zeros.set_hold(hold);
+        let (result, mut zeros) = self.data_storage().write_at(host.start, zeros).await;
+        result.map(|()| zeros.take_hold())
+    }
+
+    /// Says whether all of a range is known to read as zeros, here or below.
+    pub(super) async fn reads_zero(&self, range: GuestRange) -> Result<bool> {
+        let mut at = range.start;
+        while at < range.end() {
+            let rest = GuestRange::new(at, range.end() - at);
+            let run = self.plan(|meta| meta.run(rest)).await?;
+            let is_zero = match run.mapping {
+                Mapping::Compressed(_) | Mapping::Data { .. } => false,
+                Mapping::Unallocated { .. } => {
+                    self.is_zero_below(GuestRange::new(at, run.len)).await?
+                }
+                Mapping::Zero { .. } => true,
+            };
+            if !is_zero {
+                return Ok(false);
+            }
+            at = at + run.len;
+        }
+        Ok(true)
+    }
+
+    // ---- compressed clusters ---------------------------------------------------------------
+
+    /// Writes one whole cluster compressed; the disk's last part may be shorter than a cluster.
+    ///
+    /// What does not get smaller is written as it is. Whatever the cluster held before is
+    /// replaced. Durable after the next flush.
+    ///
+    /// # Errors
+    /// `InvalidRequest` where the range is not one cluster; `Unsupported` with an external data
+    /// file; else as for writes.
+    pub async fn write_compressed(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        let range = GuestRange::new(offset, buffer.len() as u64);
+        if let Err(error) = self.check_compressible(range) {
+            return (Err(error), buffer);
+        }
+        match self.compress(&buffer) {
+            Ok(Some(stream)) => (self.write_stream(range, stream).await, buffer),
+            Ok(None) => self.write_guest(offset, buffer, WriteFlags::empty()).await,
+            Err(error) => (Err(error), buffer),
+        }
+    }
+
+    fn check_compressible(&self, range: GuestRange) -> Result<()> {
+        let meta = self.0.meta.lock();
+        meta.check_bounds(range)?;
+        let cluster_bytes = meta.geometry().cluster_bytes();
+        let is_last = range.end().0 == meta.size_bytes && range.len < cluster_bytes;
+        if range.is_empty()
+            || !meta.geometry().is_aligned(range.start.0)
+            || (range.len != cluster_bytes && !is_last)
+        {
+            return Err(Error::invalid(format!(
+                "A compressed write takes one whole cluster of {cluster_bytes} bytes, not {} bytes at {}",
+                range.len, range.start
+            )));
+        }
+        match self.place() {
+            DataPlace::External => Err(Error::unsupported(
+                "An image with an external data file cannot have compressed clusters",
+            )),
+            DataPlace::ImageFile => Ok(()),
+        }
+    }
+
+    /// Returns the compressed bytes, unless they would not be fewer.
+    fn compress(&self, bytes: &[u8]) -> Result<Option<Buffer>> {
+        let cluster_bytes = self.geometry().cluster_bytes() as usize;
+        let kind = self.0.header.lock().compression;
+        let mut stream = Buffer::new(cluster_bytes);
+        let len = if bytes.len() == cluster_bytes {
+            codec::compress(kind, bytes, &mut stream)?
+        } else {
+            let mut padded = Buffer::zeroed(cluster_bytes);
+            padded[..bytes.len()].copy_from_slice(bytes);
+            codec::compress(kind, &padded, &mut stream)?
+        };
+        Ok(len.map(|len| {
+            stream.truncate(len);
+            stream
+        }))
+    }
+
+    async fn write_stream(&self, range: GuestRange, mut stream: Buffer) -> Result<()> {
+        let len = stream.len() as u64;
+        let (hold, host) = self
+            .plan(|meta| plan_stream(meta, range, len))
+            .await
+            .map(|(token, host)| (self.hold(token), (token, host)))?;
+        let (token, host) = host;
+        stream.set_hold(hold);
+        let (result, mut stream) = self.0.storage.write_at(host, stream).await;
+        result?;
+        let hold = stream.take_hold();
+        let run = CompressedRun::new(host, len);
+        self.plan(|meta| {
+            link_stream(meta, range.start, run)?;
+            meta.in_flight.linked(token, u64::MAX);
+            Ok(())
+        })
+        .await?;
+        drop(hold);
+        Ok(())
+    }
+}
+
+fn plan_stream(
+    meta: &mut Meta,
+    range: GuestRange,
+    len: u64,
+) -> Planned<(super::in_flight::Token, HostOffset)> {
+    meta.before_change()?;
+    meta.own_table(range.start)?;
+    let clusters = meta.geometry().cover_clusters(range);
+    if meta.in_flight.conflicts(Touch::Exclusive, clusters) {
+        return Err(Need::Turn(meta.in_flight.wait()).into());
+    }
+    let host = meta.allocate_bytes(len)?;
+    let token = meta.in_flight.begin(Touch::Exclusive, clusters).map_err(Need::Turn)?;
+    meta.in_flight.reserve(token, HostRange::new(host, len));
+    Ok((token, host))
+}
+
+fn link_stream(meta: &mut Meta, guest: GuestOffset, run: CompressedRun) -> Planned<()> {
+    let old = meta.entry(guest)?.unwrap_or_default();
+    meta.prepare_free(old)?;
+    let entry = L2Entry::compressed(run, meta.geometry());
+    meta.set_entry(guest, entry)?;
+    meta.free_entry(old, FreedBy::CopyOnWrite)?;
+    meta.needs_data_sync = true;
+    Ok(())
+}

@@ -1,0 +1,236 @@
+//! Brings storage after memory, in an order that any crash survives (B.12).
+//!
+//! | phase | what is written | why before the next |
+//! |---|---|---|
+//! | A | new tables and blocks, raised refcounts | nothing may be pointed to that is not there |
+//! | – | sync: also the guest bytes and copies that new entries point to | |
+//! | B | refcount table entries, or the header's pointer to a moved table | a crash must find every refcount before a pointer uses the cluster |
+//! | – | sync, if B wrote | |
+//! | C | L2 slices, then L1 entries, header fields | |
+//! | – | sync | now the old mapping can never come back |
+//! | D | quarantine: host ranges punched, refcounts lowered, clusters reusable | |
+//!
+//! A crash between any two leaves leaks at worst. The plan is data: [`plan`] makes it, [`Step`]s
+//! can be printed and crashed between.
+
+use std::collections::BTreeSet;
+
+use super::format::{Header, L1Location, RefcountTableLocation};
+use super::meta::Meta;
+use super::overlap::Structure;
+use super::quarantine::{Freed, FreedBy};
+use super::table_cache::Unwritten;
+use crate::Result;
+use crate::units::{HostCluster, HostOffset, HostRange};
+
+/// One thing to do; each waits for the one before.
+#[derive(Debug)]
+pub(super) enum Step {
+    Sync,
+    /// The external data file, before entries that point into it.
+    SyncData,
+    Write(Vec<Piece>),
+}
+
+/// Bytes for one place.
+#[derive(Debug)]
+pub(super) struct Piece {
+    pub(super) offset: HostOffset,
+    pub(super) bytes: Vec<u8>,
+}
+
+/// A whole write-back.
+#[derive(Debug)]
+pub(super) struct WriteBack {
+    pub(super) steps: Vec<Step>,
+    pub(super) undo: Undo,
+}
+
+/// What is dirty again where the steps do not all succeed.
+#[derive(Debug)]
+pub(super) struct Undo {
+    l2: Unwritten,
+    blocks: Unwritten,
+    table: (BTreeSet<usize>, bool),
+    l1: (BTreeSet<usize>, bool),
+    size: bool,
+    data_sync: bool,
+    /// References whose mapping change the steps make durable.
+    pub(super) batch: Vec<Freed>,
+}
+
+impl Undo {
+    fn capture(meta: &Meta) -> Self {
+        Self {
+            l2: meta.l2.unwritten(),
+            blocks: meta.refcounts.blocks.unwritten(),
+            table: meta.refcounts.unwritten_table(),
+            l1: (meta.l1.dirty.clone(), meta.l1.moved),
+            size: meta.size_dirty,
+            data_sync: meta.needs_data_sync,
+            batch: Vec::new(),
+        }
+    }
+
+    /// Makes everything dirty again that the steps were to write.
+    pub(super) fn apply(self, meta: &mut Meta) {
+        meta.l2.redo(self.l2);
+        meta.refcounts.blocks.redo(self.blocks);
+        meta.refcounts.redo_table(self.table);
+        meta.l1.dirty.extend(self.l1.0);
+        meta.l1.moved |= self.l1.1;
+        meta.size_dirty |= self.size;
+        meta.needs_data_sync |= self.data_sync;
+        meta.quarantine.undo(self.batch);
+    }
+}
+
+/// Whether refcounts are written, or left for later under the dirty bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refcounting {
+    Postponed,
+    Written,
+}
+
+/// Takes everything dirty out of `meta` and puts it into order.
+///
+/// # Errors
+/// `Corrupt` where a table would be written over other metadata.
+pub(super) fn plan(meta: &mut Meta, refcounting: Refcounting) -> Result<WriteBack> {
+    let mut undo = Undo::capture(meta);
+    let mut batch = meta.quarantine.begin_release();
+    let mut first = Vec::new();
+    let mut second = Vec::new();
+    if refcounting == Refcounting::Written {
+        first.extend(table_pieces(meta, Structure::RefcountBlock)?);
+        second = refcount_table(meta, &mut first);
+        batch.extend(replaced_clusters(meta));
+    }
+    let fresh_tables = meta.l2.take_fresh();
+    first.extend(
+        fresh_tables.into_iter().map(|it| Piece { offset: it.offset, bytes: it.bytes.to_vec() }),
+    );
+    let l1_pointer = moved_l1(meta, &mut first, &mut batch);
+    let mut third = table_pieces(meta, Structure::ActiveL2)?;
+    third.extend(l1_sectors(meta));
+    third.extend(l1_pointer);
+    third.extend(size_field(meta));
+    undo.batch = batch;
+    Ok(WriteBack { steps: order(meta, first, second, third), undo })
+}
+
+fn order(meta: &mut Meta, first: Vec<Piece>, second: Vec<Piece>, third: Vec<Piece>) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let syncs_data = std::mem::take(&mut meta.needs_data_sync);
+    if meta.decoder.place == super::mapping::DataPlace::External {
+        steps.push(Step::SyncData);
+    }
+    let pointers_follow = !(second.is_empty() && third.is_empty());
+    let syncs_first = !first.is_empty() || syncs_data;
+    if !first.is_empty() {
+        steps.push(Step::Write(first));
+    }
+    if syncs_first && pointers_follow {
+        steps.push(Step::Sync);
+    }
+    if !second.is_empty() {
+        steps.push(Step::Write(second));
+        if !third.is_empty() {
+            steps.push(Step::Sync);
+        }
+    }
+    if !third.is_empty() {
+        steps.push(Step::Write(third));
+    }
+    steps.push(Step::Sync);
+    steps
+}
+
+/// Dirty slices of one kind of table, neighbours joined, checked against all other metadata.
+fn table_pieces(meta: &mut Meta, structure: Structure) -> Result<Vec<Piece>> {
+    let (fresh, slices) = match structure {
+        Structure::RefcountBlock => {
+            (meta.refcounts.blocks.take_fresh(), meta.refcounts.blocks.take_dirty())
+        }
+        _ => (Vec::new(), meta.l2.take_dirty()),
+    };
+    let mut pieces: Vec<Piece> = Vec::new();
+    for slice in fresh.into_iter().chain(slices) {
+        let range = HostRange::new(slice.offset, slice.bytes.len() as u64);
+        meta.structures.check(range, Some(structure))?;
+        match pieces.last_mut() {
+            Some(last) if last.offset + last.bytes.len() as u64 == slice.offset => {
+                last.bytes.extend_from_slice(&slice.bytes);
+            }
+            _ => pieces.push(Piece { offset: slice.offset, bytes: slice.bytes.to_vec() }),
+        }
+    }
+    Ok(pieces)
+}
+
+/// Adds a moved table to the first phase. Returns what makes readers see it, or the entries.
+fn refcount_table(meta: &mut Meta, first: &mut Vec<Piece>) -> Vec<Piece> {
+    let moved = meta.refcounts.take_moved_table();
+    let entries = meta.refcounts.take_dirty_table();
+    match moved {
+        Some((offset, bytes)) => {
+            first.push(Piece { offset, bytes });
+            let clusters = meta.refcounts.table_clusters() as u32;
+            vec![piece(RefcountTableLocation { offset, clusters }.header_update())]
+        }
+        None => entries.into_iter().map(|(offset, bytes)| Piece { offset, bytes }).collect(),
+    }
+}
+
+fn piece<const N: usize>((offset, bytes): (HostOffset, [u8; N])) -> Piece {
+    Piece { offset, bytes: bytes.to_vec() }
+}
+
+fn replaced_clusters(meta: &mut Meta) -> Vec<Freed> {
+    let ranges = meta.refcounts.take_replaced();
+    ranges.into_iter().flat_map(|range| freed_table(meta, range)).collect()
+}
+
+fn freed_table(meta: &mut Meta, range: HostRange) -> Vec<Freed> {
+    meta.structures.remove(range);
+    let first = meta.geometry().host_cluster(range.start).0;
+    let at = meta.in_flight.moment();
+    (first..first + meta.geometry().clusters_for(range.len))
+        .map(|cluster| Freed { cluster: HostCluster(cluster), by: FreedBy::Table, at })
+        .collect()
+}
+
+/// Adds a moved L1 table to the first phase. Returns the header fields that switch to it.
+fn moved_l1(meta: &mut Meta, first: &mut Vec<Piece>, batch: &mut Vec<Freed>) -> Option<Piece> {
+    if !std::mem::take(&mut meta.l1.moved) {
+        return None;
+    }
+    meta.l1.dirty.clear();
+    let bytes = meta.l1.entries.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
+    first.push(Piece { offset: meta.l1.offset, bytes });
+    if let Some(old) = meta.l1.replaced.take() {
+        batch.extend(freed_table(meta, old));
+        meta.structures.add(meta.l1.range(), Structure::ActiveL1);
+    }
+    let entries = meta.l1.entries.len() as u32;
+    Some(piece(L1Location { offset: meta.l1.offset, entries }.header_update()))
+}
+
+/// Changed L1 entries, whole sectors.
+fn l1_sectors(meta: &mut Meta) -> Vec<Piece> {
+    let dirty = std::mem::take(&mut meta.l1.dirty);
+    let sectors: BTreeSet<usize> = dirty.into_iter().map(|at| at / 64).collect();
+    let entries = &meta.l1.entries;
+    let bytes = |at: usize| -> Vec<u8> {
+        let sector = &entries[at * 64..entries.len().min(at * 64 + 64)];
+        sector.iter().flat_map(|entry| entry.0.to_be_bytes()).collect()
+    };
+    sectors
+        .into_iter()
+        .map(|at| Piece { offset: meta.l1.offset + at as u64 * 512, bytes: bytes(at) })
+        .collect()
+}
+
+fn size_field(meta: &mut Meta) -> Option<Piece> {
+    std::mem::take(&mut meta.size_dirty).then(|| piece(Header::size_update(meta.size_bytes)))
+}
