@@ -3,6 +3,11 @@
 //! With `x = 62 - (cluster_bits - 8)`: bits `0..x` are the byte offset in the file, bits `x..62`
 //! the number of 512-byte sectors beyond the one that the offset lies in.
 
+#![expect(
+    clippy::arithmetic_side_effects,
+    reason = "cluster_bits is checked when a Geometry is made, and bounds every shift and field"
+)]
+
 use super::geometry::Geometry;
 use super::l1::COPIED;
 use crate::units::{HostOffset, HostRange};

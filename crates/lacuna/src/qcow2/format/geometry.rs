@@ -1,5 +1,10 @@
 //! All index arithmetic of one image (qcow2: header, cluster_bits and refcount_order).
 
+#![expect(
+    clippy::arithmetic_side_effects,
+    reason = "cluster_bits and refcount_order are checked when a Geometry is made, and bound every shift"
+)]
+
 use crate::units::{GuestCluster, GuestOffset, GuestRange, HostCluster, HostOffset};
 use crate::{Error, Result};
 

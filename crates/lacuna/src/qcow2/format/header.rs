@@ -605,7 +605,7 @@ fn field(len: usize) -> Result<U32> {
 }
 
 /// Checks a table's place; its end must stay within 2^63 bytes, as file offsets do.
-fn check_table(
+pub(crate) fn check_table(
     geometry: &Geometry,
     what: &str,
     offset: HostOffset,

@@ -7,6 +7,11 @@
 //! | 62 | compressed: the rest is a descriptor (B.5) |
 //! | 63 | COPIED |
 
+#![expect(
+    clippy::arithmetic_side_effects,
+    reason = "subcluster indices are 0 to 32 and come from a Geometry, never from an image"
+)]
+
 use super::compressed::CompressedRun;
 use super::geometry::{EntryWidth, Geometry};
 use super::l1::{COPIED, OFFSET_MASK};

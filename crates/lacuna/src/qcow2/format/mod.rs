@@ -3,6 +3,16 @@
 //! * Always: a type that exists was decoded and checked, or built to the same rules.
 //! * Never: panics, unchecked lengths or lossy casts on bytes from an image.
 
+#![deny(
+    clippy::arithmetic_side_effects,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::unwrap_used
+)]
+
+mod bitmap;
 mod compressed;
 mod extension;
 mod features;
@@ -11,7 +21,10 @@ mod header;
 mod l1;
 mod l2;
 mod name;
+mod refcount;
+mod snapshot;
 
+pub use bitmap::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry};
 pub use compressed::CompressedRun;
 pub use extension::{BitmapsExtension, EncryptionHeader, Extensions, UnknownExtension};
 pub use features::{
@@ -27,3 +40,5 @@ pub use header::{
 pub use l1::L1Entry;
 pub use l2::{L2Entry, SubclusterBitmap, SubclusterState};
 pub use name::StoredName;
+pub use refcount::{RefcountTableEntry, RefcountWidth};
+pub use snapshot::{Snapshot, SnapshotTableDecoder};
