@@ -11,6 +11,7 @@ mod operations;
 mod random;
 pub mod sim;
 mod sparse;
+mod storage_conformance;
 
 pub use builder::{Built, ImageBuilder};
 pub use executor::{Device, DropPoint, Executor, Stalled, Task};
@@ -18,3 +19,4 @@ pub use model::{AfterDiscard, ModelDisk, Rules};
 pub use operations::{Menu, Operation, Operations, content};
 pub use random::{Random, seeds};
 pub use sparse::SparseBytes;
+pub use storage_conformance::storage_conformance;

@@ -13,7 +13,7 @@ use super::Inner;
 use super::range_lock::{LENGTH, Mode};
 use crate::buffer::{Buffer, Hold};
 use crate::storage::sys::{
-    Attempt, Direction, Kind, Rider, file_len, read_to_end, uninterrupted, write_all,
+    Attempt, Direction, Kind, Rider, file_len, read_sector, uninterrupted, write_all,
 };
 
 /// The most memory one request takes for itself.
@@ -58,8 +58,8 @@ impl Inner {
         buffer: Buffer,
         done: usize,
     ) -> (io::Result<usize>, Buffer) {
-        let lock = match self.lock_sectors(position, buffer.len() - done).await {
-            Ok(lock) => lock,
+        let (lock, tail) = match self.lock_sectors(position, buffer.len() - done).await {
+            Ok(locked) => locked,
             Err(error) => return (Err(error), buffer),
         };
         let merge = Merge {
@@ -67,6 +67,7 @@ impl Inner {
             kind: self.kind,
             sector: self.sector(),
             position,
+            tail,
         };
         let job = move || {
             let result = merge.run(&buffer[done..]);
@@ -76,21 +77,34 @@ impl Inner {
         self.on_thread(job).await
     }
 
-    /// Locks the sectors of the range, and the length if the tail will be padded.
-    async fn lock_sectors(&self, position: u64, len: usize) -> io::Result<Hold> {
-        let (sector, end) = (self.sector(), position + len as u64);
+    /// Locks the sectors of the range, and the length if whole sectors would pass it.
+    async fn lock_sectors(&self, position: u64, len: usize) -> io::Result<(Hold, Tail)> {
+        let sector = self.sector();
         let start = position - position % sector;
+        let end = (position + len as u64).next_multiple_of(sector);
+        // A length padded by somebody else for a moment does no harm: either we wait for him, or
+        // he is behind our range and leaves a file that reaches there.
+        let inside = || Ok::<_, io::Error>(end <= file_len(self.file.as_fd(), self.kind)?);
         loop {
-            let pads = || Ok::<_, io::Error>(end > file_len(self.file.as_fd(), self.kind)?);
-            let locks_length = pads()?;
-            let lock_end = if locks_length { LENGTH } else { end.next_multiple_of(sector) };
-            let lock = self.locks.lock(start..lock_end, Mode::Exclusive).await;
+            if !inside()? {
+                return Ok((self.locks.lock(start..LENGTH, Mode::Exclusive).await, Tail::Cut));
+            }
+            let lock = self.locks.lock(start..end, Mode::Exclusive).await;
             // The file may have been cut while we waited.
-            if locks_length || !pads()? {
-                return Ok(lock);
+            if inside()? {
+                return Ok((lock, Tail::Keep));
             }
         }
     }
+}
+
+/// What becomes of a file that got longer than it should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tail {
+    /// It cannot have been us.
+    Keep,
+    /// It is cut back; the lock on the length keeps everybody else from making it longer.
+    Cut,
 }
 
 /// The whole sectors around a range, as far as one piece reaches.
@@ -120,6 +134,7 @@ struct Merge {
     kind: Kind,
     sector: u64,
     position: u64,
+    tail: Tail,
 }
 
 impl Merge {
@@ -127,8 +142,10 @@ impl Merge {
         let before = file_len(self.file.as_fd(), self.kind)?;
         let result = self.write_pieces(bytes);
         let end = self.position + bytes.len() as u64;
-        // Also after a failure: what was padded must not stay.
-        self.cut(before.max(end))?;
+        if self.tail == Tail::Cut {
+            // Also after a failure: what was padded must not stay.
+            self.cut(before.max(end))?;
+        }
         result
     }
 
@@ -158,7 +175,7 @@ impl Merge {
     }
 
     fn read_old(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-        read_to_end(self.file.as_fd(), offset, bytes)
+        read_sector(self.file.as_fd(), offset, bytes)
     }
 
     fn cut(&self, len: u64) -> io::Result<()> {

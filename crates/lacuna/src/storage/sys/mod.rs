@@ -19,5 +19,5 @@ pub(crate) use probe::{
     DirectAlignment, Kind, device_zeroes_natively, direct_alignment, file_len, kind,
 };
 pub(crate) use task::Task;
-pub(crate) use transfer::{Attempt, Direction, Rider, read_to_end, uninterrupted, write_all};
+pub(crate) use transfer::{Attempt, Direction, Rider, read_sector, uninterrupted, write_all};
 pub(crate) use uring::Ring;

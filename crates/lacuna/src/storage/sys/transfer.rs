@@ -67,19 +67,12 @@ pub(crate) fn uninterrupted<T>(mut call: impl FnMut() -> rustix::io::Result<T>) 
     }
 }
 
-/// Fills `bytes` from `offset` on, with zeros past the end of the file.
-pub(crate) fn read_to_end(file: BorrowedFd<'_>, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
-    let mut done = 0;
-    while done < bytes.len() {
-        let at = offset + done as u64;
-        match uninterrupted(|| rustix::io::pread(file, &mut bytes[done..], at))? {
-            0 => {
-                bytes[done..].fill(0);
-                break;
-            }
-            read => done += read,
-        }
-    }
+/// Fills `bytes`, one sector, from `offset` on, with zeros past the end of the file.
+///
+/// One call only: a second one, after the part that the file has, would not be aligned.
+pub(crate) fn read_sector(file: BorrowedFd<'_>, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    let read = uninterrupted(|| rustix::io::pread(file, &mut *bytes, offset))?;
+    bytes[read..].fill(0);
     Ok(())
 }
 
