@@ -119,10 +119,21 @@ impl Ring {
     }
 
     /// Takes up what the kernel has finished and wakes the waiters; returns how much it was.
+    ///
+    /// Waits for its turn: whoever is told that something is there must find it, even if somebody
+    /// else has just looked.
     pub(crate) fn reap(&self) -> usize {
+        self.reap_on(|| Some(self.completion.lock()))
+    }
+
+    /// As [`reap`](Self::reap), but leaves it to somebody else who is at it.
+    fn reap_in_passing(&self) -> usize {
+        self.reap_on(|| self.completion.try_lock())
+    }
+
+    fn reap_on<'a>(&'a self, mut turn: impl FnMut() -> Option<MutexGuard<'a, ()>>) -> usize {
         let mut total = 0;
-        // Somebody else at it delivers everything, ours too.
-        while let Some(turn) = self.completion.try_lock() {
+        while let Some(turn) = turn() {
             let (done, count) = self.take_completions(turn);
             done[..count].iter().for_each(|&(key, answer)| self.deliver(key, answer));
             total += count;
@@ -317,7 +328,7 @@ impl Future for Flight {
             return Poll::Ready(output);
         }
         // Reaping here saves the way over the reactor where the answer is there already.
-        if self.ring.reap() > 0
+        if self.ring.reap_in_passing() > 0
             && let Some(output) = self.take(context)
         {
             return Poll::Ready(output);
