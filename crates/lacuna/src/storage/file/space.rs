@@ -37,7 +37,7 @@ impl Inner {
         mut hold: Hold,
     ) -> Result<()> {
         self.require_write_access()?;
-        self.end_of(range.start.0, range.len)?;
+        self.require_room(self.end_of(range.start.0, range.len)?)?;
         let (middle, edges) = self.native_part(range);
         let means: &[Means] = match mode {
             ZeroMode::MayUnmap => &[Means::PunchAndExtend, Means::ZeroRange],
@@ -201,8 +201,10 @@ impl Inner {
         if range.is_empty() {
             return Ok(());
         }
+        self.require_room(end)?;
         if self.kind == Kind::BlockDevice {
-            return self.require_room(end);
+            // All of it is reserved.
+            return Ok(());
         }
         let lock = self.lock_shared(range).await;
         let file = Arc::clone(&self.file);
@@ -215,7 +217,11 @@ impl Inner {
         result.map_err(|error| self.error(error, "Reserving", start, range.len))
     }
 
+    /// Refuses what passes the end of a block device.
     fn require_room(&self, end: u64) -> Result<()> {
+        if self.kind == Kind::Regular {
+            return Ok(());
+        }
         let len = self.current_len()?;
         if end <= len {
             return Ok(());

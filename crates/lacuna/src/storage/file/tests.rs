@@ -63,15 +63,61 @@ fn range(start: u64, len: u64) -> HostRange {
     HostRange::new(HostOffset(start), len)
 }
 
+/// Containers refuse io_uring by such filters; old kernels have none.
 #[test]
 fn where_the_kernel_refuses_io_uring_auto_takes_threads_and_says_why() {
+    use crate::storage::sys::seccomp::refuse_on_this_thread;
+    for (call, code) in
+        [(libc::SYS_io_uring_setup, libc::EPERM), (libc::SYS_io_uring_enter, libc::ENOSYS)]
+    {
+        let filtered = move || {
+            refuse_on_this_thread(call, code).expect("a filter can be set");
+            let folder = folder();
+            // A ring of this thread's own: the process may have one from before.
+            let makers = open::Makers { shared_ring: Ring::new, ..open::Makers::default() };
+            let path = folder.path().join("f");
+            let storage = open_with(&path, CacheMode::Buffered, makers).expect("opens");
+            let Driver::Threads { refusal: Some(reason) } = storage.driver() else {
+                panic!("not the threads after a refusal: {:?}", storage.driver());
+            };
+            assert_eq!(reason.raw_os_error(), Some(code));
+        };
+        std::thread::spawn(filtered).join().expect("the filtered thread is content");
+    }
+}
+
+#[test]
+fn what_is_no_file_is_refused_by_its_kind() {
     let folder = folder();
-    let makers = open::Makers { shared_ring: refuse, ..open::Makers::default() };
-    let storage = open_with(&folder.path().join("f"), CacheMode::Buffered, makers).expect("opens");
-    let Driver::Threads { refusal: Some(reason) } = storage.driver() else {
-        panic!("not the threads after a refusal: {:?}", storage.driver());
-    };
-    assert_eq!(reason.raw_os_error(), Some(rustix::io::Errno::PERM.raw_os_error()));
+    let pipe = folder.path().join("pipe");
+    let mode = rustix::fs::Mode::from_raw_mode(0o600);
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0)
+        .expect("a pipe can be made");
+    for (path, word) in
+        [(pipe.as_path(), "pipe"), (folder.path(), "directory"), (Path::new("/dev/null"), "device")]
+    {
+        let error = FileStorage::open(path, &FileOptions::read_only()).expect_err("no file");
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains(word), "{error}");
+    }
+    let missing = FileStorage::open(folder.path().join("nothing"), &FileOptions::read_only());
+    assert_eq!(missing.expect_err("nothing there").kind(), ErrorKind::NotFound);
+    let making = FileOptions { create: Create::Replace, ..FileOptions::read_only() };
+    let error = FileStorage::open(&pipe, &making).expect_err("needs write access");
+    assert_eq!(error.kind(), ErrorKind::InvalidRequest);
+}
+
+#[test]
+fn opening_for_writing_leaves_the_time_of_the_last_change() {
+    let folder = folder();
+    let path = folder.path().join("f");
+    std::fs::write(&path, b"lacuna").expect("the file can be written");
+    let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000);
+    let file = std::fs::File::options().write(true).open(&path).expect("opens");
+    file.set_modified(long_ago).expect("the time can be set");
+    drop(open(&path, CacheMode::Buffered, DriverChoice::Auto));
+    let modified = std::fs::metadata(&path).and_then(|data| data.modified());
+    assert_eq!(modified.expect("has a time"), long_ago);
 }
 
 #[test]

@@ -8,6 +8,8 @@ mod fallocate;
 mod fiemap;
 mod pool;
 mod probe;
+#[cfg(test)]
+pub(crate) mod seccomp;
 mod task;
 mod transfer;
 mod uring;
@@ -17,6 +19,7 @@ pub(crate) use fiemap::{Mapping, Run, Writeback, first_run};
 pub(crate) use pool::{Bell, Pool};
 pub(crate) use probe::{
     DirectAlignment, Kind, device_zeroes_natively, direct_alignment, file_len, kind,
+    punches_holes_by_reputation,
 };
 pub(crate) use task::Task;
 pub(crate) use transfer::{Attempt, Direction, Rider, read_sector, uninterrupted, write_all};

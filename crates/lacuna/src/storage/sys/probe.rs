@@ -67,6 +67,18 @@ pub(crate) fn direct_alignment(file: BorrowedFd<'_>, kind: Kind) -> Option<Direc
     Some(sector.map_or(CAUTIOUS, |sector| DirectAlignment { offset: sector, memory: sector }))
 }
 
+/// Says whether the file is on one of the file systems that are known to punch holes.
+///
+/// Asking saves trying, and a trial would change the file's time of last change.
+pub(crate) fn punches_holes_by_reputation(file: BorrowedFd<'_>) -> bool {
+    const EXT4: u64 = 0xef53;
+    const XFS: u64 = 0x5846_5342;
+    const BTRFS: u64 = 0x9123_683e;
+    const TMPFS: u64 = 0x0102_1994;
+    rustix::fs::fstatfs(file)
+        .is_ok_and(|status| [EXT4, XFS, BTRFS, TMPFS].contains(&(status.f_type as u64)))
+}
+
 /// Says whether a block device zeroes ranges by itself.
 pub(crate) fn device_zeroes_natively(file: BorrowedFd<'_>) -> bool {
     let Ok(status) = rustix::fs::fstat(file) else { return false };
