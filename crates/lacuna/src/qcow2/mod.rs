@@ -8,6 +8,7 @@
 //! * Always: a freed cluster is reused only once nothing on storage shows it any more.
 //! * Never: a backing or data file is opened here; the caller hands them in.
 
+mod codec;
 pub mod format;
 mod image;
 mod in_flight;
@@ -29,7 +30,7 @@ mod table_cache;
 mod write;
 mod write_back;
 mod zero;
-use shim::{codec, repair_dirty, snapshots};
+use shim::{repair_dirty, snapshots};
 
 pub use image::{Counts, Image};
 pub use open::read_header;

@@ -15,20 +15,6 @@ pub(super) mod snapshots {
         Ok(())
     }
 }
-pub(super) mod codec {
-    use super::super::format::CompressionType;
-    use crate::Result;
-    pub(in super::super) fn decompress(_: CompressionType, _: &[u8], _: &mut [u8]) -> Result<()> {
-        Err(crate::Error::unsupported("Compressed clusters cannot be read yet"))
-    }
-    pub(in super::super) fn compress(
-        _: CompressionType,
-        _: &[u8],
-        _: &mut [u8],
-    ) -> Result<Option<usize>> {
-        Ok(None)
-    }
-}
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RefcountWidth(u32);
 impl RefcountWidth {
