@@ -41,36 +41,39 @@ pub(super) async fn run<A: Layer, B: Target>(
         WriteOrder::Guest => pin!(reads.try_buffered(in_flight)),
         WriteOrder::Any => pin!(reads.try_buffer_unordered(in_flight)),
     };
-    let (mut writes, mut copied, mut reading) = (FuturesUnordered::new(), Copied::default(), true);
+    let (mut writes, mut copied) = (FuturesUnordered::new(), Copied::default());
+    let (mut reading, mut ready) = (true, None);
     report(0);
     loop {
+        if writes.len() < writers
+            && let Some(loaded) = ready.take()
+        {
+            writes.push(store(target, loaded, rules));
+        }
         let event = poll_fn(|context| {
             if let Poll::Ready(Some(done)) = writes.poll_next_unpin(context) {
-                return Poll::Ready(Some(Event::Written(done)));
+                return Poll::Ready(Event::Written(done));
             }
-            match reading && writes.len() < writers {
-                true => reads.poll_next_unpin(context).map(|loaded| Some(Event::Read(loaded))),
-                false if writes.is_empty() => Poll::Ready(None),
+            match reading && ready.is_none() {
+                true => reads.poll_next_unpin(context).map(Event::Read),
+                false if writes.is_empty() => Poll::Ready(Event::End),
                 false => Poll::Pending,
             }
         });
         match event.await {
-            None => break,
-            Some(Event::Read(None)) => reading = false,
-            Some(Event::Read(Some(loaded))) => writes.push(store(target, loaded?, rules)),
-            Some(Event::Written(done)) => {
+            Event::End => return Ok(copied),
+            Event::Read(None) => reading = false,
+            Event::Read(Some(loaded)) => ready = Some(loaded?),
+            Event::Written(done) => {
                 copied.add(done?);
                 report(copied.total());
             }
         }
     }
-    if rules.unit_bytes.is_some() {
-        target.end_compressed().await?;
-    }
-    Ok(copied)
 }
 
 enum Event {
+    End,
     Read(Option<Result<Loaded>>),
     Written(Result<Copied>),
 }
