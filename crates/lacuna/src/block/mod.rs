@@ -1,9 +1,11 @@
 //! What a guest sees: requests, extents and the [`Layer`] trait.
 
+mod cursor;
 mod extent;
 mod layer;
 mod zero;
 
+pub(crate) use cursor::{ExtentCursor, no_status};
 pub use extent::{AllocationDepth, Extent, ExtentBuilder, ExtentStatus};
 pub use layer::{BoxFuture, DiscardMode, DynLayer, Layer, WriteFlags, ZeroFlags};
 pub use zero::{first_nonzero, is_zero};

@@ -6,10 +6,9 @@
 //! * Memory: two buffers of [`REQUEST_BYTES`].
 
 use crate::Result;
-use crate::block::{AllocationDepth, Extent, ExtentStatus, Layer, first_nonzero};
+use crate::block::{AllocationDepth, ExtentCursor, ExtentStatus, Layer, first_nonzero};
 use crate::buffer::Buffer;
 use crate::units::{GuestOffset, GuestRange};
-use crate::{Error, ErrorKind};
 
 /// How many bytes of each disk are looked at in one go.
 const REQUEST_BYTES: u64 = 2 << 20;
@@ -141,7 +140,7 @@ async fn common_part<A: Layer, B: Layer>(
     options: CompareOptions,
     report: &mut (dyn FnMut(u64) + Send),
 ) -> Result<Option<Difference>> {
-    let mut cursors = (Cursor::default(), Cursor::default());
+    let mut cursors = (ExtentCursor::default(), ExtentCursor::default());
     let mut at = GuestOffset(0);
     while at.0 < common {
         report(at.0);
@@ -173,7 +172,7 @@ async fn tail<L: Layer>(
     from: u64,
     report: &mut (dyn FnMut(u64) + Send),
 ) -> Result<Option<Difference>> {
-    let mut cursor = Cursor::default();
+    let mut cursor = ExtentCursor::default();
     let (mut at, end) = (GuestOffset(from), longer.size_bytes());
     while at.0 < end {
         report(at.0);
@@ -192,37 +191,6 @@ async fn tail<L: Layer>(
 /// What a strict comparison looks at; where the bytes lie in the host is nobody's business.
 fn facts(status: ExtentStatus) -> (bool, bool, bool) {
     (status.depth != AllocationDepth::NOWHERE, status.reads_zero, status.is_compressed)
-}
-
-/// Remembers the last answer about extents, so that one answer serves many steps.
-#[derive(Default)]
-struct Cursor {
-    known: std::collections::VecDeque<Extent>,
-}
-
-impl Cursor {
-    /// Returns the run that starts at the start of `rest`, at most as long as `rest`.
-    async fn at<L: Layer>(&mut self, layer: &L, rest: GuestRange) -> Result<Extent> {
-        while self.known.front().is_some_and(|extent| extent.range.end() <= rest.start) {
-            self.known.pop_front();
-        }
-        if self.known.is_empty() {
-            self.known = layer.extents(rest).await?.into();
-        }
-        let known = self.known.front().and_then(|extent| {
-            let range = extent.range.intersection(&rest)?;
-            (range.start == rest.start).then(|| Extent {
-                range,
-                status: extent.status.advanced(range.start - extent.range.start),
-            })
-        });
-        known.ok_or_else(|| no_extent(rest))
-    }
-}
-
-/// A layer broke its promise; better said than looped over.
-fn no_extent(rest: GuestRange) -> Error {
-    Error::new(ErrorKind::Io, format!("The layer gave no block status at {}", rest.start))
 }
 
 fn steps(range: GuestRange) -> impl Iterator<Item = GuestRange> + Send {

@@ -7,7 +7,8 @@
 use std::collections::VecDeque;
 
 use super::{Rules, TargetContent};
-use crate::block::{AllocationDepth, Extent};
+use crate::Result;
+use crate::block::{AllocationDepth, Extent, no_status};
 use crate::units::{GuestOffset, GuestRange};
 
 /// Zeros that need a request come in pieces of this size, so that progress shows and a dropped
@@ -59,8 +60,16 @@ impl Cutter {
     }
 
     /// Takes the extents that were needed.
-    pub(super) fn learn(&mut self, extents: Vec<Extent>) {
+    ///
+    /// # Errors
+    /// Where the first one does not hold the place they were needed for: asking again for ever
+    /// would be the alternative.
+    pub(super) fn learn(&mut self, extents: Vec<Extent>) -> Result<()> {
         self.known = extents.into();
+        match self.known.front() {
+            Some(first) if first.range.contains(self.at) => Ok(()),
+            _ => Err(no_status(GuestRange::new(self.at, 0))),
+        }
     }
 
     /// Says what comes next.
@@ -167,14 +176,15 @@ mod tests {
             match cutter.next() {
                 Next::End => return out,
                 // Answers of one extent each, from wherever was asked.
-                Next::Need(rest) => cutter.learn(
-                    extents
+                Next::Need(rest) => {
+                    let known = extents
                         .iter()
                         .copied()
                         .filter(|extent| extent.range.overlaps(&rest))
                         .take(1)
-                        .collect(),
-                ),
+                        .collect();
+                    cutter.learn(known).unwrap();
+                }
                 Next::Piece(piece) => {
                     out.push((piece.range.start.0, piece.range.len, piece.action));
                 }
@@ -237,5 +247,16 @@ mod tests {
             (350, 50, Action::Copy),
         ];
         assert_eq!(pieces(options, None, &disk), expected);
+    }
+
+    #[test]
+    fn a_layer_without_an_answer_is_an_error_not_a_loop() {
+        let options = ConvertOptions::default();
+        let rules =
+            Rules { options, size_bytes: 10, unit_bytes: None, request_bytes: 5, same_size: true };
+        let mut cutter = Cutter::new(rules);
+        assert!(matches!(cutter.next(), Next::Need(_)));
+        assert!(cutter.learn(Vec::new()).is_err());
+        assert!(cutter.learn(vec![extent(5, 5, 1, false)]).is_err());
     }
 }

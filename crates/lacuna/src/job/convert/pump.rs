@@ -84,7 +84,7 @@ fn pieces<A: Layer>(source: &A, rules: Rules) -> impl Stream<Item = Result<Piece
         loop {
             match cutter.next() {
                 Next::End => return Ok(None),
-                Next::Need(rest) => cutter.learn(source.extents(rest).await?),
+                Next::Need(rest) => cutter.learn(source.extents(rest).await?)?,
                 Next::Piece(piece) => return Ok(Some((piece, cutter))),
             }
         }
