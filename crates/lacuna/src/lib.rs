@@ -6,6 +6,7 @@
 pub mod block;
 pub mod blocking;
 pub mod buffer;
+pub mod chain;
 mod error;
 pub mod job;
 pub mod qcow2;

@@ -67,6 +67,12 @@ impl OpenOptions {
         }
     }
 
+    /// Chooses what may be done with the image.
+    #[must_use]
+    pub const fn access(self, access: Access) -> Self {
+        Self { access, ..self }
+    }
+
     /// Chooses how host clusters are placed.
     #[must_use]
     pub const fn placement(self, placement: Placement) -> Self {

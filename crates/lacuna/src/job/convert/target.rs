@@ -1,11 +1,13 @@
 //! What a copy needs of the disk it writes to, beyond what every layer does.
 
+use crate::Error;
 use crate::block::Layer;
 use crate::buffer::Buffer;
+use crate::chain::{Disk, RawDisk};
+use crate::qcow2::Image;
 use crate::raw::Raw;
 use crate::storage::{Storage, Transfer};
 use crate::units::GuestOffset;
-use crate::{Error, Result};
 
 /// A disk that may be able to store data compressed.
 ///
@@ -26,11 +28,6 @@ pub trait Target: Layer {
         offset: GuestOffset,
         buffer: Buffer,
     ) -> impl Future<Output = Transfer> + Send;
-
-    /// Brings the storage into the shape that QEMU leaves after the last compressed write.
-    fn end_compressed(&self) -> impl Future<Output = Result<()>> + Send {
-        async { Ok(()) }
-    }
 }
 
 impl<S: Storage> Target for Raw<S> {
@@ -40,5 +37,43 @@ impl<S: Storage> Target for Raw<S> {
 
     async fn write_compressed(&self, _: GuestOffset, buffer: Buffer) -> Transfer {
         (Err(Error::unsupported("A raw disk cannot store compressed data")), buffer)
+    }
+}
+
+impl<S: Storage> Target for RawDisk<S> {
+    fn compressed_unit_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    async fn write_compressed(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        self.raw().write_compressed(offset, buffer).await
+    }
+}
+
+impl<S: Storage> Target for Image<S> {
+    fn compressed_unit_bytes(&self) -> Option<u64> {
+        let has_data_file = self.header().has_external_data_file();
+        (!has_data_file).then(|| self.geometry().cluster_bytes())
+    }
+
+    async fn write_compressed(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        // The image's own method, which a trait method of the same name does not shadow.
+        Self::write_compressed(self, offset, buffer).await
+    }
+}
+
+impl<S: Storage> Target for Disk<S> {
+    fn compressed_unit_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Qcow2(image) => image.compressed_unit_bytes(),
+            Self::Raw(disk) => disk.compressed_unit_bytes(),
+        }
+    }
+
+    async fn write_compressed(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        match self {
+            Self::Qcow2(image) => image.write_compressed(offset, buffer).await,
+            Self::Raw(disk) => disk.write_compressed(offset, buffer).await,
+        }
     }
 }

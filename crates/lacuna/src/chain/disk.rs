@@ -1,0 +1,237 @@
+//! One opened disk of either format, with what must hold for it whatever its storage allows.
+//!
+//! * A disk opened for reading refuses changes, also where its storage would take them.
+//! * A raw disk whose format was probed never becomes something else to the next probe
+//!   (CVE-2026-27211): writes that put a magic at its start are refused.
+
+use std::sync::Arc;
+
+use super::policy::Format;
+use super::probe::MAGIC;
+use crate::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use crate::buffer::Buffer;
+use crate::qcow2::{Access, Image};
+use crate::raw::Raw;
+use crate::storage::{Storage, Transfer};
+use crate::units::{GuestOffset, GuestRange};
+use crate::{Error, ErrorKind, Result};
+
+/// An opened image of either format. Clones are the same disk.
+///
+/// ```
+/// use std::path::Path;
+/// use lacuna::block::Layer;
+/// use lacuna::chain::{self, ChainOptions, Disk, Format, MemoryOpener};
+/// use lacuna::qcow2::Access;
+/// use lacuna::storage::MemoryStorage;
+///
+/// let opener = MemoryOpener::default().with("disk", MemoryStorage::from(&[7; 4096][..]));
+/// let options = ChainOptions::new(Format::Raw, Access::ReadOnly);
+/// let chain = pollster::block_on(chain::open(&opener, Path::new("disk"), &options))?;
+/// assert!(matches!(chain.disk(), Disk::Raw(_)));
+/// assert_eq!(chain.disk().size_bytes(), 4096);
+/// # Ok::<_, lacuna::Error>(())
+/// ```
+pub enum Disk<S: Storage> {
+    /// A qcow2 image.
+    Qcow2(Image<S>),
+    /// A raw disk.
+    Raw(RawDisk<S>),
+}
+
+/// How the format of a raw disk became known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Origin {
+    Probed,
+    Told,
+}
+
+/// A raw disk of a chain.
+///
+/// See [`Disk`] for an example.
+#[derive(Debug)]
+pub struct RawDisk<S> {
+    raw: Arc<Raw<S>>,
+    access: Access,
+    origin: Origin,
+}
+
+impl<S: Storage> Disk<S> {
+    /// Returns the format.
+    pub const fn format(&self) -> Format {
+        match self {
+            Self::Qcow2(_) => Format::Qcow2,
+            Self::Raw(_) => Format::Raw,
+        }
+    }
+
+    /// Returns the image where this is one of qcow2.
+    pub const fn as_qcow2(&self) -> Option<&Image<S>> {
+        match self {
+            Self::Qcow2(image) => Some(image),
+            Self::Raw(_) => None,
+        }
+    }
+
+    /// Returns the storage of the image file.
+    pub fn storage(&self) -> &S {
+        match self {
+            Self::Qcow2(image) => image.storage(),
+            Self::Raw(disk) => disk.raw.storage(),
+        }
+    }
+
+    /// Makes everything durable and leaves the image as it should be left.
+    ///
+    /// # Errors
+    /// What flushing gives, and what [`Image::close`] does.
+    pub async fn close(self) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.close().await,
+            Self::Raw(disk) if disk.access == Access::ReadOnly => Ok(()),
+            Self::Raw(disk) => disk.raw.flush().await,
+        }
+    }
+}
+
+impl<S: Storage> Clone for Disk<S> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Qcow2(image) => Self::Qcow2(image.clone()),
+            Self::Raw(disk) => Self::Raw(RawDisk { raw: Arc::clone(&disk.raw), ..*disk }),
+        }
+    }
+}
+
+impl<S: Storage> RawDisk<S> {
+    pub(super) async fn open(storage: S, access: Access, origin: Origin) -> Result<Self> {
+        Ok(Self { raw: Arc::new(Raw::open(storage).await?), access, origin })
+    }
+
+    /// Returns the raw disk below, without the checks of this type.
+    #[must_use]
+    pub fn raw(&self) -> &Raw<S> {
+        &self.raw
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        match self.access {
+            Access::ReadWrite => Ok(()),
+            Access::ReadOnly => Err(Error::new(
+                ErrorKind::ReadOnly,
+                "The disk was opened for reading; open it for reading and writing to change it",
+            )),
+        }
+    }
+
+    /// Refuses what could make a later probe see another format.
+    fn check_probe(&self, offset: GuestOffset, bytes: &[u8]) -> Result<()> {
+        let magic = MAGIC.len();
+        let partial = offset.0 > 0 || bytes.len() < magic;
+        let touches = offset.0 < magic as u64 && !bytes.is_empty();
+        match self.origin == Origin::Probed && touches && (partial || bytes.starts_with(&MAGIC)) {
+            false => Ok(()),
+            true => Err(Error::invalid(
+                "The format of this raw disk was guessed, and the write would make it look like \
+                 qcow2; name the format raw when opening to allow it",
+            )),
+        }
+    }
+}
+
+impl<S: Storage> Layer for RawDisk<S> {
+    fn size_bytes(&self) -> u64 {
+        self.raw.size_bytes()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.access == Access::ReadOnly || self.raw.is_read_only()
+    }
+
+    async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        self.raw.read(offset, buffer).await
+    }
+
+    async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
+        match self.check_writable().and_then(|()| self.check_probe(offset, &buffer)) {
+            Ok(()) => self.raw.write(offset, buffer, flags).await,
+            Err(error) => (Err(error), buffer),
+        }
+    }
+
+    async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+        self.check_writable()?;
+        self.raw.write_zeroes(range, flags).await
+    }
+
+    async fn discard(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
+        self.check_writable()?;
+        self.raw.discard(range, mode).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.raw.flush().await
+    }
+
+    async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
+        self.raw.extents(range).await
+    }
+}
+
+impl<S: Storage> Layer for Disk<S> {
+    fn size_bytes(&self) -> u64 {
+        match self {
+            Self::Qcow2(image) => image.size_bytes(),
+            Self::Raw(disk) => disk.size_bytes(),
+        }
+    }
+
+    fn is_read_only(&self) -> bool {
+        match self {
+            Self::Qcow2(image) => image.is_read_only(),
+            Self::Raw(disk) => disk.is_read_only(),
+        }
+    }
+
+    async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        match self {
+            Self::Qcow2(image) => image.read(offset, buffer).await,
+            Self::Raw(disk) => disk.read(offset, buffer).await,
+        }
+    }
+
+    async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
+        match self {
+            Self::Qcow2(image) => image.write(offset, buffer, flags).await,
+            Self::Raw(disk) => disk.write(offset, buffer, flags).await,
+        }
+    }
+
+    async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.write_zeroes(range, flags).await,
+            Self::Raw(disk) => disk.write_zeroes(range, flags).await,
+        }
+    }
+
+    async fn discard(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.discard(range, mode).await,
+            Self::Raw(disk) => disk.discard(range, mode).await,
+        }
+    }
+
+    async fn flush(&self) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.flush().await,
+            Self::Raw(disk) => disk.flush().await,
+        }
+    }
+
+    async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
+        match self {
+            Self::Qcow2(image) => image.extents(range).await,
+            Self::Raw(disk) => disk.extents(range).await,
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Where each byte of a chain lies: its extents with the level that decides them.
+//!
+//! * Always in guest order, without gaps, neighbours of the same facts joined across answers.
+//! * Levels count as `qemu-img map` counts them: the top is 0, and what no level allocates belongs
+//!   to the last one that was asked. A backing layer that is too short is not asked.
+
+use std::collections::VecDeque;
+
+use super::open::{Chain, LevelFacts};
+use crate::Result;
+use crate::block::{AllocationDepth, Extent, ExtentStatus, Layer, no_status};
+use crate::storage::Storage;
+use crate::units::{GuestOffset, GuestRange};
+
+/// A run of a chain that one level decides.
+///
+/// ```
+/// # use lacuna::chain::MapRun;
+/// # use lacuna::{block::ExtentStatus, units::{GuestOffset, GuestRange}};
+/// let range = GuestRange::new(GuestOffset(0), 4096);
+/// let run = MapRun { range, status: ExtentStatus::UNALLOCATED, level: 0 };
+/// assert!(!run.is_present() && run.status.reads_zero);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapRun {
+    /// Where.
+    pub range: GuestRange,
+    /// What is known. The depth is nowhere exactly where no level allocates the run.
+    pub status: ExtentStatus,
+    /// Index in [`Chain::levels`] of the level that decides.
+    pub level: usize,
+}
+
+impl MapRun {
+    /// Says whether some level allocates the run.
+    #[must_use]
+    pub fn is_present(&self) -> bool {
+        self.status.depth != AllocationDepth::NOWHERE
+    }
+
+    fn is_continued_by(&self, next: &Self) -> bool {
+        let extent = |run: &Self| Extent { range: run.range, status: run.status };
+        self.level == next.level && extent(self).is_continued_by(&extent(next))
+    }
+}
+
+/// Goes through a chain; made by [`Chain::map`].
+///
+/// ```
+/// # use std::path::Path;
+/// # use lacuna::chain::{self, ChainOptions, Format, MemoryOpener};
+/// # use lacuna::{block::Layer, qcow2::Access, storage::MemoryStorage};
+/// # let opener = MemoryOpener::default().with("disk", MemoryStorage::from(&[7; 4096][..]));
+/// # let options = ChainOptions::new(Format::Raw, Access::ReadOnly);
+/// # let chain = pollster::block_on(chain::open(&opener, Path::new("disk"), &options))?;
+/// # pollster::block_on(async {
+/// let mut map = chain.map(chain.disk().whole());
+/// while let Some(run) = map.next().await? {
+///     println!("{:?} in {}", run.range, chain.levels()[run.level].content_path().display());
+/// }
+/// # Ok::<_, lacuna::Error>(())
+/// # })?;
+/// # Ok::<_, lacuna::Error>(())
+/// ```
+pub struct Map<'a, S: Storage> {
+    chain: &'a Chain<S>,
+    /// What was not asked about yet.
+    rest: GuestRange,
+    /// What is known but not out yet.
+    known: VecDeque<MapRun>,
+}
+
+impl<S: Storage> Chain<S> {
+    /// Goes through `range` from its start.
+    pub const fn map(&self, range: GuestRange) -> Map<'_, S> {
+        Map { chain: self, rest: range, known: VecDeque::new() }
+    }
+}
+
+impl<S: Storage> Map<'_, S> {
+    /// Returns the next run, or nothing at the end.
+    ///
+    /// # Errors
+    /// As [`Layer::extents`].
+    pub async fn next(&mut self) -> Result<Option<MapRun>> {
+        // The last known run may go on in the next answer.
+        while self.known.len() < 2 && !self.rest.is_empty() {
+            self.learn().await?;
+        }
+        Ok(self.known.pop_front())
+    }
+
+    async fn learn(&mut self) -> Result<()> {
+        let extents = self.chain.disk().extents(self.rest).await?;
+        let last = extents.last().ok_or_else(|| no_status(self.rest))?;
+        let end = last.range.end();
+        for extent in extents {
+            split(extent, self.chain.levels(), &mut self.known);
+        }
+        self.rest = GuestRange::new(end, self.rest.end().0.saturating_sub(end.0));
+        Ok(())
+    }
+}
+
+/// Cuts an extent where a level ends, since there another one decides.
+fn split(extent: Extent, levels: &[LevelFacts], out: &mut VecDeque<MapRun>) {
+    let mut at = extent.range.start;
+    while at < extent.range.end() {
+        let (reached, end) = reach(at, levels);
+        let len = (extent.range.end() - at).min(end.saturating_sub(at.0)).max(1);
+        let status = extent.status.advanced(at - extent.range.start);
+        push(out, run(GuestRange::new(at, len), status, reached));
+        at = at + len;
+    }
+}
+
+/// The last level that is asked about `at`, and up to where that holds.
+fn reach(at: GuestOffset, levels: &[LevelFacts]) -> (usize, u64) {
+    let asked = levels.iter().skip(1).take_while(|level| level.size_bytes > at.0);
+    let end = asked.clone().map(|level| level.size_bytes).min().unwrap_or(u64::MAX);
+    (asked.count(), end)
+}
+
+fn run(range: GuestRange, status: ExtentStatus, reached: usize) -> MapRun {
+    match (status.depth.0 as usize).checked_sub(1) {
+        Some(level) if level <= reached => MapRun { range, status, level },
+        // Allocated nowhere, or zeros that a layer gives past its end.
+        _ => {
+            let depth = AllocationDepth::NOWHERE;
+            MapRun { range, status: ExtentStatus { depth, ..status }, level: reached }
+        }
+    }
+}
+
+fn push(out: &mut VecDeque<MapRun>, next: MapRun) {
+    match out.back_mut() {
+        Some(last) if last.is_continued_by(&next) => last.range.len += next.range.len,
+        _ => out.push_back(next),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chain::Format;
+
+    fn levels(sizes: &[u64]) -> Vec<LevelFacts> {
+        let level = |&size_bytes: &u64| LevelFacts {
+            path: size_bytes.to_string().into(),
+            format: Format::Raw,
+            size_bytes,
+            data_path: None,
+        };
+        sizes.iter().map(level).collect()
+    }
+
+    fn mapped(depth: u32, start: u64, len: u64, sizes: &[u64]) -> Vec<(u64, u64, usize, bool)> {
+        let range = GuestRange::new(GuestOffset(start), len);
+        let status = ExtentStatus { depth: AllocationDepth(depth), ..ExtentStatus::UNALLOCATED };
+        let mut out = VecDeque::new();
+        split(Extent { range, status }, &levels(sizes), &mut out);
+        out.iter()
+            .map(|run| (run.range.start.0, run.range.len, run.level, run.is_present()))
+            .collect()
+    }
+
+    #[test]
+    fn what_no_level_allocates_belongs_to_the_last_one_asked() {
+        assert_eq!(mapped(0, 0, 100, &[100]), [(0, 100, 0, false)]);
+        assert_eq!(mapped(0, 0, 100, &[100, 100]), [(0, 100, 1, false)]);
+        // The middle level is short: what is below it is never asked past its end.
+        assert_eq!(mapped(0, 0, 100, &[100, 40, 100]), [(0, 40, 2, false), (40, 60, 0, false)]);
+        let steps = [(0, 20, 2, false), (20, 40, 1, false), (60, 40, 0, false)];
+        assert_eq!(mapped(0, 0, 100, &[100, 60, 20]), steps);
+    }
+
+    #[test]
+    fn zeros_past_the_end_of_a_short_layer_are_not_its_own() {
+        assert_eq!(mapped(2, 0, 100, &[100, 40]), [(0, 40, 1, true), (40, 60, 0, false)]);
+        assert_eq!(mapped(1, 0, 100, &[100, 40]), [(0, 100, 0, true)]);
+    }
+}

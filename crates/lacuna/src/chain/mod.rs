@@ -1,0 +1,30 @@
+//! Opens an image with the images below it: probe, resolve, allow, then build.
+//!
+//! * Never guesses a format and never follows a name in an image unless the caller said so
+//!   (D.1-40, D.1-41): [`ChainOptions`] starts with everything refused.
+//! * Always opens backing layers for reading; a data file like its image.
+//! * Never more than [`MAX_LEVELS`] images, never one of them twice.
+
+mod below;
+mod disk;
+#[cfg(target_os = "linux")]
+mod file;
+mod info;
+mod map;
+mod name;
+mod open;
+mod opener;
+mod policy;
+mod probe;
+mod walk;
+
+pub use disk::{Disk, RawDisk};
+#[cfg(target_os = "linux")]
+pub use file::FileOpener;
+pub use info::{LevelInfo, Levels, inspect};
+pub use map::{Map, MapRun};
+pub use open::{Chain, LevelFacts, open};
+pub use opener::{Identity, MemoryOpener, Opener};
+pub use policy::{Allow, ChainOptions, Format, FormatChoice, Reference, Role, UnnamedFormat};
+pub use probe::probe;
+pub use walk::MAX_LEVELS;

@@ -1,0 +1,177 @@
+//! Builds the disk of a chain, and remembers who is who in it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::below::{Below, Nothing};
+use super::disk::{Disk, RawDisk};
+use super::opener::Opener;
+use super::policy::{ChainOptions, Format};
+use super::walk::{Level, Reach, data_path, walk};
+use crate::block::{DynLayer, Layer};
+use crate::qcow2::{Image, Parts};
+use crate::storage::Storage;
+use crate::{Error, Result};
+
+/// An opened disk with its backing chain.
+///
+/// ```
+/// use std::path::Path;
+/// use lacuna::chain::{self, ChainOptions, Format, MemoryOpener};
+/// use lacuna::qcow2::Access;
+/// use lacuna::storage::MemoryStorage;
+///
+/// let opener = MemoryOpener::default().with("disk", MemoryStorage::from(&[7; 4096][..]));
+/// let options = ChainOptions::new(Format::Raw, Access::ReadOnly);
+/// let chain = pollster::block_on(chain::open(&opener, Path::new("disk"), &options))?;
+/// assert_eq!(chain.levels().len(), 1);
+/// # Ok::<_, lacuna::Error>(())
+/// ```
+pub struct Chain<S: Storage> {
+    disk: Disk<S>,
+    levels: Vec<LevelFacts>,
+}
+
+/// What is known of one level of an opened chain.
+///
+/// ```
+/// # use lacuna::chain::{Format, LevelFacts};
+/// let base = LevelFacts {
+///     path: "/vm/base.raw".into(), format: Format::Raw, size_bytes: 4096, data_path: None,
+/// };
+/// assert_eq!(base.content_path(), std::path::Path::new("/vm/base.raw"));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LevelFacts {
+    /// The image file.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// The size of its disk.
+    pub size_bytes: u64,
+    /// The external data file, where there is one.
+    pub data_path: Option<PathBuf>,
+}
+
+impl LevelFacts {
+    /// Returns the file in which guest data lies.
+    #[must_use]
+    pub fn content_path(&self) -> &Path {
+        self.data_path.as_deref().unwrap_or(&self.path)
+    }
+}
+
+impl<S: Storage> Chain<S> {
+    /// Returns the disk as the guest sees it.
+    pub const fn disk(&self) -> &Disk<S> {
+        &self.disk
+    }
+
+    /// Gives up what is known of the levels.
+    pub fn into_disk(self) -> Disk<S> {
+        self.disk
+    }
+
+    /// Returns the levels, top first.
+    pub fn levels(&self) -> &[LevelFacts] {
+        &self.levels
+    }
+}
+
+/// Opens the image at `path` with everything below it that `options` allow.
+///
+/// # Errors
+/// `InvalidRequest` where the image names a file that was not allowed or leaves out a format that
+/// may not be guessed; `Unsupported` for names that are no plain file names, unknown formats and
+/// more than [`MAX_LEVELS`](super::MAX_LEVELS) images; `Corrupt` for loops; else what opening
+/// each image gives, with its path in front.
+///
+/// ```no_run
+/// use std::path::Path;
+/// use lacuna::chain::{self, Allow, ChainOptions, FileOpener, Format};
+/// use lacuna::qcow2::Access;
+///
+/// # pollster::block_on(async {
+/// let options = ChainOptions {
+///     backing: Allow::asking(|named| named.path.starts_with("/vm")),
+///     ..ChainOptions::new(Format::Qcow2, Access::ReadOnly)
+/// };
+/// let chain = chain::open(&FileOpener::default(), Path::new("/vm/top.qcow2"), &options).await?;
+/// for level in chain.levels() {
+///     println!("{} {}", level.format, level.path.display());
+/// }
+/// # Ok::<_, lacuna::Error>(())
+/// # });
+/// ```
+pub async fn open<O: Opener>(
+    opener: &O,
+    path: &Path,
+    options: &ChainOptions,
+) -> Result<Chain<O::Storage>> {
+    let mut found = walk(opener, path, options, Reach::Bottom).await?;
+    let lower = found.split_off(1);
+    let (mut levels, mut below) = (Vec::new(), Vec::new());
+    for level in lower {
+        // Its own backing layers are asked by `Below`, not by the image.
+        let nothing = level.names_backing().then(|| Arc::new(Nothing) as Arc<dyn DynLayer>);
+        let (facts, disk) = open_level(opener, level, nothing, options).await?;
+        levels.push(facts);
+        below.push(disk);
+    }
+    let top = found.pop().ok_or_else(|| Error::invalid("A chain has at least one image"))?;
+    let backing = (!below.is_empty()).then(|| Arc::new(Below::new(below)) as Arc<dyn DynLayer>);
+    let (facts, disk) = open_level(opener, top, backing, options).await?;
+    levels.insert(0, facts);
+    Ok(Chain { disk, levels })
+}
+
+/// Makes a disk of one level; errors say which.
+async fn open_level<O: Opener>(
+    opener: &O,
+    level: Level<O::Storage>,
+    backing: Option<Arc<dyn DynLayer>>,
+    options: &ChainOptions,
+) -> Result<(LevelFacts, Disk<O::Storage>)> {
+    let path = level.path.clone();
+    let opened = build_level(opener, level, backing, options).await;
+    opened.map_err(|error| error.context(format!("Image {}", path.display())))
+}
+
+async fn build_level<O: Opener>(
+    opener: &O,
+    level: Level<O::Storage>,
+    backing: Option<Arc<dyn DynLayer>>,
+    options: &ChainOptions,
+) -> Result<(LevelFacts, Disk<O::Storage>)> {
+    let data_path = data_path(&level, options)?;
+    let disk = match level.format {
+        Format::Raw => Disk::Raw(RawDisk::open(level.storage, level.access, level.origin).await?),
+        Format::Qcow2 => {
+            let data = match &data_path {
+                Some(data) => Some(open_data(opener, data, &level).await?),
+                None => None,
+            };
+            let parts = Parts { storage: level.storage, data, backing };
+            let image = options.image.clone().access(level.access);
+            Disk::Qcow2(Image::open(parts, image).await?)
+        }
+    };
+    let size_bytes = disk.size_bytes();
+    Ok((LevelFacts { path: level.path, format: level.format, size_bytes, data_path }, disk))
+}
+
+/// Opens a data file, unless that is the image file itself under some name.
+async fn open_data<O: Opener>(
+    opener: &O,
+    data: &Path,
+    level: &Level<O::Storage>,
+) -> Result<O::Storage> {
+    if opener.identify(data).await? == opener.identify(&level.path).await? {
+        return Err(Error::corrupt(format!(
+            "The image names itself ({}) as its data file",
+            data.display()
+        )));
+    }
+    let opened = opener.open(data, level.access).await;
+    opened.map_err(|error| error.context(format!("Data file {}", data.display())))
+}

@@ -1,0 +1,162 @@
+//! Follows the names from the top image down, opening the image files on the way.
+//!
+//! * Never opens a data file, nor builds a disk: that comes after the whole chain is known good.
+//! * Never more than [`MAX_LEVELS`] levels, never the same object twice.
+
+use std::path::{Path, PathBuf};
+
+use super::disk::Origin;
+use super::name::{quoted, resolve};
+use super::opener::{Identity, Opener};
+use super::policy::{ChainOptions, Format, FormatChoice, Reference, Role, UnnamedFormat};
+use super::probe::probe;
+use crate::qcow2::format::Header;
+use crate::qcow2::{Access, read_header};
+use crate::{Error, Result};
+
+/// How many images may be stacked, the top one included. Each costs an open file.
+pub const MAX_LEVELS: usize = 1024;
+
+/// Where to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reach {
+    /// All the way, or an error.
+    Bottom,
+    /// The top image alone.
+    Top,
+}
+
+/// An image file of the chain, opened, with what it says of itself.
+pub(super) struct Level<S> {
+    pub(super) path: PathBuf,
+    pub(super) format: Format,
+    pub(super) origin: Origin,
+    pub(super) access: Access,
+    pub(super) storage: S,
+    /// What a qcow2 image says.
+    pub(super) header: Option<Header>,
+}
+
+impl<S> Level<S> {
+    pub(super) fn names_backing(&self) -> bool {
+        self.header.as_ref().is_some_and(|header| header.backing_name.is_some())
+    }
+}
+
+/// What is to be opened next.
+struct Step {
+    path: PathBuf,
+    format: FormatChoice,
+    access: Access,
+}
+
+/// Opens the image files from `path` down, top first.
+pub(super) async fn walk<O: Opener>(
+    opener: &O,
+    path: &Path,
+    options: &ChainOptions,
+    reach: Reach,
+) -> Result<Vec<Level<O::Storage>>> {
+    let mut levels = Vec::new();
+    let mut seen: Vec<Identity> = Vec::new();
+    let top = Step { path: path.to_owned(), format: options.format, access: options.access };
+    let mut next = Some(top);
+    while let Some(step) = next {
+        let name = step.path.clone();
+        check_new(opener, &name, &mut seen).await?;
+        let level = open_level(opener, step).await.map_err(|error| in_image(error, &name))?;
+        next = match reach {
+            Reach::Top => None,
+            Reach::Bottom => below(&level, options).map_err(|error| in_image(error, &name))?,
+        };
+        levels.push(level);
+    }
+    Ok(levels)
+}
+
+fn in_image(error: Error, path: &Path) -> Error {
+    error.context(format!("Image {}", path.display()))
+}
+
+/// Refuses an object that is in the chain already, and one level too many.
+async fn check_new<O: Opener>(opener: &O, path: &Path, seen: &mut Vec<Identity>) -> Result<()> {
+    let identity = opener.identify(path).await?;
+    if seen.contains(&identity) {
+        return Err(Error::corrupt(format!(
+            "The backing chain is a loop: {} is in it twice",
+            path.display()
+        )));
+    }
+    if seen.len() == MAX_LEVELS {
+        return Err(Error::unsupported(format!(
+            "The backing chain has more than {MAX_LEVELS} images; {} is one too many",
+            path.display()
+        )));
+    }
+    seen.push(identity);
+    Ok(())
+}
+
+async fn open_level<O: Opener>(opener: &O, step: Step) -> Result<Level<O::Storage>> {
+    let storage = opener.open(&step.path, step.access).await?;
+    let (format, origin) = match step.format {
+        FormatChoice::Known(format) => (format, Origin::Told),
+        FormatChoice::Probe => (probe(&storage).await?, Origin::Probed),
+    };
+    let header = match format {
+        Format::Qcow2 => Some(read_header(&storage).await?),
+        Format::Raw => None,
+    };
+    Ok(Level { path: step.path, format, origin, access: step.access, storage, header })
+}
+
+/// What the image names as its backing file, where it may be opened.
+fn below<S>(level: &Level<S>, options: &ChainOptions) -> Result<Option<Step>> {
+    let Some(header) = &level.header else { return Ok(None) };
+    let Some(name) = &header.backing_name else { return Ok(None) };
+    let path = resolve(name.as_bytes(), &level.path)
+        .map_err(|error| error.context("Backing file name"))?;
+    let reference = Reference { role: Role::Backing, image: &level.path, path: &path };
+    options.backing.check(&reference)?;
+    let format = backing_format(header, options)?;
+    Ok(Some(Step { path, format, access: Access::ReadOnly }))
+}
+
+fn backing_format(header: &Header, options: &ChainOptions) -> Result<FormatChoice> {
+    match (&header.extensions.backing_format, options.unnamed_format) {
+        (Some(name), _) => match name.as_str() {
+            Some(name) => name.parse().map(FormatChoice::Known),
+            None => Err(Error::unsupported(format!(
+                "Backing format {} is not known; raw and qcow2 are",
+                quoted(name.as_bytes())
+            ))),
+        },
+        (None, UnnamedFormat::Probe) => Ok(FormatChoice::Probe),
+        (None, UnnamedFormat::Refuse) => Err(Error::invalid(
+            "The image does not say of which format its backing file is, and guessing is not \
+             allowed; ChainOptions::unnamed_format can allow it, and storing the format in the \
+             image (qemu-img rebase -u -F) makes it unnecessary",
+        )),
+    }
+}
+
+/// Where the external data file of the image lies, if it has one and it may be opened.
+pub(super) fn data_path<S>(level: &Level<S>, options: &ChainOptions) -> Result<Option<PathBuf>> {
+    let Some(path) = named_data_path(level)? else { return Ok(None) };
+    let reference = Reference { role: Role::Data, image: &level.path, path: &path };
+    options.data_file.check(&reference)?;
+    Ok(Some(path))
+}
+
+fn named_data_path<S>(level: &Level<S>) -> Result<Option<PathBuf>> {
+    let Some(header) = level.header.as_ref().filter(|header| header.has_external_data_file())
+    else {
+        return Ok(None);
+    };
+    let Some(name) = &header.extensions.data_file_name else {
+        return Err(Error::corrupt(
+            "Guest data lies in an external data file, but the image does not name it",
+        ));
+    };
+    resolve(name.as_bytes(), &level.path).map(Some).map_err(|error| error.context("Data file name"))
+}
