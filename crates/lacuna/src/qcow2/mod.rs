@@ -8,6 +8,7 @@
 //! * Always: a freed cluster is reused only once nothing on storage shows it any more.
 //! * Never: a backing or data file is opened here; the caller hands them in.
 
+pub mod check;
 mod codec;
 pub mod format;
 mod image;
@@ -24,6 +25,7 @@ mod plan_zero;
 mod quarantine;
 mod read;
 mod refcounts;
+mod repair;
 mod resize;
 mod shim;
 mod table_cache;

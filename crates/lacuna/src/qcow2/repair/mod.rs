@@ -1,0 +1,211 @@
+//! Repair of what a check found, in an order that survives a crash at every write.
+//!
+//! | step | writes | a crash before the next step leaves |
+//! |---|---|---|
+//! | 1 | feature words: unknown autoclear bits off; *flush* | the image as it was |
+//! | – | entries that are wrong without regard to refcounts, then from the start; *flush* | leaks |
+//! | 2 | new snapshot table in free clusters; *flush* | clusters that nothing refers to |
+//! | 3 | refcounts that are too low, raised; or new refcount blocks and table in free clusters, *flush*, 12 bytes of the header; *flush* | the old refcounts or the new ones, both whole; refcounts that are too high at worst |
+//! | 4 | snapshot table: 12 bytes of the header; *flush* | the old table or the new one |
+//! | 5 | entries: copied flags and what else can be put right; *flush* | a mix of old and new entries; every new one is right with the refcounts of step 3 and those of step 6 |
+//! | 6 | refcounts that are too high, lowered; *flush* | leaks |
+//! | 7 | holes punched where clusters became free | space not given back |
+//! | 8 | after another check: dirty and corrupt bits off; *flush* | a bit too many, for the next opener |
+//!
+//! * Always: a refcount is raised before a copied flag goes, and lowered after all entries are
+//!   right. So no state in between lets a writer free a cluster that somebody refers to.
+//! * Always: where not every reference is known (damaged pointers, unreadable tables), refcounts
+//!   are only raised: what looks leaked may be what the damaged pointer meant.
+//! * Never: a snapshot or a bitmap is dropped to make the report clean (D.1-66). A table is never
+//!   written where other metadata lies.
+
+mod copied;
+mod rebuild;
+mod refcounts;
+mod snapshots;
+
+use std::ops::Range;
+
+use self::copied::Scope;
+use self::snapshots::NewTable;
+use super::check::{CheckReport, FindingKind, Listener, Phase, Progress, Repair, Survey};
+use crate::Result;
+use crate::buffer::{Buffer, Hold};
+use crate::qcow2::format::{AutoclearFeatures, IncompatibleFeatures, Version};
+use crate::storage::Storage;
+use crate::units::{HostOffset, HostRange};
+
+/// A repair may uncover something else; more often than this it goes nowhere.
+const ROUNDS: u64 = 4;
+/// Changed bytes are written in units that storage does not tear.
+const SECTOR: usize = 512;
+
+/// One round of a repair.
+struct Round<'a, S> {
+    storage: &'a S,
+    survey: &'a mut Survey,
+    /// What was repaired.
+    report: &'a mut CheckReport,
+    /// Whether anything was written.
+    wrote: bool,
+    freed: Vec<HostRange>,
+    /// Clusters whose refcounts change for the repair's own sake: no findings.
+    quiet: Vec<Range<u64>>,
+    new_snapshots: Option<NewTable>,
+}
+
+/// Repairs what `wanted` allows, and checks again.
+pub(crate) async fn repair<S: Storage>(
+    storage: &S,
+    mut survey: Survey,
+    wanted: Repair,
+    listener: Listener<'_>,
+) -> Result<CheckReport> {
+    let mut repaired = CheckReport::default();
+    for round in 0..ROUNDS {
+        listener(Progress { phase: Phase::Repair, done: round, total: ROUNDS });
+        if survey.report.is_clean() || survey.io_failed {
+            break;
+        }
+        let mut round = Round {
+            storage,
+            survey: &mut survey,
+            report: &mut repaired,
+            wrote: false,
+            freed: Vec::new(),
+            quiet: Vec::new(),
+            new_snapshots: None,
+        };
+        match wanted {
+            Repair::All => round.all().await?,
+            Repair::Leaks => round.leaks().await?,
+            Repair::None => {}
+        }
+        if !round.wrote {
+            break;
+        }
+        survey = Survey::make(storage, listener).await?;
+    }
+    clear_bits(storage, &survey).await?;
+    Ok(survey.report.after_repair(repaired))
+}
+
+impl<S: Storage> Round<'_, S> {
+    async fn all(&mut self) -> Result<()> {
+        self.clear_unknown_bits().await?;
+        if self.survey.repairable_entries > 0 {
+            // What such entries refer to does not count afterwards: look again first.
+            self.repair_entries(Scope::NoFlags).await?;
+            if self.wrote {
+                return Ok(());
+            }
+        }
+        self.prepare_snapshots().await?;
+        if self.survey.needs_rebuild {
+            if !self.rebuild().await? {
+                return Ok(());
+            }
+        } else {
+            self.raise().await?;
+        }
+        self.switch_snapshots().await?;
+        self.repair_entries(Scope::All).await?;
+        self.lower().await?;
+        self.punch().await;
+        Ok(())
+    }
+
+    /// Leaks first; copied flags once they are all that is wrong, as the refcounts that they are
+    /// judged by are right then.
+    async fn leaks(&mut self) -> Result<()> {
+        let report = &self.survey.report;
+        if report.leaks > 0 && self.survey.is_complete {
+            self.clear_unknown_bits().await?;
+            self.lower().await?;
+            self.punch().await;
+        } else if report.check_errors == 0 && report.corruptions == self.survey.wrong_flags {
+            self.clear_unknown_bits().await?;
+            self.repair_entries(Scope::All).await?;
+        }
+        Ok(())
+    }
+
+    /// A writer that does not know a feature must say so before it writes (B.12).
+    async fn clear_unknown_bits(&mut self) -> Result<()> {
+        let features = &mut self.survey.header.features;
+        let unknown = features.autoclear - AutoclearFeatures::all();
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        features.autoclear &= AutoclearFeatures::all();
+        let (at, bytes) = features.header_update();
+        write(self.storage, at, &bytes).await?;
+        self.storage.flush().await
+    }
+
+    async fn write(&mut self, at: HostOffset, bytes: &[u8]) -> Result<()> {
+        self.wrote = true;
+        write(self.storage, at, bytes).await
+    }
+
+    /// Writes the sectors in which `new` differs from `old`.
+    async fn write_changes(&mut self, at: HostOffset, old: &[u8], new: &[u8]) -> Result<()> {
+        let mut from = None;
+        let sectors = old.chunks(SECTOR).zip(new.chunks(SECTOR));
+        let changed: Vec<bool> = sectors.map(|(old, new)| old != new).collect();
+        for index in 0..=changed.len() {
+            match (from, changed.get(index).copied().unwrap_or(false)) {
+                (None, true) => from = Some(index),
+                (Some(first), false) => {
+                    let range = first * SECTOR..(index * SECTOR).min(new.len());
+                    self.write(at + range.start as u64, &new[range]).await?;
+                    from = None;
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes what was written so far durable.
+    async fn flush(&self) -> Result<()> {
+        if self.wrote { self.storage.flush().await } else { Ok(()) }
+    }
+
+    /// Gives the space of clusters back that are free now, durably so.
+    async fn punch(&mut self) {
+        for range in std::mem::take(&mut self.freed) {
+            // Space that is not given back is no harm, and not every host can (D.1-6).
+            if self.storage.punch_hole_at(range, Hold::none()).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn give_up(&mut self, text: &str) {
+        let kind = FindingKind::RepairImpossible { text: text.to_owned() };
+        self.survey.report.record(kind, 1);
+    }
+}
+
+async fn write<S: Storage>(storage: &S, at: HostOffset, bytes: &[u8]) -> Result<()> {
+    storage.write_at(at, Buffer::from(bytes)).await.0
+}
+
+/// Clears the dirty and the corrupt bit where the last check found neither error nor corruption.
+async fn clear_bits<S: Storage>(storage: &S, survey: &Survey) -> Result<()> {
+    let mut features = survey.header.features;
+    let bits = IncompatibleFeatures::DIRTY | IncompatibleFeatures::CORRUPT;
+    let report = &survey.report;
+    let is_sound = report.check_errors == 0 && report.corruptions == 0;
+    let is_marked = features.incompatible.intersects(bits);
+    if !is_sound || !is_marked || survey.geometry.version() == Version::V2 {
+        return Ok(());
+    }
+    features.incompatible -= bits;
+    // Whatever the image got before this process must be as durable as the claim.
+    storage.flush().await?;
+    let (at, bytes) = features.header_update();
+    write(storage, at, &bytes).await?;
+    storage.flush().await
+}
