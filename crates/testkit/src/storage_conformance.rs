@@ -2,7 +2,7 @@
 //!
 //! Always: a check works on a fresh object and leaves nothing behind.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -26,7 +26,7 @@ use crate::{Random, seeds};
 /// # Panics
 /// If the storage breaks its contract.
 pub fn storage_conformance<S: Storage>(make: impl Fn() -> S) {
-    let checks: [fn(&S); 16] = [
+    let checks: [fn(&S); 17] = [
         a_fresh_object_is_empty,
         a_read_past_the_end_gives_zeros,
         a_write_extends_and_the_gap_reads_as_zeros,
@@ -38,6 +38,7 @@ pub fn storage_conformance<S: Storage>(make: impl Fn() -> S) {
         reserving_changes_no_byte,
         setting_the_length_cuts_and_adds_zeros,
         flushing_works,
+        many_calls_on_one_thread_all_come_back,
         past_the_end_everything_is_a_hole,
         data_not_yet_flushed_is_never_called_zero,
         overlapping_writes_leave_whole_sectors,
@@ -251,6 +252,38 @@ fn flushing_works<S: Storage>(storage: &S) {
     write(storage, 0, &[7; 10_000]);
     block_on(storage.flush()).expect("a full one too");
     assert_eq!(read(storage, 0, 10_000), [7; 10_000]);
+}
+
+fn many_calls_on_one_thread_all_come_back<S: Storage>(storage: &S) {
+    const CALLS: u64 = 300;
+    let writes = (0..CALLS).map(|n| {
+        let bytes = Buffer::from(&[n as u8; 1000][..]);
+        storage.write_at(HostOffset(n * 1000), bytes)
+    });
+    for (result, _) in all(writes) {
+        result.expect("the object can be written");
+    }
+    let reads = (0..CALLS).map(|n| storage.read_at(HostOffset(n * 1000), Buffer::new(1000)));
+    for (n, (result, buffer)) in all(reads).into_iter().enumerate() {
+        result.expect("the object can be read");
+        assert!(buffer.iter().all(|byte| *byte == n as u8), "call {n} has other bytes");
+    }
+}
+
+/// Has all futures under way at once, and returns what they return.
+fn all<F: Future>(futures: impl Iterator<Item = F>) -> Vec<F::Output> {
+    let mut waiting: Vec<_> = futures.map(|future| Some(Box::pin(future))).collect();
+    let mut outputs: Vec<_> = waiting.iter().map(|_| None).collect();
+    block_on(poll_fn(|context| {
+        for (future, output) in waiting.iter_mut().zip(&mut outputs) {
+            let polled = future.as_mut().map(|future| future.as_mut().poll(context));
+            if let Some(Poll::Ready(value)) = polled {
+                (*future, *output) = (None, Some(value));
+            }
+        }
+        if waiting.iter().all(Option::is_none) { Poll::Ready(()) } else { Poll::Pending }
+    }));
+    outputs.into_iter().map(|output| output.expect("all are ready")).collect()
 }
 
 fn past_the_end_everything_is_a_hole<S: Storage>(storage: &S) {

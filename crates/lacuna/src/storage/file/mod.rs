@@ -58,7 +58,7 @@ pub struct FileStorage {
 
 /// Who makes the calls that may block.
 #[derive(Debug)]
-enum Engine {
+enum Runner {
     Ring(Arc<Ring>),
     Threads,
 }
@@ -81,7 +81,7 @@ struct Inner {
     /// Present with O_DIRECT.
     direct: Option<DirectAlignment>,
     driver: Driver,
-    engine: Engine,
+    runner: Runner,
     pool: Arc<Pool>,
     /// Present with a foreign event loop.
     bell: Option<Bell>,
@@ -153,7 +153,7 @@ impl FileStorage {
     /// # Errors
     /// What reading the eventfd gives.
     pub fn complete(&self) -> Result<usize> {
-        let (Some(bell), Engine::Ring(ring)) = (&self.inner.bell, &self.inner.engine) else {
+        let (Some(bell), Runner::Ring(ring)) = (&self.inner.bell, &self.inner.runner) else {
             return Ok(0);
         };
         // The counter first: what completes after this rings again.

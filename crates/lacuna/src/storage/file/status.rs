@@ -49,7 +49,7 @@ impl Inner {
         if self.kind == Kind::BlockDevice {
             return known(HostStatus::Data, len);
         }
-        match self.map(start, len)? {
+        match self.map(start, len) {
             None => self.seek_status(start, len, HostStatus::Hole).map(Glance::Known),
             Some(Run { mapping: Mapping::Written, len }) => known(HostStatus::Data, len),
             Some(Run { mapping: Mapping::Gap, len }) => {
@@ -65,19 +65,16 @@ impl Inner {
         }
     }
 
-    /// Asks the map without writeback; nothing where the host has none.
-    fn map(&self, start: u64, len: u64) -> io::Result<Option<Run>> {
+    /// Asks the map without writeback; nothing where the host has none, or fails to read it.
+    fn map(&self, start: u64, len: u64) -> Option<Run> {
         if remembered(&self.refusals.extent_map) {
-            return Ok(None);
+            return None;
         }
-        match first_run(self.file.as_fd(), start, len, Writeback::Skip) {
-            Ok(run) => Ok(Some(run)),
-            Err(error) if is_refusal(&error) => {
-                remember(&self.refusals.extent_map);
-                Ok(None)
-            }
-            Err(error) => Err(error),
+        let run = first_run(self.file.as_fd(), start, len, Writeback::Skip);
+        if run.as_ref().is_err_and(is_refusal) {
+            remember(&self.refusals.extent_map);
         }
+        run.ok()
     }
 
     /// Says how far there is no data from `start` on, which is `status` then, or how far there is.

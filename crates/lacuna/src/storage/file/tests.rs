@@ -199,6 +199,35 @@ fn a_dropped_request_leaves_its_things_with_the_ring() {
     assert_eq!(released.try_recv(), Ok(1));
 }
 
+/// The kernel cancels what a thread that ends has under way; the next poll starts it anew.
+#[test]
+fn a_request_outlives_the_thread_that_submitted_it() {
+    let folder = folder();
+    let storage = open(&folder.path().join("f"), CacheMode::Direct, DriverChoice::IoUring);
+    let (reader, writer) = rustix::pipe::pipe().expect("a pipe can be made");
+    let attempt = Attempt {
+        file: Arc::new(reader),
+        direction: Direction::Read,
+        offset: u64::MAX,
+        buffer: Buffer::zeroed(1),
+        start: 0,
+        rider: Rider::default(),
+    };
+    let inner = Arc::clone(&storage.inner);
+    let mut request = Box::pin(async move { inner.drive(attempt).await });
+    let first_thread = std::thread::spawn(move || {
+        let polled = request.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        assert!(polled.is_pending());
+        request
+    });
+    let mut request = first_thread.join().expect("the first thread is content");
+    assert!(request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    rustix::io::write(&writer, b"x").expect("the pipe takes a byte");
+    let (result, attempt) = pollster::block_on(request);
+    assert_eq!(result.expect("the byte is read"), 1);
+    assert_eq!(&*attempt.buffer, b"x");
+}
+
 #[test]
 fn after_a_failed_flush_every_later_one_fails_alike() {
     let folder = folder();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::range_lock::Mode;
-use super::{Engine, Inner, remember, remembered};
+use super::{Inner, Runner, remember, remembered};
 use crate::buffer::Buffer;
 use crate::storage::Transfer;
 use crate::storage::sys::{Attempt, Direction, Rider, uninterrupted};
@@ -82,11 +82,12 @@ impl Inner {
                 Ok(read) => return Some(Ok(read)),
                 Err(Errno::INTR) => (),
                 Err(Errno::AGAIN) => return None,
-                // Also of kernels and file systems that do not know the flag.
-                Err(_) => {
+                Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
                     remember(&self.refusals.nowait);
                     return None;
                 }
+                // The driver will meet it as well, or not.
+                Err(_) => return None,
             }
         }
     }
@@ -160,7 +161,7 @@ impl Inner {
 
     /// Makes the call until it is neither interrupted nor cancelled.
     pub(super) async fn drive(&self, mut attempt: Attempt) -> (io::Result<usize>, Attempt) {
-        if let Engine::Ring(ring) = &self.engine {
+        if let Runner::Ring(ring) = &self.runner {
             loop {
                 let result;
                 (result, attempt) = ring.submit(attempt).await;
