@@ -144,7 +144,7 @@ impl<S: Storage> Image<S> {
         builder: &mut ExtentBuilder,
     ) -> Result<()> {
         let is_hole = mapping.host().is_none();
-        let nothing = ExtentStatus { is_hole, ..ExtentStatus::UNALLOCATED };
+        let nothing = ExtentStatus { is_hole, host: mapping.host(), ..ExtentStatus::UNALLOCATED };
         let there = match &self.0.backing {
             Some(backing) => backing.size().saturating_sub(range.start.0).min(range.len),
             None => 0,
