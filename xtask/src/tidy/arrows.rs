@@ -92,15 +92,17 @@ fn module_of(file: &str) -> Vec<String> {
 }
 
 /// Lists all paths within the crate, from its root on.
-fn paths(tokens: &[Token], module: &[String]) -> Vec<(Vec<String>, usize)> {
+fn paths(tokens: &[Token], file_module: &[String]) -> Vec<(Vec<String>, usize)> {
     let mut found = Vec::new();
+    let mut module = Inline { path: file_module.to_vec(), depth: 0, opened: Vec::new() };
     for at in 0..tokens.len() {
+        module.enter(tokens, at);
         let follows_path = at > 0 && tokens[at - 1].text == "::";
         let leads_path = tokens.get(at + 1).is_some_and(|next| next.text == "::");
         let start = match tokens[at].text.as_str() {
             "crate" => Vec::new(),
-            "self" => module.to_vec(),
-            "super" => up(module),
+            "self" => module.path.clone(),
+            "super" => up(&module.path),
             _ => continue,
         };
         if leads_path && !follows_path {
@@ -108,6 +110,36 @@ fn paths(tokens: &[Token], module: &[String]) -> Vec<(Vec<String>, usize)> {
         }
     }
     found
+}
+
+/// The module that a token belongs to, where a file has modules in braces.
+struct Inline {
+    path: Vec<String>,
+    depth: usize,
+    /// The depths at which they were opened.
+    opened: Vec<usize>,
+}
+
+impl Inline {
+    fn enter(&mut self, tokens: &[Token], at: usize) {
+        match tokens[at].text.as_str() {
+            "{" => {
+                if at >= 2 && tokens[at - 2].text == "mod" {
+                    self.path.push(tokens[at - 1].text.clone());
+                    self.opened.push(self.depth);
+                }
+                self.depth += 1;
+            }
+            "}" => {
+                self.depth = self.depth.saturating_sub(1);
+                if self.opened.last() == Some(&self.depth) {
+                    self.opened.pop();
+                    self.path.pop();
+                }
+            }
+            _ => {}
+        }
+    }
 }
 
 fn up(module: &[String]) -> Vec<String> {
@@ -217,6 +249,14 @@ mod tests {
     #[test]
     fn a_module_without_arrows_is_found() {
         assert_eq!(found("extra.rs", "use crate::Result;").len(), 1);
+    }
+
+    #[test]
+    fn modules_in_braces_have_a_super_of_their_own() {
+        let text = "mod inner { use super::super::Storage; }";
+        assert_eq!(found("storage/file.rs", text).len(), 0);
+        let text = "mod inner { use super::super::super::block::Layer; }";
+        assert_eq!(found("storage/file.rs", text).len(), 1);
     }
 
     #[test]
