@@ -85,6 +85,15 @@ fn memory_conforms() {
 }
 
 #[test]
+fn simulated_storage_conforms() {
+    use testkit::SparseBytes;
+    use testkit::sim::{Pace, SimHost};
+    storage_conformance(|| {
+        SimHost::without_record(Pace::AtOnce, 1).add_file(SparseBytes::default())
+    });
+}
+
+#[test]
 fn buffered_file_conforms_with_io_uring() {
     conforms(&std::env::temp_dir(), CacheMode::Buffered, DriverChoice::IoUring);
 }
