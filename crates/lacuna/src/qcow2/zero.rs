@@ -29,9 +29,15 @@ fn cut(range: GuestRange, unit: u64, disk_bytes: u64) -> Parts {
         true => range.end().0.next_multiple_of(unit),
         false => range.end().0,
     };
-    let first = range.start.0.next_multiple_of(unit).min(range.end().0);
-    let last = (end / unit * unit).max(first);
     let part = |from: u64, to: u64| GuestRange::new(GuestOffset(from), to.saturating_sub(from));
+    let first = range.start.0.next_multiple_of(unit);
+    if first >= range.end().0 {
+        // Inside one unit, be it the last one: the end of the disk completes no unit whose start
+        // is left out.
+        let nothing = part(range.end().0, range.end().0);
+        return Parts { head: range, middle: nothing, tail: nothing };
+    }
+    let last = (end / unit * unit).max(first);
     Parts {
         head: part(range.start.0, first),
         middle: part(first, last),
@@ -239,5 +245,9 @@ mod tests {
         assert_eq!((parts.head.len, parts.middle.len, parts.tail.len), (100, 0, 0));
         let parts = cut(GuestRange::new(GuestOffset(512), 700), 512, 9999);
         assert_eq!((parts.head.len, parts.middle.len, parts.tail.len), (0, 512, 188));
+        let parts = cut(GuestRange::new(GuestOffset(600), 100), 512, 700);
+        assert_eq!((parts.head.len, parts.middle.len, parts.tail.len), (100, 0, 0));
+        let parts = cut(GuestRange::new(GuestOffset(512), 188), 512, 700);
+        assert_eq!((parts.head.len, parts.middle.start.0, parts.middle.len), (0, 512, 512));
     }
 }
