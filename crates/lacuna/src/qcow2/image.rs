@@ -167,10 +167,10 @@ impl<S: Storage> Image<S> {
         if !self.0.meta.lock().writable {
             return Ok(());
         }
+        self.store_bitmaps().await?;
         self.write_back(Refcounting::Written).await?;
         // The first one freed clusters; their refcounts are dirty now.
         self.write_back(Refcounting::Written).await?;
-        self.store_bitmaps().await?;
         self.round_up_length().await?;
         self.clear_dirty_bit().await
     }
@@ -316,8 +316,12 @@ impl<S: Storage> Image<S> {
 
     /// Writes a header field and makes it durable.
     pub(super) async fn write_header_field(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
-        self.write_piece(Piece { offset, bytes: bytes.to_vec() }).await?;
+        self.write_bytes(offset, bytes).await?;
         self.0.storage.flush().await
+    }
+
+    pub(super) async fn write_bytes(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
+        self.write_piece(Piece { offset, bytes: bytes.to_vec() }).await
     }
 
     // ---- write-back ------------------------------------------------------------------------
@@ -523,15 +527,6 @@ impl Meta {
             self.refcounts.blocks.forget(offset);
             self.structures.remove_cluster(cluster);
         }
-        Ok(())
-    }
-}
-
-impl<S: Storage> Image<S> {
-    async fn store_bitmaps(&self) -> Result<()> {
-        Ok(())
-    }
-    async fn mark_bitmaps_in_use(&self) -> Result<()> {
         Ok(())
     }
 }

@@ -8,13 +8,14 @@ use std::collections::BTreeSet;
 
 use smallvec::SmallVec;
 
+use super::bitmaps::Bitmaps;
 use super::format::{CompressedRun, Geometry, L1Entry, L2Entry, SubclusterBitmap, Version};
 use super::in_flight::{InFlight, Token};
 use super::mapping::{DataPlace, Decoder, Mapping};
 use super::need::{Need, Planned, Stop};
 use super::overlap::{Structure, Structures};
 use super::quarantine::{Freed, FreedBy, Quarantine};
-use super::refcounts::Refcounts;
+use super::refcounts::{Allocation, Refcounts};
 use super::table_cache::TableCache;
 use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
@@ -78,6 +79,7 @@ pub(super) struct Meta {
     pub(super) in_flight: InFlight,
     pub(super) structures: Structures,
     pub(super) gate: Gate,
+    pub(super) bitmaps: Bitmaps,
     /// The size in the header is not yet this one.
     pub(super) size_dirty: bool,
     /// Guest bytes were written that entries in memory point to, and not synced since.
@@ -124,8 +126,9 @@ impl Meta {
         }
     }
 
-    /// Refuses changes where there may be none, and asks for what must come before the first.
-    pub(super) fn before_change(&self) -> Planned<()> {
+    /// Refuses changes where there may be none, asks for what must come before the first, and
+    /// notes that `range` changes.
+    pub(super) fn before_change(&mut self, range: GuestRange) -> Planned<()> {
         if let Some(error) = &self.failed {
             return Err(Stop::Fail(error.clone().context("The image was closed to changes")));
         }
@@ -144,6 +147,7 @@ impl Meta {
         if self.l2.is_crowded() || self.refcounts.blocks.is_crowded() {
             return Err(Need::WriteBack.into());
         }
+        self.bitmaps.mark(range);
         Ok(())
     }
 
@@ -325,6 +329,27 @@ impl Meta {
         let start = self.refcounts.allocate(count, &self.quarantine)?.start;
         self.note_allocated(HostRange::new(start, count * self.geometry().cluster_bytes()))?;
         Ok(start)
+    }
+
+    /// Hands out up to `count` clusters, at least one: right behind `behind` as far as that is
+    /// free and the placement goes that way, else as [`allocate`](Self::allocate) does.
+    pub(super) fn allocate_behind(
+        &mut self,
+        count: u64,
+        behind: Option<HostOffset>,
+    ) -> Planned<Allocation> {
+        let follows = behind.filter(|behind| {
+            self.refcounts.follows_the_last() && self.geometry().is_aligned(behind.0)
+        });
+        if let (Some(behind), false) = (follows, self.gate.dirty_bit) {
+            let found = self.refcounts.allocate_at(behind, count)?;
+            if found.clusters > 0 {
+                let len = found.clusters * self.geometry().cluster_bytes();
+                self.note_allocated(HostRange::new(found.start, len))?;
+                return Ok(found);
+            }
+        }
+        Ok(Allocation { start: self.allocate(count)?, clusters: count })
     }
 
     /// Hands out bytes for a compressed cluster.

@@ -8,6 +8,7 @@
 //! * Always: a freed cluster is reused only once nothing on storage shows it any more.
 //! * Never: a backing or data file is opened here; the caller hands them in.
 
+mod bitmaps;
 pub mod check;
 mod codec;
 pub mod format;
@@ -27,12 +28,11 @@ mod read;
 mod refcounts;
 mod repair;
 mod resize;
-mod shim;
+mod snapshots;
 mod table_cache;
 mod write;
 mod write_back;
 mod zero;
-use shim::{repair_dirty, snapshots};
 
 pub use image::{Counts, Image};
 pub use open::read_header;

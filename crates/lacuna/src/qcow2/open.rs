@@ -1,5 +1,7 @@
 //! Opening an image: everything the header claims is checked before it is believed.
 
+use super::bitmaps::Bitmaps;
+use super::check::{self, CheckOptions, Repair};
 use super::format::{AutoclearFeatures, CompatibleFeatures, Header, IncompatibleFeatures, L1Entry};
 use super::image::Image;
 use super::in_flight::InFlight;
@@ -108,7 +110,7 @@ async fn prepare_for_writing<S: Storage>(storage: &S, header: &mut Header) -> Re
         ));
     }
     if header.features.incompatible.contains(IncompatibleFeatures::DIRTY) {
-        super::repair_dirty(storage).await?;
+        repair_dirty(storage).await?;
         *header = read_header(storage).await?;
     }
     let known = AutoclearFeatures::BITMAPS | AutoclearFeatures::RAW_EXTERNAL_DATA;
@@ -118,6 +120,19 @@ async fn prepare_for_writing<S: Storage>(storage: &S, header: &mut Header) -> Re
         let (offset, bytes) = header.features.header_update();
         storage.write_at(offset, Buffer::from(&bytes[..])).await.0?;
         storage.flush().await?;
+    }
+    Ok(())
+}
+
+/// Postponed refcounts are rebuilt before anything is allocated by them.
+async fn repair_dirty<S: Storage>(storage: &S) -> Result<()> {
+    let options = CheckOptions { repair: Repair::All };
+    let report = check::check(storage, &options, &mut |_| {}).await?;
+    if report.corruptions > 0 || report.check_errors > 0 {
+        return Err(Error::corrupt(format!(
+            "The image was not closed properly and its repair left {} errors; open it read-only",
+            report.corruptions + report.check_errors
+        )));
     }
     Ok(())
 }
@@ -143,6 +158,11 @@ async fn load_meta<S: Storage>(
         true => structures(&parts.storage, header, &l1, &table).await?,
         false => Structures::new(geometry.cluster_bits()),
     };
+    let bitmaps = match writable {
+        true => Bitmaps::load(&parts.storage, header).await?,
+        false => Bitmaps::default(),
+    };
+    let follows_bitmaps = !bitmaps.is_empty();
     let place = if parts.data.is_some() { DataPlace::External } else { DataPlace::ImageFile };
     let lazy = header.features.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
     Ok(Meta {
@@ -163,7 +183,8 @@ async fn load_meta<S: Storage>(
         quarantine: Quarantine::default(),
         in_flight: InFlight::default(),
         structures,
-        gate: Gate { bitmaps: false, dirty_bit: writable && lazy },
+        bitmaps,
+        gate: Gate { bitmaps: follows_bitmaps, dirty_bit: writable && lazy },
         size_dirty: false,
         needs_data_sync: false,
         zero_from: HostOffset(file_bytes.next_multiple_of(geometry.cluster_bytes())),

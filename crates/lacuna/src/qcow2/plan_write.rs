@@ -25,6 +25,14 @@ impl WritePiece {
             Self::Link(new) => new.guest.len,
         }
     }
+
+    /// Returns where the host bytes of this piece end.
+    pub(super) fn host_end(&self) -> HostOffset {
+        match self {
+            Self::InPlace { host, len, .. } => *host + *len,
+            Self::Link(new) => new.host + new.guest.len,
+        }
+    }
 }
 
 /// Clusters to be filled and then linked.
@@ -58,14 +66,21 @@ impl NewData {
 }
 
 /// Plans the first piece of a write to `range`, which lies within the disk and is not empty.
-pub(super) fn plan_write(meta: &mut Meta, range: GuestRange) -> Planned<WritePiece> {
-    meta.before_change()?;
+///
+/// `behind` is where the host bytes of the piece before it end, if there was one: QEMU's
+/// placement goes on there.
+pub(super) fn plan_write(
+    meta: &mut Meta,
+    range: GuestRange,
+    behind: Option<HostOffset>,
+) -> Planned<WritePiece> {
+    meta.before_change(range)?;
     let run = meta.run(range)?;
     match run.mapping {
         Mapping::Data { host, on_write: OnWrite::InPlace } if meta.owns_table(range.start) => {
             in_place(meta, GuestRange::new(range.start, run.len), host)
         }
-        _ => link(meta, range),
+        _ => link(meta, range, behind),
     }
 }
 
@@ -85,7 +100,7 @@ fn check_host(meta: &Meta, host: HostRange) -> Planned<()> {
     }
 }
 
-fn link(meta: &mut Meta, range: GuestRange) -> Planned<WritePiece> {
+fn link(meta: &mut Meta, range: GuestRange, behind: Option<HostOffset>) -> Planned<WritePiece> {
     let first_cluster = meta.geometry().cover_clusters(GuestRange::new(range.start, 1));
     if meta.in_flight.conflicts(Touch::Exclusive, first_cluster) {
         return Err(Need::Turn(meta.in_flight.wait()).into());
@@ -93,51 +108,69 @@ fn link(meta: &mut Meta, range: GuestRange) -> Planned<WritePiece> {
     meta.own_table(range.start)?;
     let piece = collect(meta, range)?;
     let clusters = meta.geometry().cover_clusters(piece.guest);
-    let token = match meta.in_flight.begin(Touch::Exclusive, clusters) {
-        Ok(token) => token,
-        Err(turn) => return Err(Need::Turn(turn).into()),
-    };
-    let (host, reads_zero) = match piece.reserved {
-        Some(host) => (host, false),
-        None => match new_clusters(meta, clusters) {
-            Ok(found) => found,
-            Err(stop) => {
-                meta.end(token);
-                return Err(stop);
-            }
-        },
-    };
-    if piece.reserved.is_none() && meta.decoder.place == DataPlace::ImageFile {
-        meta.in_flight.reserve(token, HostRange::new(host, clusters.len));
+    if meta.in_flight.conflicts(Touch::Exclusive, clusters) {
+        return Err(Need::Turn(meta.in_flight.wait()).into());
     }
-    let within = piece.guest.start.0 - clusters.start.0;
-    let (head, tail) = piece.copies;
+    let place = match piece.reserved {
+        Some(host) => NewPlace { host, clusters: clusters.len, reads_zero: false },
+        None => new_clusters(meta, clusters, behind)?,
+    };
+    let token = meta.in_flight.begin(Touch::Exclusive, clusters).map_err(Need::Turn)?;
+    if piece.reserved.is_none() && meta.decoder.place == DataPlace::ImageFile {
+        meta.in_flight.reserve(token, HostRange::new(place.host, place.clusters));
+    }
+    let guest = GuestRange::new(
+        piece.guest.start,
+        piece.guest.end().min(clusters.start + place.clusters) - piece.guest.start,
+    );
+    let tail = match guest == piece.guest {
+        true => piece.tail,
+        false => GuestRange::new(guest.end(), 0),
+    };
     Ok(WritePiece::Link(NewData {
         token,
-        guest: piece.guest,
-        host: host + within,
-        head,
+        guest,
+        host: place.host + (guest.start.0 - clusters.start.0),
+        head: piece.head,
         tail,
-        reads_zero,
+        reads_zero: place.reads_zero,
         reused: piece.reserved.is_some(),
     }))
 }
 
-/// Returns where new clusters for the guest clusters lie, and whether they read as zeros.
-fn new_clusters(meta: &mut Meta, clusters: GuestRange) -> Planned<(HostOffset, bool)> {
+/// Host bytes for new clusters.
+struct NewPlace {
+    host: HostOffset,
+    /// In bytes; maybe fewer than were asked for.
+    clusters: u64,
+    reads_zero: bool,
+}
+
+fn new_clusters(
+    meta: &mut Meta,
+    clusters: GuestRange,
+    behind: Option<HostOffset>,
+) -> Planned<NewPlace> {
     if meta.decoder.place == DataPlace::External {
         // Guest and host offsets are equal there; what the file held before is unknown.
-        return Ok((HostOffset(clusters.start.0), false));
+        let host = HostOffset(clusters.start.0);
+        return Ok(NewPlace { host, clusters: clusters.len, reads_zero: false });
     }
     let zero_from = meta.zero_from;
-    let host = meta.allocate(clusters.len >> meta.geometry().cluster_bits())?;
-    Ok((host, host >= zero_from))
+    let count = clusters.len >> meta.geometry().cluster_bits();
+    let found = meta.allocate_behind(count, behind)?;
+    Ok(NewPlace {
+        host: found.start,
+        clusters: found.clusters << meta.geometry().cluster_bits(),
+        reads_zero: found.start >= zero_from,
+    })
 }
 
 struct Collected {
     guest: GuestRange,
     reserved: Option<HostOffset>,
-    copies: (GuestRange, GuestRange),
+    head: GuestRange,
+    tail: GuestRange,
 }
 
 /// Collects neighbouring clusters that are written the same way, within one table slice.
@@ -158,11 +191,11 @@ fn collect(meta: &mut Meta, range: GuestRange) -> Planned<Collected> {
     }
     let end = end.min(range.end());
     let guest = GuestRange::new(range.start, end - range.start);
-    let copies = match reserved {
-        Some(_) => (head_of(meta, guest, None), tail_of(meta, guest, None)),
-        None => (head_of(meta, guest, Some(first_entry)), tail_of(meta, guest, Some(last_entry))),
-    };
-    Ok(Collected { guest, reserved, copies })
+    // Bytes that stay where they are need no copy.
+    let moved = |entry| reserved.is_none().then_some(entry);
+    let head = head_of(meta, guest, moved(first_entry));
+    let tail = tail_of(meta, guest, moved(last_entry));
+    Ok(Collected { guest, reserved, head, tail })
 }
 
 /// Returns where the coverage of the slice that holds the entry ends.

@@ -22,7 +22,7 @@ pub(super) enum Intent {
 /// Applies `intent` to the leading whole clusters of `range` (all bounds on cluster borders).
 /// Returns how many bytes are done; a run within one L2 table is one step.
 pub(super) fn clear_clusters(meta: &mut Meta, range: GuestRange, intent: Intent) -> Planned<u64> {
-    meta.before_change()?;
+    meta.before_change(range)?;
     let coverage = meta.geometry().l2_coverage_bytes();
     let table_end = GuestOffset((range.start.0 / coverage + 1) * coverage);
     let end = table_end.min(range.end());
@@ -101,7 +101,7 @@ pub(super) enum Subzeroed {
 
 /// Makes whole subclusters of one cluster read as zeros; the host cluster stays.
 pub(super) fn zero_subclusters(meta: &mut Meta, range: GuestRange) -> Planned<Subzeroed> {
-    meta.before_change()?;
+    meta.before_change(range)?;
     let cluster = meta.geometry().cover_clusters(GuestRange::new(range.start, 1)).start;
     let old = meta.entry(cluster)?.unwrap_or_default();
     if old.is_compressed() {

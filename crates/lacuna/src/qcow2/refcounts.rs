@@ -8,12 +8,13 @@
 //!   the file only when no gap fits.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
-use super::format::Geometry;
+use super::format::{Geometry, RefcountWidth};
 use super::need::{Need, Planned, Stop};
 use super::overlap::Structure;
 use super::quarantine::Quarantine;
-use super::shim::RefcountWidth;
+
 use super::table_cache::TableCache;
 use crate::units::{HostCluster, HostOffset, HostRange};
 use crate::{Error, ErrorKind};
@@ -88,7 +89,7 @@ impl Refcounts {
     ) -> Self {
         Self {
             geometry,
-            width: RefcountWidth::new(geometry.refcount_order()),
+            width: RefcountWidth::of(&geometry),
             placement,
             table_clusters: geometry.clusters_for(table.len() as u64 * 8),
             table,
@@ -109,6 +110,11 @@ impl Refcounts {
 
     pub(super) const fn table_range(&self) -> HostRange {
         HostRange::new(self.table_offset, self.table_clusters << self.geometry.cluster_bits())
+    }
+
+    /// Says whether a request goes on behind its last clusters where there is room.
+    pub(super) fn follows_the_last(&self) -> bool {
+        self.placement == Placement::QemuCompatible
     }
 
     /// Returns how often a search had to ask for a write-back to get at freed clusters.
@@ -213,7 +219,7 @@ impl Refcounts {
     pub(super) fn allocate(&mut self, count: u64, quarantine: &Quarantine) -> Planned<Allocation> {
         loop {
             let start = self.choose(count, quarantine)?;
-            if self.claim(start, count)? {
+            if self.claim(start, count, start + count)? {
                 return Ok(self.handed_out(start, count));
             }
         }
@@ -227,7 +233,7 @@ impl Refcounts {
             while free < count && self.read(HostCluster(first + free))? == 0 {
                 free += 1;
             }
-            if free == 0 || self.claim(first, free)? {
+            if free == 0 || self.claim(first, free, self.single_cursor)? {
                 return Ok(self.handed_out(first, free));
             }
         }
@@ -325,16 +331,16 @@ impl Refcounts {
     }
 
     /// Raises the refcounts of a free run to one. False where a refcount block had to be made
-    /// first, which may have taken part of the run: then choose again.
-    fn claim(&mut self, start: u64, count: u64) -> Planned<bool> {
+    /// first (from `blocks_from` on, but not in what of the run the block does not cover), which
+    /// may have taken part of the run: then choose again.
+    fn claim(&mut self, start: u64, count: u64, blocks_from: u64) -> Planned<bool> {
         let mut cluster = start;
         while cluster < start + count {
             if self.block(cluster / self.entries())?.is_none() {
-                self.make_block(cluster, start + count)?;
-                if cluster > start {
-                    // QEMU takes back what it had claimed so far, which lowers its cursor.
-                    self.lower_cursors(HostCluster(start));
-                }
+                let taken = start..cluster;
+                self.make_block(cluster, blocks_from, taken)?;
+                // Try the same clusters first (as QEMU does): most are still free.
+                self.lower_cursors(HostCluster(start));
                 return Ok(false);
             }
             // Have the slice at hand before anything is changed.
@@ -355,14 +361,19 @@ impl Refcounts {
     // ---- refcount blocks -------------------------------------------------------------------
 
     /// Makes the refcount block that covers `cluster`, somewhere from `from` on.
-    fn make_block(&mut self, cluster: u64, from: u64) -> Planned<()> {
+    fn make_block(&mut self, cluster: u64, from: u64, taken: Range<u64>) -> Planned<()> {
         let index = cluster / self.entries();
         let mut at = from.max(self.single_cursor);
-        let block = self.scan(&mut at, 1, None)?;
+        let mut block = self.scan(&mut at, 1, None)?;
+        if taken.contains(&block) {
+            at = taken.end;
+            block = self.scan(&mut at, 1, None)?;
+        }
         let own = block / self.entries();
         if own != index && self.block(own)?.is_none() {
-            // Its own refcount has no block either: make that one first (it describes itself).
-            return self.make_block(block, block);
+            // Its own refcount has no block either: make that one first, which describes itself.
+            // It goes behind, as QEMU's cursor has passed the first choice by then.
+            return self.make_block(block, block + 1, taken);
         }
         if index >= self.table.len() as u64 {
             return self.grow_table(cluster.max(block));

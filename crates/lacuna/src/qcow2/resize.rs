@@ -82,8 +82,9 @@ impl<S: Storage> Image<S> {
         if let Some(data) = &self.0.data {
             data.set_len(new).await?;
         }
+        let added = GuestRange::new(GuestOffset(old), new - old);
         self.plan(|meta| {
-            meta.before_change()?;
+            meta.before_change(added)?;
             meta.grow_l1(new)?;
             meta.size_bytes = new;
             Ok(())
@@ -168,7 +169,9 @@ impl Meta {
 
     /// Frees the L2 tables that lie wholly beyond `size_bytes`; their entries are clear already.
     fn drop_tables(&mut self, size_bytes: u64) -> Planned<()> {
-        self.before_change()?;
+        let cut =
+            GuestRange::new(GuestOffset(size_bytes), self.size_bytes.saturating_sub(size_bytes));
+        self.before_change(cut)?;
         let first = self.geometry().l1_entries_for(size_bytes) as usize;
         for index in first..self.l1.entries.len() {
             let Some(table) = self.l1.entries[index].table() else { continue };

@@ -39,17 +39,19 @@ impl<S: Storage> Image<S> {
 
     async fn write_pieces(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         let (mut done, mut rest, mut at) = (None, buffer, offset);
+        let mut behind = None;
         while !rest.is_empty() {
             let range = GuestRange::new(at, rest.len() as u64);
-            let piece = match self.plan(|meta| plan_write(meta, range)).await {
+            let piece = match self.plan(|meta| plan_write(meta, range, behind)).await {
                 Ok(piece) => piece,
                 Err(error) => return (Err(error), join(done, rest)),
             };
             let len = piece.len();
-            let behind = rest.split_off(len as usize);
+            behind = Some(piece.host_end());
+            let later = rest.split_off(len as usize);
             let (result, part) = self.write_piece_of_guest(piece, rest).await;
             done = Some(join(done, part));
-            rest = behind;
+            rest = later;
             at = at + len;
             if let Err(error) = result {
                 return (Err(error), join(done, rest));
@@ -234,7 +236,7 @@ fn plan_stream(
     range: GuestRange,
     len: u64,
 ) -> Planned<(super::in_flight::Token, HostOffset)> {
-    meta.before_change()?;
+    meta.before_change(range)?;
     meta.own_table(range.start)?;
     let clusters = meta.geometry().cover_clusters(range);
     if meta.in_flight.conflicts(Touch::Exclusive, clusters) {

@@ -1,0 +1,177 @@
+//! Keeps enabled dirty bitmaps in step with writes (B.10).
+//!
+//! * Always: the first change of an open image marks every enabled bitmap in use, durably, before
+//!   anything else; only a clean close takes the mark off again. After a crash nobody trusts one.
+//! * Always: what changes is marked before it changes, in memory, a chunk per cluster of bitmap
+//!   data; closing merges the chunks into what is stored.
+//! * Never: a bitmap is touched that is disabled, was in use already, or has extra data that says
+//!   it must not be.
+
+use super::format::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry, Header};
+use super::image::Image;
+use super::write_back::Refcounting;
+use crate::Result;
+use crate::buffer::Buffer;
+use crate::storage::Storage;
+use crate::units::{GuestRange, HostOffset};
+
+type Map<V> = std::collections::HashMap<u64, V, foldhash::fast::RandomState>;
+
+/// Where the flags lie in a directory entry.
+const FLAGS_AT: u64 = 12;
+
+/// The bitmaps that follow the writes of an open image.
+#[derive(Debug, Default)]
+pub(super) struct Bitmaps {
+    tracked: Vec<Tracked>,
+    /// They are marked in use, so that closing has to store them.
+    pub(super) in_use: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Tracked {
+    entry: BitmapEntry,
+    flags_at: HostOffset,
+    /// Bits of one cluster of bitmap data.
+    chunk_bits: u64,
+    /// New bits by chunk.
+    chunks: Map<Vec<u8>>,
+}
+
+impl Bitmaps {
+    /// Finds the bitmaps to follow.
+    ///
+    /// # Errors
+    /// `Corrupt` where the directory cannot be decoded: it could not be kept in step.
+    pub(super) async fn load<S: Storage>(storage: &S, header: &Header) -> Result<Self> {
+        let Some(extension) = header.valid_bitmaps() else { return Ok(Self::default()) };
+        let buffer = Buffer::new(extension.directory_bytes as usize);
+        let (result, bytes) = storage.read_at(extension.directory_offset, buffer).await;
+        result.map_err(|error| error.context("Reading the bitmap directory"))?;
+        let entries = BitmapEntry::decode_directory(&bytes, &extension)?;
+        let mut at = extension.directory_offset;
+        let mut tracked = Vec::new();
+        for entry in entries {
+            let flags_at = at + FLAGS_AT;
+            at = at + BitmapEntry::encode_directory(std::slice::from_ref(&entry))?.len() as u64;
+            if is_followed(&entry) {
+                entry.check(&header.geometry, header.size_bytes)?;
+                let chunk_bits = header.geometry.cluster_bytes() * 8;
+                tracked.push(Tracked { entry, flags_at, chunk_bits, chunks: Map::default() });
+            }
+        }
+        Ok(Self { tracked, in_use: false })
+    }
+
+    pub(super) const fn is_empty(&self) -> bool {
+        self.tracked.is_empty()
+    }
+
+    /// Notes that guest bytes change.
+    pub(super) fn mark(&mut self, range: GuestRange) {
+        for bitmap in &mut self.tracked {
+            bitmap.mark(range);
+        }
+    }
+}
+
+fn is_followed(entry: &BitmapEntry) -> bool {
+    let knows_extra =
+        entry.extra_data.is_empty() || entry.flags.contains(BitmapFlags::EXTRA_DATA_COMPATIBLE);
+    entry.flags.contains(BitmapFlags::AUTO)
+        && !entry.flags.contains(BitmapFlags::IN_USE)
+        && knows_extra
+}
+
+impl Tracked {
+    fn mark(&mut self, range: GuestRange) {
+        if range.is_empty() {
+            return;
+        }
+        let first = range.start.0 >> self.entry.granularity_bits;
+        let last = (range.end().0 - 1) >> self.entry.granularity_bits;
+        for bit in first..=last {
+            let bytes = (self.chunk_bits / 8) as usize;
+            let chunk = self.chunks.entry(bit / self.chunk_bits).or_insert_with(|| vec![0; bytes]);
+            let within = bit % self.chunk_bits;
+            chunk[(within / 8) as usize] |= 1 << (within % 8);
+        }
+    }
+}
+
+impl<S: Storage> Image<S> {
+    /// Marks the bitmaps in use, durably; changes may follow then.
+    pub(super) async fn mark_bitmaps_in_use(&self) -> Result<()> {
+        self.write_bitmap_flags(BitmapFlags::IN_USE).await?;
+        let mut meta = self.0.meta.lock();
+        meta.bitmaps.in_use = true;
+        meta.gate.bitmaps = false;
+        Ok(())
+    }
+
+    async fn write_bitmap_flags(&self, in_use: BitmapFlags) -> Result<()> {
+        let flags: Vec<_> = {
+            let meta = self.0.meta.lock();
+            let of = |it: &Tracked| (it.flags_at, it.entry.flags.difference(BitmapFlags::IN_USE));
+            meta.bitmaps.tracked.iter().map(of).collect()
+        };
+        for (offset, flags) in flags {
+            let bytes = flags.union(in_use).bits().to_be_bytes();
+            self.write_bytes(offset, &bytes).await?;
+        }
+        self.0.storage.flush().await
+    }
+
+    /// Merges what changed into the stored bitmaps and takes the marks off.
+    pub(super) async fn store_bitmaps(&self) -> Result<()> {
+        let tracked = {
+            let meta = self.0.meta.lock();
+            if !meta.bitmaps.in_use {
+                return Ok(());
+            }
+            meta.bitmaps.tracked.clone()
+        };
+        let mut tables = Vec::new();
+        for bitmap in &tracked {
+            tables.push(self.merge_chunks(bitmap).await?);
+        }
+        // New clusters of bitmap data have their refcounts on storage before a table names them.
+        self.write_back(Refcounting::Written).await?;
+        for (bitmap, table) in tracked.iter().zip(tables) {
+            let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
+            self.write_bytes(bitmap.entry.table_offset, &bytes).await?;
+        }
+        self.0.storage.flush().await?;
+        self.write_bitmap_flags(BitmapFlags::empty()).await?;
+        self.0.meta.lock().bitmaps.in_use = false;
+        Ok(())
+    }
+
+    /// Writes the chunks of one bitmap. Returns its table as it must be stored next.
+    async fn merge_chunks(&self, bitmap: &Tracked) -> Result<Vec<BitmapTableEntry>> {
+        let table_bytes = u64::from(bitmap.entry.table_entries) * 8;
+        let bytes = self.load(bitmap.entry.table_offset, table_bytes, "bitmap table").await?;
+        let (words, _) = bytes.as_chunks::<8>();
+        let mut table: Vec<BitmapTableEntry> =
+            words.iter().map(|word| BitmapTableEntry(u64::from_be_bytes(*word))).collect();
+        for (index, chunk) in &bitmap.chunks {
+            let Some(entry) = table.get_mut(*index as usize) else { continue };
+            *entry = self.merge_chunk(*entry, chunk).await?;
+        }
+        Ok(table)
+    }
+
+    async fn merge_chunk(&self, entry: BitmapTableEntry, chunk: &[u8]) -> Result<BitmapTableEntry> {
+        let (offset, merged) = match entry.cluster() {
+            BitmapCluster::AllOnes => return Ok(entry),
+            BitmapCluster::AllZeros => (self.plan(|meta| meta.allocate(1)).await?, chunk.to_vec()),
+            BitmapCluster::Data(offset) => {
+                let stored = self.load(offset, chunk.len() as u64, "bitmap data").await?;
+                let merged = stored.iter().zip(chunk).map(|(old, new)| old | new).collect();
+                (offset, merged)
+            }
+        };
+        self.write_bytes(offset, &merged).await?;
+        Ok(BitmapTableEntry::new(BitmapCluster::Data(offset)))
+    }
+}
