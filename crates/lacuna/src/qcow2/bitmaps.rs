@@ -90,13 +90,28 @@ impl Tracked {
         }
         let first = range.start.0 >> self.entry.granularity_bits;
         let last = (range.end().0 - 1) >> self.entry.granularity_bits;
-        for bit in first..=last {
+        for index in first / self.chunk_bits..=last / self.chunk_bits {
+            let start = index * self.chunk_bits;
             let bytes = (self.chunk_bits / 8) as usize;
-            let chunk = self.chunks.entry(bit / self.chunk_bits).or_insert_with(|| vec![0; bytes]);
-            let within = bit % self.chunk_bits;
-            chunk[(within / 8) as usize] |= 1 << (within % 8);
+            let chunk = self.chunks.entry(index).or_insert_with(|| vec![0; bytes]);
+            let to = (last - start).min(self.chunk_bits - 1);
+            set_bits(chunk, first.saturating_sub(start), to);
         }
     }
+}
+
+/// Sets bits `from..=to`, lowest bit of a byte first.
+fn set_bits(bytes: &mut [u8], from: u64, to: u64) {
+    let (first, last) = ((from / 8) as usize, (to / 8) as usize);
+    let head = 0xff << (from % 8);
+    let tail = 0xff >> (7 - to % 8);
+    if first == last {
+        bytes[first] |= head & tail;
+        return;
+    }
+    bytes[first] |= head;
+    bytes[first + 1..last].fill(0xff);
+    bytes[last] |= tail;
 }
 
 impl<S: Storage> Image<S> {
@@ -173,5 +188,24 @@ impl<S: Storage> Image<S> {
         };
         self.write_bytes(offset, &merged).await?;
         Ok(BitmapTableEntry::new(BitmapCluster::Data(offset)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::set_bits;
+
+    #[test]
+    fn a_run_of_bits_is_set_and_no_neighbour() {
+        for from in 0..40 {
+            for to in from..40 {
+                let mut bytes = [0; 5];
+                set_bits(&mut bytes, from, to);
+                for bit in 0..40 {
+                    let is_set = bytes[(bit / 8) as usize] >> (bit % 8) & 1 == 1;
+                    assert_eq!(is_set, (from..=to).contains(&bit), "bit {bit} of {from}..={to}");
+                }
+            }
+        }
     }
 }

@@ -306,6 +306,7 @@ impl<S: Storage> Image<S> {
         &self,
         change: impl FnOnce(&mut IncompatibleFeatures),
     ) -> Result<()> {
+        self.wait_for_metadata_writes().await;
         let (offset, bytes) = {
             let mut header = self.0.header.lock();
             change(&mut header.features.incompatible);
@@ -364,11 +365,7 @@ impl<S: Storage> Image<S> {
             Err(error) => return Err(self.mark_corrupt(error).await),
         };
         let mut undo = UndoOnDrop { image: self, undo: Some(work.undo) };
-        if let Err(error) = self.execute(work.steps).await {
-            // Nobody knows what is durable now: nothing more may be acknowledged.
-            self.0.meta.lock().failed = Some(error.clone());
-            return Err(error);
-        }
+        self.execute(work.steps).await?;
         let batch = undo.done();
         self.release(batch).await
     }
@@ -390,8 +387,8 @@ impl<S: Storage> Image<S> {
     async fn execute(&self, steps: Vec<Step>) -> Result<()> {
         for step in steps {
             match step {
-                Step::Sync => self.0.storage.flush().await?,
-                Step::SyncData => self.data_storage().flush().await?,
+                Step::Sync => self.sync(&self.0.storage).await?,
+                Step::SyncData => self.sync(self.data_storage()).await?,
                 Step::Write(pieces) => {
                     let mut writes = stream::iter(pieces)
                         .map(|piece| self.write_piece(piece))
@@ -403,6 +400,16 @@ impl<S: Storage> Image<S> {
             }
         }
         Ok(())
+    }
+
+    /// After a failed flush nobody knows what is durable: nothing more may be acknowledged. A
+    /// failed write, in contrast, leaves everything dirty and may be tried again.
+    async fn sync(&self, storage: &S) -> Result<()> {
+        let result = storage.flush().await;
+        if let Err(error) = &result {
+            self.0.meta.lock().failed = Some(error.clone());
+        }
+        result
     }
 
     async fn write_piece(&self, piece: Piece) -> Result<()> {

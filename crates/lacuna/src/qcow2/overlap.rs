@@ -4,6 +4,8 @@
 //! active L2 tables, L1 tables of snapshots. L2 tables of snapshots are not (they would have to
 //! be read).
 
+use std::collections::BTreeMap;
+
 use crate::units::{HostCluster, HostRange};
 use crate::{Error, Result};
 
@@ -42,11 +44,14 @@ impl Structure {
 pub(super) struct Structures {
     cluster_bits: u32,
     by_cluster: Map<Structure>,
+    /// Clusters of snapshots' L1 tables as disjoint ranges, start to end: a hostile image may
+    /// claim 65536 large tables over each other.
+    inactive_l1: BTreeMap<u64, u64>,
 }
 
 impl Structures {
     pub(super) fn new(cluster_bits: u32) -> Self {
-        Self { cluster_bits, by_cluster: Map::default() }
+        Self { cluster_bits, by_cluster: Map::default(), inactive_l1: BTreeMap::new() }
     }
 
     fn clusters(&self, range: HostRange) -> std::ops::Range<u64> {
@@ -58,6 +63,25 @@ impl Structures {
         for cluster in self.clusters(range) {
             self.by_cluster.entry(cluster).or_insert(structure);
         }
+    }
+
+    pub(super) fn add_inactive_l1(&mut self, range: HostRange) {
+        let mut new = self.clusters(range);
+        // Swallow the neighbours that touch it; each is swallowed once.
+        while let Some((start, end)) = self.inactive_l1.range(..=new.end).next_back() {
+            let (start, end) = (*start, *end);
+            if end < new.start {
+                break;
+            }
+            self.inactive_l1.remove(&start);
+            new = new.start.min(start)..new.end.max(end);
+        }
+        self.inactive_l1.insert(new.start, new.end);
+    }
+
+    fn touches_inactive_l1(&self, clusters: &std::ops::Range<u64>) -> bool {
+        let before = self.inactive_l1.range(..clusters.end).next_back();
+        before.is_some_and(|(_, end)| *end > clusters.start)
     }
 
     pub(super) fn remove(&mut self, range: HostRange) {
@@ -78,7 +102,10 @@ impl Structures {
                 _ => {}
             }
         }
-        Ok(())
+        match self.touches_inactive_l1(&self.clusters(range)) {
+            true => Err(overlap(range, Structure::InactiveL1)),
+            false => Ok(()),
+        }
     }
 }
 
@@ -104,6 +131,15 @@ mod tests {
         assert!(structures.check(inside, None).is_err());
         assert!(structures.check(inside, Some(Structure::ActiveL1)).is_ok());
         assert!(structures.check(HostRange::new(HostOffset(0x20000), 0x10000), None).is_ok());
+        structures.add_inactive_l1(HostRange::new(HostOffset(0x50000), 0x20000));
+        structures.add_inactive_l1(HostRange::new(HostOffset(0x60000), 0x30000));
+        structures.add_inactive_l1(HostRange::new(HostOffset(0x100000), 8));
+        for (start, is_free) in
+            [(0x40000, true), (0x50000, false), (0x8ffff, false), (0x90000, true)]
+        {
+            let range = HostRange::new(HostOffset(start), 1);
+            assert_eq!(structures.check(range, None).is_ok(), is_free, "{start:#x}");
+        }
         structures.remove(HostRange::new(HostOffset(0x30000), 8));
         assert!(structures.check(inside, None).is_ok());
     }

@@ -22,10 +22,10 @@ pub(super) enum Intent {
 /// Applies `intent` to the leading whole clusters of `range` (all bounds on cluster borders).
 /// Returns how many bytes are done; a run within one L2 table is one step.
 pub(super) fn clear_clusters(meta: &mut Meta, range: GuestRange, intent: Intent) -> Planned<u64> {
-    meta.before_change(range)?;
     let coverage = meta.geometry().l2_coverage_bytes();
     let table_end = GuestOffset((range.start.0 / coverage + 1) * coverage);
     let end = table_end.min(range.end());
+    meta.before_change(GuestRange::new(range.start, end - range.start))?;
     if leaves_no_table(meta, range.start, intent)? {
         return Ok(end - range.start);
     }

@@ -41,7 +41,7 @@ pub(super) async fn add_structures<S: Storage>(
     for snapshot in snapshots {
         snapshot.check_l1(&header.geometry)?;
         let range = HostRange::new(snapshot.l1.offset, u64::from(snapshot.l1.entries) * 8);
-        structures.add(range, Structure::InactiveL1);
+        structures.add_inactive_l1(range);
     }
     Ok(())
 }
