@@ -11,6 +11,7 @@
 mod bitmaps;
 pub mod check;
 mod codec;
+mod create;
 pub mod format;
 mod image;
 mod in_flight;
@@ -34,6 +35,7 @@ mod write;
 mod write_back;
 mod zero;
 
+pub use create::{BackingName, CreateOptions, DataFileName, create};
 pub use image::{Counts, Image};
 pub use open::read_header;
 pub use options::{Access, DiscardPolicy, OpenOptions, Parts};

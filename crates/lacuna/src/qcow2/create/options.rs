@@ -1,0 +1,203 @@
+//! What an image is to be like, and which wishes exclude each other.
+
+use super::super::format::{
+    AutoclearFeatures, CompatibleFeatures, CompressionType, EntryWidth, Geometry, Header,
+    IncompatibleFeatures, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, StoredName, Version,
+};
+use crate::{Error, Result};
+
+/// Sizes of disks are multiples of this many bytes.
+const SECTOR_BYTES: u64 = 512;
+/// Longest name of a format that fits into the header's extension.
+const MAX_FORMAT_BYTES: usize = 15;
+/// With a raw data file guest offsets are host offsets, which have 56 bits.
+const MAX_RAW_BYTES: u64 = 1 << 56;
+
+/// The name of a backing file as it is to be stored.
+///
+/// ```
+/// use lacuna::qcow2::BackingName;
+/// let backing = BackingName { name: "base.img".into(), format: Some("raw".into()) };
+/// assert!(backing.format.is_some());
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingName {
+    /// 1 to 1023 bytes.
+    pub name: String,
+    /// Its format, at most 15 bytes. Without one, readers would have to guess.
+    pub format: Option<String>,
+}
+
+/// The name of an external data file as it is to be stored.
+///
+/// ```
+/// use lacuna::qcow2::DataFileName;
+/// let data = DataFileName { name: "disk.raw".into(), raw: true };
+/// assert!(data.raw);
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFileName {
+    /// At least one byte.
+    pub name: String,
+    /// Whether the file is to be a valid raw image by itself at any time.
+    pub raw: bool,
+}
+
+/// What [`create`](super::create) makes. The default is QEMU's, with a disk of size 0.
+///
+/// ```
+/// use lacuna::qcow2::CreateOptions;
+/// let options = CreateOptions { size_bytes: 64 << 20, ..CreateOptions::default() };
+/// assert_eq!((options.cluster_bytes, options.refcount_bits), (65536, 16));
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CreateOptions {
+    /// The size of the disk; rounded up to a multiple of 512 bytes.
+    pub size_bytes: u64,
+    /// The version of the format.
+    pub version: Version,
+    /// A power of two from 512 bytes to 2 MiB; at least 16 KiB with extended L2 entries.
+    pub cluster_bytes: u64,
+    /// Extended L2 entries need version 3.
+    pub entry_width: EntryWidth,
+    /// A power of two from 1 to 64; version 2 has only 16.
+    pub refcount_bits: u32,
+    /// zstd needs version 3.
+    pub compression: CompressionType,
+    /// Whether refcount updates may be put off, which needs version 3.
+    pub lazy_refcounts: bool,
+    /// Where clusters come from that the image does not have.
+    pub backing: Option<BackingName>,
+    /// Where guest data goes, if not into the image itself; needs version 3.
+    pub data_file: Option<DataFileName>,
+}
+
+impl Default for CreateOptions {
+    fn default() -> Self {
+        Self {
+            size_bytes: 0,
+            version: Version::V3,
+            cluster_bytes: 65536,
+            entry_width: EntryWidth::Standard,
+            refcount_bits: 16,
+            compression: CompressionType::Deflate,
+            lazy_refcounts: false,
+            backing: None,
+            data_file: None,
+        }
+    }
+}
+
+impl CreateOptions {
+    /// Returns the geometry of the image to be.
+    ///
+    /// # Errors
+    /// `InvalidRequest` where cluster size, refcount width or L2 entry width are out of limits.
+    pub fn geometry(&self) -> Result<Geometry> {
+        let smallest = match self.entry_width {
+            EntryWidth::Standard => 512,
+            EntryWidth::Extended => 16384,
+        };
+        let cluster_bytes = self.cluster_bytes;
+        if !cluster_bytes.is_power_of_two() || !(smallest..=2 << 20).contains(&cluster_bytes) {
+            return Err(Error::invalid(format!(
+                "Cluster size is {cluster_bytes} bytes; a power of two from {smallest} to 2 MiB \
+                 would be right"
+            )));
+        }
+        if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
+            return Err(Error::invalid(format!(
+                "Refcount width is {} bits; a power of two from 1 to 64 would be right",
+                self.refcount_bits
+            )));
+        }
+        self.check_version()?;
+        let order = self.refcount_bits.trailing_zeros();
+        Geometry::new(self.version, cluster_bytes.trailing_zeros(), order, self.entry_width)
+    }
+
+    /// Returns the header of the image, as yet without tables.
+    pub(super) fn header(&self) -> Result<Header> {
+        let geometry = self.geometry()?;
+        self.check_names()?;
+        let mut header = Header::new(geometry, self.rounded_size(&geometry)?);
+        header.compression = self.compression;
+        if self.lazy_refcounts {
+            header.features.compatible |= CompatibleFeatures::LAZY_REFCOUNTS;
+        }
+        if let Some(data) = &self.data_file {
+            header.features.incompatible |= IncompatibleFeatures::EXTERNAL_DATA_FILE;
+            header.features.autoclear.set(AutoclearFeatures::RAW_EXTERNAL_DATA, data.raw);
+            header.extensions.data_file_name = Some(StoredName::new(data.name.as_str()));
+        }
+        if let Some(backing) = &self.backing {
+            header.backing_name = Some(StoredName::new(backing.name.as_str()));
+            header.extensions.backing_format = backing.format.as_deref().map(StoredName::from);
+        }
+        Ok(header)
+    }
+
+    fn check_version(&self) -> Result<()> {
+        if self.version >= Version::V3 {
+            return Ok(());
+        }
+        let wishes = [
+            (self.refcount_bits != 16, "refcounts of another width than 16 bits"),
+            (self.entry_width == EntryWidth::Extended, "extended L2 entries"),
+            (self.compression != CompressionType::Deflate, "zstd compression"),
+            (self.lazy_refcounts, "lazy refcounts"),
+            (self.data_file.is_some(), "an external data file"),
+        ];
+        match wishes.iter().find(|(wished, _)| *wished) {
+            None => Ok(()),
+            Some((_, what)) => Err(Error::invalid(format!(
+                "Version 2 (compat=0.10) cannot have {what}; version 3 (compat=1.1) can"
+            ))),
+        }
+    }
+
+    fn check_names(&self) -> Result<()> {
+        if let Some(backing) = &self.backing {
+            let len = backing.name.len();
+            if !(1..=MAX_BACKING_NAME_BYTES).contains(&len) {
+                return Err(Error::invalid(format!(
+                    "Backing file name has {len} bytes; 1 to {MAX_BACKING_NAME_BYTES} are allowed"
+                )));
+            }
+            let len = backing.format.as_ref().map_or(0, String::len);
+            if len > MAX_FORMAT_BYTES {
+                return Err(Error::invalid(format!(
+                    "Name of the backing format has {len} bytes; at most {MAX_FORMAT_BYTES} are \
+                     allowed"
+                )));
+            }
+        }
+        match (&self.data_file, &self.backing) {
+            (Some(data), _) if data.name.is_empty() => {
+                Err(Error::invalid("Name of the external data file is empty"))
+            }
+            (Some(data), Some(_)) if data.raw => Err(Error::invalid(
+                "A raw external data file and a backing file exclude each other: the raw file \
+                 would lack what the backing file has",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn rounded_size(&self, geometry: &Geometry) -> Result<u64> {
+        let most = (MAX_L1_BYTES / 8).saturating_mul(geometry.l2_coverage_bytes());
+        let raw = self.data_file.as_ref().is_some_and(|data| data.raw);
+        let most = if raw { most.min(MAX_RAW_BYTES) } else { most };
+        self.size_bytes
+            .checked_next_multiple_of(SECTOR_BYTES)
+            .filter(|size| *size <= most)
+            .ok_or_else(|| {
+                Error::invalid(format!(
+                    "A disk of {} bytes is too large; clusters of {} bytes allow {most}{}",
+                    self.size_bytes,
+                    self.cluster_bytes,
+                    if geometry.cluster_bits() < 21 { ", larger ones more" } else { "" }
+                ))
+            })
+    }
+}
