@@ -83,6 +83,7 @@ impl<S: Storage> Image<S> {
             data.set_len(new).await?;
         }
         let added = GuestRange::new(GuestOffset(old), new - old);
+        let mut back = SizeBackOnDrop { image: self, old: Some(old) };
         self.plan(|meta| {
             meta.before_change(added)?;
             meta.grow_l1(new)?;
@@ -97,8 +98,12 @@ impl<S: Storage> Image<S> {
             // Left-overs of the last cluster, and backing bytes that the old end hid (D.1-49).
             let range = GuestRange::new(GuestOffset(old), end - old);
             self.zero_guest(range, ZeroFlags::MAY_UNMAP).await?;
+            // A crash must not leave the larger disk without these zeros.
+            self.flush_all().await?;
         }
-        self.commit_size(new).await
+        self.commit_size(new).await?;
+        back.old = None;
+        Ok(())
     }
 
     async fn shrink(&self, old: u64, new: u64) -> Result<()> {
@@ -106,13 +111,17 @@ impl<S: Storage> Image<S> {
         let from = new.next_multiple_of(cluster_bytes);
         let to = old.next_multiple_of(cluster_bytes);
         self.clear(GuestRange::new(GuestOffset(from), to - from), Intent::Forget).await?;
+        let mut back = SizeBackOnDrop { image: self, old: Some(old) };
         self.plan(|meta| {
             meta.drop_tables(new)?;
             meta.size_bytes = new;
             Ok(())
         })
         .await?;
+        // Were the smaller size there first, a later growth would show the old clusters again.
+        self.flush_all().await?;
         self.commit_size(new).await?;
+        back.old = None;
         self.write_back(Refcounting::Written).await?;
         if let Some(data) = &self.0.data {
             data.set_len(new).await?;
@@ -136,6 +145,24 @@ impl<S: Storage> Image<S> {
             return Ok(());
         }
         self.0.storage.set_len(end.0).await
+    }
+}
+
+/// Takes the size back where a change of it is dropped or fails before it is durable: what a
+/// growth adds may not be zeroed yet, and memory must not know a size that storage does not.
+struct SizeBackOnDrop<'a, S: Storage> {
+    image: &'a Image<S>,
+    old: Option<u64>,
+}
+
+impl<S: Storage> Drop for SizeBackOnDrop<'_, S> {
+    fn drop(&mut self) {
+        if let Some(old) = self.old {
+            let mut meta = self.image.0.meta.lock();
+            meta.size_bytes = old;
+            // The new size may be on its way to storage.
+            meta.size_dirty = true;
+        }
     }
 }
 

@@ -113,8 +113,7 @@ pub(super) fn plan(meta: &mut Meta, refcounting: Refcounting) -> Result<WriteBac
     let l1_pointer = moved_l1(meta, &mut first, &mut batch);
     let mut third = table_pieces(meta, Structure::ActiveL2)?;
     third.extend(l1_sectors(meta));
-    third.extend(l1_pointer);
-    third.extend(size_field(meta));
+    third.extend(header_fields(size_field(meta), l1_pointer));
     undo.batch = batch;
     Ok(WriteBack { steps: order(meta, first, second, third), undo })
 }
@@ -229,6 +228,20 @@ fn l1_sectors(meta: &mut Meta) -> Vec<Piece> {
         .into_iter()
         .map(|at| Piece { offset: meta.l1.offset + at as u64 * 512, bytes: bytes(at) })
         .collect()
+}
+
+/// Joins size and L1 pointer in one write within one sector: a crash must not leave a disk that is
+/// larger than its table maps. Between the two lies crypt_method, which is 0 in what we open.
+fn header_fields(size: Option<Piece>, l1_pointer: Option<Piece>) -> Option<Piece> {
+    match (size, l1_pointer) {
+        (Some(mut size), Some(l1_pointer)) => {
+            let gap = l1_pointer.offset - size.offset;
+            size.bytes.resize(gap as usize, 0);
+            size.bytes.extend(l1_pointer.bytes);
+            Some(size)
+        }
+        (size, l1_pointer) => size.or(l1_pointer),
+    }
 }
 
 fn size_field(meta: &mut Meta) -> Option<Piece> {
