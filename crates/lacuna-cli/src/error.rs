@@ -1,0 +1,146 @@
+//! What a verb ends with when it does not succeed, and how that is said.
+
+use std::fmt;
+
+use lacuna::ErrorKind;
+
+use crate::persona::Tool;
+
+/// Shorthand for a result with a [`CliError`].
+pub(crate) type CliResult<T> = Result<T, CliError>;
+
+/// A failure: what to say on stderr and the exit code.
+#[derive(Clone, Debug)]
+pub(crate) struct CliError {
+    text: String,
+    code: u8,
+    kind: Kind,
+    /// Said under the program's own name only: the command or option that helps.
+    hint: Option<String>,
+    /// Ordinary output that was made before, printed after the error: programs in C that write to
+    /// a pipe have it so, and scripts compare the two in one stream.
+    output: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Something did not work.
+    Failure,
+    /// An option that does not exist or lacks its value.
+    Option,
+    /// The verb was called in a way that makes no sense.
+    Usage,
+}
+
+impl CliError {
+    /// Makes a failure with exit code 1.
+    pub(crate) fn new(text: impl Into<String>) -> Self {
+        Self { text: text.into(), code: 1, kind: Kind::Failure, hint: None, output: String::new() }
+    }
+
+    /// Makes a failure that is followed by the way to the help.
+    pub(crate) fn usage(text: impl Into<String>) -> Self {
+        Self { kind: Kind::Usage, ..Self::new(text) }
+    }
+
+    /// Makes a failure of the option parser.
+    pub(crate) fn option(text: impl Into<String>) -> Self {
+        Self { kind: Kind::Option, ..Self::new(text) }
+    }
+
+    /// Changes the exit code.
+    pub(crate) fn with_code(self, code: u8) -> Self {
+        Self { code, ..self }
+    }
+
+    /// Adds what would help.
+    pub(crate) fn with_hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// Adds ordinary output that is to follow the error.
+    pub(crate) fn with_output(self, output: String) -> Self {
+        Self { output, ..self }
+    }
+
+    /// Returns ordinary output that is to follow the error.
+    pub(crate) fn output(&self) -> &str {
+        &self.output
+    }
+
+    /// Puts `text` and a colon in front.
+    pub(crate) fn under(self, text: impl fmt::Display) -> Self {
+        Self { text: format!("{text}: {}", self.text), ..self }
+    }
+
+    /// Returns the exit code.
+    pub(crate) const fn code(&self) -> u8 {
+        self.code
+    }
+
+    /// Returns what went wrong, without program name and hint.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Returns the lines for stderr.
+    pub(crate) fn render(&self, tool: &Tool, verb: &str) -> String {
+        let mut lines = match self.kind {
+            Kind::Option => format!("{}: {}\n", tool.invocation(verb), self.text),
+            _ => format!("{}: {}\n", tool.name, self.text),
+        };
+        if self.kind != Kind::Failure {
+            lines += &format!("Try '{} --help' for more info\n", tool.invocation(verb));
+        }
+        match &self.hint {
+            Some(hint) if tool.is_own() => lines += &format!("hint: {hint}\n"),
+            _ => {}
+        }
+        lines
+    }
+}
+
+impl From<lacuna::Error> for CliError {
+    fn from(error: lacuna::Error) -> Self {
+        let hint = match error.kind() {
+            ErrorKind::Busy => Some("-U opens an image that somebody else has open for reading"),
+            ErrorKind::Corrupt => Some("`lacuna check IMAGE` lists what is wrong"),
+            ErrorKind::NoSpace => Some("make room on the host, then run the command again"),
+            _ => None,
+        };
+        let failure = Self::new(sentence(&error));
+        hint.map_or_else(|| failure.clone(), |hint| failure.clone().with_hint(hint))
+    }
+}
+
+/// Says the error without the number that the standard library adds to the host's words.
+pub(crate) fn sentence(error: &lacuna::Error) -> String {
+    match error.raw_os_error() {
+        Some(code) => format!("{}: {}", error.message(), host_words(code)),
+        None => error.to_string(),
+    }
+}
+
+/// Returns the host's words for its error number.
+pub(crate) fn host_words(code: i32) -> String {
+    let words = std::io::Error::from_raw_os_error(code).to_string();
+    let end = words.rfind(" (os error").unwrap_or(words.len());
+    words[..end].to_owned()
+}
+
+/// Returns the host's words for the class of an error: what QEMU's tools, which know error numbers
+/// only, say of it.
+pub(crate) fn errno_words(error: &lacuna::Error) -> String {
+    const EIO: i32 = 5;
+    const EPERM: i32 = 1;
+    let code = error.raw_os_error().unwrap_or_else(|| match error.kind() {
+        ErrorKind::NotFound => 2,
+        ErrorKind::Busy => 16,
+        ErrorKind::InvalidRequest => 22,
+        ErrorKind::NoSpace => 28,
+        ErrorKind::ReadOnly => EPERM,
+        ErrorKind::Unsupported => 95,
+        _ => EIO,
+    });
+    host_words(code)
+}

@@ -1,0 +1,50 @@
+//! The `lacuna` command as a library, so that tests and the fuzzer reach its parsers.
+//!
+//! A command line goes through `persona` (by which name?), `verbs` (which verb?), `args`
+//! (which options?) and ends in one module of `verbs` or `io`. All of it talks to the engine
+//! through its public API only.
+//!
+//! * Always: what goes wrong becomes one `CliError`, printed in one place.
+//! * Never: a panic for anything on the command line or in an image.
+
+mod args;
+mod error;
+mod format;
+mod io;
+mod options;
+mod output;
+mod persona;
+mod size;
+mod verbs;
+
+use persona::Tool;
+
+/// Runs a command line, its program name first, and returns the exit code.
+///
+/// Prints to standard output and standard error; reads standard input for `io` without commands.
+///
+/// ```
+/// assert_eq!(lacuna_cli::run(vec!["lacuna".into(), "--version".into()]), 0);
+/// ```
+#[must_use]
+pub fn run(mut words: Vec<String>) -> u8 {
+    let arguments = words.split_off(words.len().min(1));
+    let tool = Tool::from_argv0(words.first().map_or("", |name| name));
+    verbs::run(&tool, &arguments)
+}
+
+/// Parses `text` as everything that text on a command line can be: sizes, option lists, image
+/// options, commands of `io` without an image.
+///
+/// For the fuzzer. Panics where a parser contradicts itself.
+///
+/// ```
+/// lacuna_cli::parse_hostile("size=1.5k,,x,help");
+/// ```
+pub fn parse_hostile(text: &str) {
+    if let (Ok(bytes), Ok(offset)) = (size::parse(text), size::parse_offset(text)) {
+        assert_eq!(bytes, offset, "{text}");
+    }
+    verbs::spec::parse_hostile(text);
+    options::parse_hostile(text);
+}

@@ -1,0 +1,203 @@
+//! Numbers and names as QEMU's tools print them.
+
+use std::io::Write;
+
+use crate::error::{CliError, CliResult};
+
+/// Writes to standard output and flushes it, so that it keeps its place among other output.
+///
+/// A reader that went away ends the program as it would end one in C: quietly.
+pub(crate) fn print(text: &str) -> CliResult<()> {
+    let mut stdout = std::io::stdout().lock();
+    let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    written.map_err(|error| match error.kind() {
+        std::io::ErrorKind::BrokenPipe => std::process::exit(141),
+        _ => CliError::new(format!("Writing to standard output: {error}")),
+    })
+}
+
+/// Writes to standard error; where that is not possible there is nobody to tell.
+pub(crate) fn complain(text: &str) {
+    drop(std::io::stderr().lock().write_all(text.as_bytes()));
+}
+
+/// Prints a size in bytes with three significant digits, as `info` has it: `1.26 MiB`.
+pub(crate) fn short_size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
+    // The unit is chosen so that at most three digits stand before the point.
+    let index = (0..6).find(|&index| (bytes as f64) < 1000.0 * power(index)).unwrap_or(6);
+    format!("{} {}B", three_digits(bytes as f64 / power(index)), UNITS[index as usize])
+}
+
+fn power(index: u32) -> f64 {
+    (1u64 << (10 * index)) as f64
+}
+
+/// What C's `%.3g` prints for values below 1000.
+fn three_digits(value: f64) -> String {
+    let rounded: f64 = format!("{value:.2e}").parse().unwrap_or(value);
+    let whole = format!("{rounded:.0}").len();
+    let text = format!("{rounded:.*}", 5 - whole.clamp(1, 3) + usize::from(rounded < 0.1));
+    if text.contains('.') {
+        text.trim_end_matches('0').trim_end_matches('.').to_owned()
+    } else {
+        text
+    }
+}
+
+/// Prints a number of bytes with three digits behind the point, as qemu-io has it: `1.500 KiB`.
+pub(crate) fn io_size(bytes: f64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let index = (1..=6).rev().find(|&index| bytes >= power(index));
+    let (text, unit) = match index {
+        Some(index) => (format!("{:.3}", bytes / power(index)), UNITS[index as usize - 1]),
+        None => (format!("{bytes:.6}"), "bytes"),
+    };
+    match text.find(".000") {
+        Some(point) => format!("{} {unit}", &text[..point]),
+        None => format!("{text} {unit}"),
+    }
+}
+
+/// Prints a duration as qemu-io has it: `00.05 sec`, or hours and minutes where there are any.
+pub(crate) fn io_time(seconds: f64, verbose: bool) -> String {
+    let centiseconds = (seconds * 100.0) as u64;
+    let (whole, part) = (centiseconds / 100, centiseconds % 100);
+    match verbose || whole >= 60 {
+        true => format!("{}:{:02}:{:02}.{part:02}", whole / 3600, whole / 60 % 60, whole % 60),
+        false => format!("{whole:02}.{part:02} sec"),
+    }
+}
+
+/// Prints seconds since 1970 as `2026-11-21 07:06:22` in UTC.
+pub(crate) fn date(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86400, seconds % 86400);
+    let (year, month, day) = civil(days);
+    format!(
+        "{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}",
+        rest / 3600,
+        rest / 60 % 60,
+        rest % 60
+    )
+}
+
+/// Turns days since 1970 into a date, counting in eras of 400 years that begin in March.
+fn civil(days: u64) -> (u64, u64, u64) {
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let leaps = day_of_era / 1460 - day_of_era / 36_524 + day_of_era / 146_096;
+    let year_of_era = (day_of_era - leaps) / 365;
+    let before = 365 * year_of_era + year_of_era / 4 - year_of_era / 100;
+    let day_of_year = day_of_era - before;
+    let month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    (400 * era + year_of_era + u64::from(month <= 2), month, day)
+}
+
+/// Writes JSON as QEMU does: four spaces, one line for each member, empty lists on two lines.
+pub(crate) fn pretty(value: &serde_json::Value) -> String {
+    let mut text = String::new();
+    pretty_into(&mut text, value, 0);
+    text
+}
+
+fn pretty_into(text: &mut String, value: &serde_json::Value, depth: usize) {
+    use serde_json::Value;
+    match value {
+        Value::Array(items) => {
+            let items = items.iter().map(|item| (None, item));
+            pretty_members(text, items, ['[', ']'], depth);
+        }
+        Value::Object(members) => {
+            let members = members.iter().map(|(key, value)| (Some(&**key), value));
+            pretty_members(text, members, ['{', '}'], depth);
+        }
+        scalar => *text += &scalar.to_string(),
+    }
+}
+
+fn pretty_members<'a>(
+    text: &mut String,
+    members: impl Iterator<Item = (Option<&'a str>, &'a serde_json::Value)>,
+    brackets: [char; 2],
+    depth: usize,
+) {
+    text.push(brackets[0]);
+    for (index, (key, value)) in members.enumerate() {
+        if index > 0 {
+            text.push(',');
+        }
+        *text += &format!("\n{}", " ".repeat(4 * (depth + 1)));
+        if let Some(key) = key {
+            *text += &format!("{}: ", serde_json::Value::from(key));
+        }
+        pretty_into(text, value, depth + 1);
+    }
+    *text += &format!("\n{}{}", " ".repeat(4 * depth), brackets[1]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_sizes_are_those_of_qemu_img() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (512, "512 B"),
+            (999, "999 B"),
+            (1000, "0.977 KiB"),
+            (1024, "1 KiB"),
+            (197_120, "192 KiB"),
+            (1_318_912, "1.26 MiB"),
+            (1_376_768, "1.31 MiB"),
+            (8 << 20, "8 MiB"),
+            (999 << 10, "999 KiB"),
+            (1000 << 10, "0.977 MiB"),
+            (104_857_600, "100 MiB"),
+            (1_610_612_736, "1.5 GiB"),
+            (7 << 60, "7 EiB"),
+        ] {
+            assert_eq!(short_size(bytes), text, "{bytes}");
+        }
+    }
+
+    #[test]
+    fn io_sizes_are_those_of_qemu_io() {
+        for (bytes, text) in [
+            (0.0, "0 bytes"),
+            (1.0, "1 bytes"),
+            (23.486_326, "23.486326 bytes"),
+            (1536.0, "1.500 KiB"),
+            (65536.0, "64 KiB"),
+            (7_995_392.0, "7.625 MiB"),
+        ] {
+            assert_eq!(io_size(bytes), text);
+        }
+    }
+
+    #[test]
+    fn times_show_hours_only_where_there_are_minutes() {
+        assert_eq!(io_time(0.004, false), "00.00 sec");
+        assert_eq!(io_time(12.349, false), "12.34 sec");
+        assert_eq!(io_time(2790.39, false), "0:46:30.39");
+        assert_eq!(io_time(0.0, true), "0:00:00.00");
+    }
+
+    #[test]
+    fn dates_are_right_around_leap_days() {
+        assert_eq!(date(0), "1970-01-01 00:00:00");
+        assert_eq!(date(951_782_399), "2000-02-28 23:59:59");
+        assert_eq!(date(951_782_400), "2000-02-29 00:00:00");
+        assert_eq!(date(1_795_244_782), "2026-11-21 07:06:22");
+    }
+
+    #[test]
+    fn json_has_the_shape_of_qemu() {
+        let value = serde_json::json!({"a": [], "b": {}, "c": [1, {"d": "x"}]});
+        let expected = "{\n    \"a\": [\n    ],\n    \"b\": {\n    },\n    \"c\": [\n        1,\n        \
+                        {\n            \"d\": \"x\"\n        }\n    ]\n}";
+        assert_eq!(pretty(&value), expected);
+    }
+}

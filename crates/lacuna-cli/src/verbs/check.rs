@@ -1,0 +1,263 @@
+//! `check`: is an image consistent, and can it be made so?
+//!
+//! Exit codes: 0 nothing wrong (any more), 1 the check did not succeed, 2 corruptions, 3 leaks
+//! only, 63 the format has nothing to check.
+
+use lacuna::chain::probe;
+use lacuna::qcow2::check::{self as engine, CheckOptions, CheckReport, Finding, Repair};
+use lacuna::storage::{FileAccess, FileOptions, FileStorage};
+use pollster::block_on;
+use serde_json::{Map, Value};
+
+use super::open::{self, Request};
+use super::progress::Meter;
+use super::{Form, Verb, common, form, one_image};
+use crate::args::{Flag, Parsed};
+use crate::error::{CliError, CliResult, errno_words};
+use crate::format::Format;
+use crate::output;
+use crate::persona::Tool;
+
+/// Exit code where a format has nothing to check.
+const NOT_CHECKABLE: u8 = 63;
+
+/// The verb.
+pub(super) const VERB: Verb = Verb {
+    name: "check",
+    summary: "Check an image, and repair it on request",
+    operands: "FILENAME",
+    flags: &[
+        common::QUIET,
+        common::FORMAT,
+        common::IMAGE_OPTS,
+        common::CACHE,
+        common::FORCE_SHARE,
+        common::OUTPUT,
+        Flag::valued('r', "repair", "leaks|all", "repair leaked clusters only, or all"),
+        common::OBJECT,
+    ],
+    example: "check -r leaks disk.qcow2",
+    run,
+};
+
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    let form = form(parsed)?;
+    let repair = repair(parsed)?;
+    let name = one_image(parsed)?;
+    let cache = open::source_cache(parsed, "cache")?;
+    let request = Request { cache, ..Request::reading(name, parsed, "format")? };
+    if repair != Repair::None && parsed.has("force-share") {
+        let text = "force-share=on can only be used with read-only images";
+        return Err(open::cannot_open(name, CliError::new(text)));
+    }
+    let storage = opened(tool, &request, repair)?;
+    let format = match request.image.format().map_err(|error| open::cannot_open(name, error))? {
+        Some(format) => format,
+        None => open::of_chain(block_on(probe(&storage))?),
+    };
+    if format == Format::Raw {
+        let text = "This image format does not support checks";
+        return Err(CliError::new(text).with_code(NOT_CHECKABLE));
+    }
+    let report = checked(tool, parsed, &storage, repair)
+        .map_err(|error| failed(tool, &request, repair, &error))?;
+    show(tool, &report, parsed.has("quiet"), form, &request)?;
+    Ok(exit_code(&report))
+}
+
+fn repair(parsed: &Parsed) -> CliResult<Repair> {
+    match parsed.last("repair") {
+        None => Ok(Repair::None),
+        Some("leaks") => Ok(Repair::Leaks),
+        Some("all") => Ok(Repair::All),
+        Some(other) => {
+            let text = format!("--repair (-r) expects 'leaks' or 'all' not '{other}'");
+            Err(CliError::usage(text))
+        }
+    }
+}
+
+/// Opens the image file alone: backing and data files are nobody's business here.
+fn opened(tool: &Tool, request: &Request, repair: Repair) -> CliResult<FileStorage> {
+    let file = &request.image.file;
+    let shown = &request.image.shown;
+    open::check_file(file).map_err(|error| open::cannot_open(shown, error))?;
+    let access = match repair {
+        Repair::None => FileAccess::ReadOnly,
+        _ => FileAccess::ReadWrite,
+    };
+    let options = FileOptions { access, ..open::file_options(request) };
+    FileStorage::open(file, &options)
+        .map_err(|error| open::cannot_open(shown, open::reason(tool, &request.image, &error)))
+}
+
+fn checked(
+    tool: &Tool,
+    parsed: &Parsed,
+    storage: &FileStorage,
+    repair: Repair,
+) -> lacuna::Result<CheckReport> {
+    let mut meter = match parsed.has("progress") {
+        true => Meter::new(tool, parsed, "check").unwrap_or(Meter::Silent),
+        false => Meter::Silent,
+    };
+    let options = CheckOptions { repair };
+    let report = block_on(engine::check(storage, &options, &mut |progress| {
+        meter.update("check", progress.done, progress.total);
+    }));
+    meter.finish(report.is_ok());
+    report
+}
+
+/// What keeps the check from beginning is a matter of opening; later it is the check that failed.
+fn failed(tool: &Tool, request: &Request, repair: Repair, error: &lacuna::Error) -> CliError {
+    match error.kind() {
+        lacuna::ErrorKind::Corrupt | lacuna::ErrorKind::Unsupported => {
+            open::cannot_open(&request.image.shown, open::reason(tool, &request.image, error))
+        }
+        _ if repair != Repair::None || !tool.is_own() => {
+            CliError::new(format!("Check failed: {}", errno_words(error)))
+        }
+        _ => CliError::from(error.clone()).under("Check failed"),
+    }
+}
+
+const fn exit_code(report: &CheckReport) -> u8 {
+    if report.check_errors > 0 {
+        1
+    } else if report.corruptions > 0 {
+        2
+    } else if report.leaks > 0 {
+        3
+    } else {
+        0
+    }
+}
+
+fn show(
+    tool: &Tool,
+    report: &CheckReport,
+    quiet: bool,
+    form: Form,
+    request: &Request,
+) -> CliResult<()> {
+    output::complain(&findings(tool, report));
+    match form {
+        Form::Json => output::print(&format!("{}\n", output::pretty(&json(report, request)))),
+        Form::Human if quiet => Ok(()),
+        Form::Human => {
+            output::print(&repaired(report))?;
+            output::print(&summary(report))
+        }
+    }
+}
+
+/// One line for each finding: first all as they were found, then what was repaired.
+fn findings(tool: &Tool, report: &CheckReport) -> String {
+    let line = |finding: &Finding| match tool.is_own() {
+        true => format!("{} ({})\n", finding.qemu_text(), harm(finding)),
+        false => format!("{}\n", finding.qemu_text()),
+    };
+    let mut text = String::new();
+    let was_repaired = |finding: &&Finding| finding.repaired;
+    for finding in report.findings.iter().filter(was_repaired) {
+        text += &line(&Finding { repaired: false, ..finding.clone() });
+    }
+    for finding in report.findings.iter().filter(was_repaired) {
+        text += &format!("{}\n", finding.qemu_text());
+    }
+    for finding in report.findings.iter().filter(|finding| !finding.repaired) {
+        text += &line(finding);
+    }
+    if report.findings_omitted > 0 {
+        text += &format!("and {} more like these\n", report.findings_omitted);
+    }
+    text
+}
+
+fn harm(finding: &Finding) -> &'static str {
+    match finding.harm() {
+        engine::Harm::Harmless => "harmless",
+        engine::Harm::Harmful => "harmful",
+    }
+}
+
+fn repaired(report: &CheckReport) -> String {
+    if report.leaks_fixed == 0 && report.corruptions_fixed == 0 {
+        return String::new();
+    }
+    format!(
+        "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    \
+         {} corruptions\n\nDouble checking the fixed image now...\n",
+        report.leaks_fixed, report.corruptions_fixed
+    )
+}
+
+fn summary(report: &CheckReport) -> String {
+    let mut text = String::new();
+    if report.is_clean() {
+        text += "No errors were found on the image.\n";
+    }
+    if report.corruptions > 0 {
+        text += &format!(
+            "\n{} errors were found on the image.\n\
+             Data may be corrupted, or further writes to the image may corrupt it.\n",
+            report.corruptions
+        );
+    }
+    if report.leaks > 0 {
+        text += &format!(
+            "\n{} leaked clusters were found on the image.\n\
+             This means waste of disk space, but no harm to data.\n",
+            report.leaks
+        );
+    }
+    if report.check_errors > 0 {
+        text +=
+            &format!("\n{} internal errors have occurred during the check.\n", report.check_errors);
+    }
+    text + &usage(report)
+}
+
+fn usage(report: &CheckReport) -> String {
+    let percent = |part: u64, whole: u64| part as f64 * 100.0 / whole as f64;
+    let (allocated, total) = (report.allocated_clusters, report.total_clusters);
+    let mut text = String::new();
+    if total > 0 && allocated > 0 {
+        text += &format!(
+            "{allocated}/{total} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\n",
+            percent(allocated, total),
+            percent(report.fragmented_clusters, allocated),
+            percent(report.compressed_clusters, allocated),
+        );
+    }
+    if report.image_end_offset.0 > 0 {
+        text += &format!("Image end offset: {}\n", report.image_end_offset.0);
+    }
+    text
+}
+
+/// Numbers that are zero are left out, but for those scripts rely on.
+fn json(report: &CheckReport, request: &Request) -> Value {
+    let mut members = Map::new();
+    let mut put = |key: &str, value: u64, always: bool| {
+        if value > 0 || always {
+            members.insert(key.to_owned(), value.into());
+        }
+    };
+    put("image-end-offset", report.image_end_offset.0, true);
+    put("compressed-clusters", report.compressed_clusters, false);
+    put("total-clusters", report.total_clusters, true);
+    put("corruptions-fixed", report.corruptions_fixed, false);
+    put("corruptions", report.corruptions, false);
+    put("check-errors", report.check_errors, true);
+    put("leaks", report.leaks, false);
+    put("leaks-fixed", report.leaks_fixed, false);
+    put("allocated-clusters", report.allocated_clusters, false);
+    members.insert("filename".to_owned(), request.image.file.clone().into());
+    members.insert("format".to_owned(), "qcow2".into());
+    if report.fragmented_clusters > 0 {
+        members.insert("fragmented-clusters".to_owned(), report.fragmented_clusters.into());
+    }
+    Value::Object(members)
+}

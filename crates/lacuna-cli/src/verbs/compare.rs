@@ -1,0 +1,90 @@
+//! `compare`: do two disks read the same?
+//!
+//! Exit codes: 0 the same, 1 not the same, 2 and more that could not be said.
+
+use lacuna::block::Layer;
+use lacuna::job::{self, CompareOptions, Comparison, Difference, Strictness};
+use pollster::block_on;
+
+use super::open::{self, Request};
+use super::progress::Meter;
+use super::{Verb, common};
+use crate::args::{Flag, Parsed};
+use crate::error::{CliError, CliResult};
+use crate::output;
+use crate::persona::Tool;
+
+/// Exit code where an image cannot be opened.
+const NOT_OPENED: u8 = 2;
+/// Exit code where an image cannot be read.
+const NOT_READ: u8 = 4;
+
+/// The verb.
+pub(super) const VERB: Verb = Verb {
+    name: "compare",
+    summary: "Compare what two disks contain",
+    operands: "FILENAME1 FILENAME2",
+    flags: &[
+        common::QUIET,
+        common::PROGRESS,
+        Flag::valued('f', "a-format", "FMT", "format of FILENAME1"),
+        Flag::valued('F', "b-format", "FMT", "format of FILENAME2"),
+        common::IMAGE_OPTS,
+        Flag::switch('s', "strict", "sizes and allocation must be the same too"),
+        common::CACHE,
+        common::FORCE_SHARE,
+        common::OBJECT,
+    ],
+    example: "compare before.qcow2 after.qcow2",
+    run,
+};
+
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    let [first, second] = &parsed.operands[..] else {
+        return Err(CliError::usage("Expecting two image file names"));
+    };
+    let cache = open::source_cache(parsed, "cache")?;
+    let opened = |name: &str, flag: &str| {
+        let request = Request { cache, ..Request::reading(name, parsed, flag)? };
+        open::open(tool, &request).map_err(|error| error.with_code(NOT_OPENED))
+    };
+    let (first, second) = (opened(first, "a-format")?, opened(second, "b-format")?);
+    let strictness = match parsed.has("strict") {
+        true => Strictness::Allocation,
+        false => Strictness::Content,
+    };
+    let mut meter = Meter::new(tool, parsed, "compare")?;
+    let found = block_on(job::compare(
+        first.disk(),
+        second.disk(),
+        CompareOptions { strictness },
+        &mut |done, total| meter.update("compare", done, total),
+    ));
+    meter.finish(found.is_ok());
+    let found = found.map_err(|error| CliError::from(error).with_code(NOT_READ))?;
+    let common = first.disk().size_bytes().min(second.disk().size_bytes());
+    if !parsed.has("quiet") {
+        output::print(&verdict(&found, common))?;
+    }
+    Ok(u8::from(!found.is_identical()))
+}
+
+/// Says what was found; `common` is the size of the smaller disk.
+fn verdict(found: &Comparison, common: u64) -> String {
+    let sector = found.difference.and_then(Difference::sector).map(|offset| offset.0);
+    let warning = match found.sizes_differ && sector.is_none_or(|offset| offset >= common) {
+        true => "Warning: Image size mismatch!\n",
+        false => "",
+    };
+    let offset = sector.unwrap_or(0);
+    match found.difference {
+        None => format!("{warning}Images are identical.\n"),
+        Some(Difference::Size) => "Strict mode: Image size mismatch!\n".to_owned(),
+        Some(Difference::Content(_)) => {
+            format!("{warning}Content mismatch at offset {offset}!\n")
+        }
+        Some(Difference::Allocation(_)) => {
+            format!("Strict mode: Offset {offset} block status mismatch!\n")
+        }
+    }
+}

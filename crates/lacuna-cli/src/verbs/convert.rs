@@ -1,0 +1,330 @@
+//! `convert`: copies a disk into another image.
+
+use std::path::Path;
+
+use lacuna::block::Layer;
+use lacuna::job::{self, ConvertOptions, Encoding, Phase, TargetContent, WriteOrder};
+use lacuna::qcow2::Access;
+use lacuna::storage::CacheMode;
+use pollster::block_on;
+
+use super::open::{self, FileChain, Request};
+use super::progress::Meter;
+use super::spec::ImageSpec;
+use super::{Verb, common, create};
+use crate::args::{Flag, Parsed};
+use crate::error::{CliError, CliResult};
+use crate::format::Format;
+use crate::options::{self, Asked, Given, Values};
+use crate::persona::Tool;
+use crate::size::{self, SizeError};
+
+/// The verb.
+pub(super) const VERB: Verb = Verb {
+    name: "convert",
+    summary: "Copy a disk into a new image, whatever the formats",
+    operands: "SOURCE TARGET",
+    flags: &[
+        common::QUIET,
+        common::PROGRESS,
+        Flag::valued('f', "source-format", "FMT", "format of SOURCE; probed where not given"),
+        Flag::switch('\0', "image-opts", "SOURCE is a list of options").long_only(),
+        Flag::switch('\0', "source-image-opts", "as --image-opts").long_only(),
+        Flag::valued('l', "source-snapshot", "SNAPSHOT", "not supported"),
+        Flag::valued('T', "source-cache", "MODE", "cache mode of SOURCE (writeback)"),
+        Flag::valued('O', "target-format", "FMT", "format of TARGET (raw)"),
+        Flag::switch('\0', "target-image-opts", "TARGET is a list of options; needs -n")
+            .long_only(),
+        Flag::valued('o', "target-options", "OPTS", "options of TARGET's format"),
+        Flag::switch('c', "compress", "compress; qcow2 only"),
+        Flag::valued('t', "target-cache", "MODE", "cache mode of TARGET (unsafe)"),
+        Flag::valued('B', "backing", "FILE", "store only what differs from this backing file"),
+        Flag::valued('F', "backing-format", "FMT", "format of the backing file"),
+        Flag::switch('n', "no-create", "TARGET exists"),
+        Flag::switch('\0', "target-is-zero", "TARGET reads as zeros; with -n").long_only(),
+        Flag::valued('S', "sparse-size", "SIZE", "least run of zeros to leave out (4k; 0: none)"),
+        Flag::switch('\0', "bitmaps", "not supported").long_only(),
+        Flag::switch('\0', "skip-broken-bitmaps", "not supported").long_only(),
+        common::FORCE_SHARE,
+        Flag::valued('r', "rate", "RATE", "not supported"),
+        Flag::valued('m', "parallel", "COUNT", "requests in flight, 1 to 16 (8)"),
+        Flag::switch('C', "copy-range-offloading", "let the host copy; not done yet"),
+        Flag::switch('\0', "salvage", "not supported").long_only(),
+        Flag::switch('W', "oob-writes", "write in any order"),
+        common::OBJECT,
+    ],
+    example: "convert -p -O qcow2 -c disk.raw disk.qcow2",
+    run,
+};
+
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    let Some(wish) = Wish::new(parsed)? else { return help(parsed) };
+    let source = wish.open_source(tool, parsed)?;
+    let target = wish.open_target(tool, &source)?;
+    let content = wish.content(&source, &target);
+    let result = copy(tool, parsed, &wish, &source, target, content);
+    if result.is_err() && wish.creates && tool.is_own() {
+        // Half a copy looks like a whole one. QEMU's programs leave it, and scripts know that.
+        drop(std::fs::remove_file(&wish.target_name));
+    }
+    result.map(|()| 0)
+}
+
+/// `-o help`.
+fn help(parsed: &Parsed) -> CliResult<u8> {
+    let name = parsed.last("target-format").unwrap_or("raw");
+    Format::from_name(name).map_or_else(|| Err(unknown_format(name)), create::list_options)
+}
+
+fn unknown_format(name: &str) -> CliError {
+    CliError::new(format!("Unknown file format '{name}'")).with_hint("formats are qcow2 and raw")
+}
+
+/// What the command line asks for, checked as far as that goes without opening anything.
+struct Wish {
+    options: ConvertOptions,
+    source: Request,
+    target_name: String,
+    target_format: Option<Format>,
+    target_cache: CacheMode,
+    given: Given,
+    backing: Option<String>,
+    backing_format: Option<String>,
+    creates: bool,
+    is_zero: bool,
+    target_image_opts: bool,
+}
+
+impl Wish {
+    /// Nothing where the options of the format are asked for.
+    fn new(parsed: &Parsed) -> CliResult<Option<Self>> {
+        check_supported(parsed)?;
+        let given = match options::parse(parsed.all("target-options"))? {
+            Asked::Help => return Ok(None),
+            Asked::Values(given) => given,
+        };
+        let options = convert_options(parsed)?;
+        let [source, target] = operands(parsed)?;
+        let creates = !parsed.has("no-create");
+        if parsed.has("target-is-zero") && creates {
+            return Err(CliError::new("--target-is-zero requires use of -n flag"));
+        }
+        let target_image_opts = parsed.has("target-image-opts");
+        if target_image_opts && creates {
+            return Err(CliError::new("--target-image-opts requires use of -n flag"));
+        }
+        let cache = open::source_cache(parsed, "source-cache")?;
+        let target_cache = parsed.last("target-cache").unwrap_or("unsafe");
+        Ok(Some(Self {
+            options,
+            source: source_request(parsed, source, cache)?,
+            target_name: target.to_owned(),
+            target_format: target_format(parsed)?,
+            target_cache: open::cache_mode(target_cache)
+                .ok_or_else(|| CliError::new(format!("Invalid cache option: {target_cache}")))?,
+            given,
+            backing: parsed.last("backing").map(str::to_owned),
+            backing_format: parsed.last("backing-format").map(str::to_owned),
+            creates,
+            is_zero: parsed.has("target-is-zero"),
+            target_image_opts,
+        }))
+    }
+
+    fn open_source(&self, tool: &Tool, parsed: &Parsed) -> CliResult<FileChain> {
+        let chain = open::open(tool, &self.source)?;
+        let is_raw = self.target_format.unwrap_or(Format::Raw) == Format::Raw;
+        if parsed.has("compress") && is_raw && !self.target_image_opts {
+            let text = "Compression not supported for this file format";
+            return Err(CliError::new(text).with_hint("-O qcow2 makes a qcow2 image"));
+        }
+        Ok(chain)
+    }
+
+    fn open_target(&self, tool: &Tool, source: &FileChain) -> CliResult<FileChain> {
+        if self.creates {
+            self.create(tool, source)?;
+        }
+        let format = self.target_format.unwrap_or(Format::Raw);
+        let image = match self.target_image_opts {
+            true => ImageSpec::from_options(&self.target_name)?,
+            false => ImageSpec::from_name(&self.target_name, Some(format.name()))?,
+        };
+        let request = Request { image, access: Access::ReadWrite, cache: self.target_cache };
+        let target = open::open(tool, &request)?;
+        match target.disk().size_bytes() < source.disk().size_bytes() {
+            true => Err(CliError::new("output file is smaller than input file")),
+            false => Ok(target),
+        }
+    }
+
+    fn create(&self, tool: &Tool, source: &FileChain) -> CliResult<()> {
+        let format = self.target_format.unwrap_or(Format::Raw);
+        let mut values = Values::new(format, &self.given)?;
+        if values.text("size").is_none() {
+            values.set("size", source.disk().size_bytes().to_string());
+        }
+        self.set_backing(tool, &mut values, format)?;
+        let context = format!("{}: error while converting {format}", self.target_name);
+        if same_file(&self.source.image.file, &self.target_name) {
+            return Err(CliError::new("Source and target are the same file").under(context));
+        }
+        let plan = create::Plan::checked(format, values, &self.target_name);
+        plan.make().map_err(|error| error.under(context))
+    }
+
+    fn set_backing(&self, tool: &Tool, values: &mut Values, format: Format) -> CliResult<()> {
+        let Some(name) = &self.backing else { return Ok(()) };
+        if !values.takes("backing_file") {
+            let text = format!("Backing file not supported for file format '{format}'");
+            return Err(CliError::new(text));
+        }
+        let Some(backing_format) = self
+            .backing_format
+            .as_deref()
+            .or_else(|| values.text("backing_fmt"))
+            .map(str::to_owned)
+        else {
+            return Err(CliError::new("Use of backing file requires explicit backing format")
+                .with_hint("-F names the format of the backing file"));
+        };
+        let path =
+            Path::new(&self.target_name).parent().unwrap_or_else(|| Path::new("")).join(name);
+        let image = ImageSpec::from_name(&path.to_string_lossy(), Some(&backing_format))?;
+        let access = Access::ReadOnly;
+        open::open(tool, &Request { image, access, cache: CacheMode::Buffered })?;
+        values.set("backing_file", name.clone());
+        values.set("backing_fmt", backing_format);
+        Ok(())
+    }
+
+    /// Says what is known of the target's content.
+    fn content(&self, source: &FileChain, target: &FileChain) -> TargetContent {
+        let below = |chain: &FileChain| chain.levels().get(1).map_or(0, |level| level.size_bytes);
+        if self.creates && self.backing.is_some() {
+            TargetContent::Backing { source_bytes: below(source), target_bytes: below(target) }
+        } else if self.is_zero || (self.creates && target.levels().len() == 1) {
+            TargetContent::Zero
+        } else {
+            TargetContent::Unknown
+        }
+    }
+}
+
+fn same_file(first: &str, second: &str) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (std::fs::metadata(first), std::fs::metadata(second)) {
+        (Ok(first), Ok(second)) => (first.dev(), first.ino()) == (second.dev(), second.ino()),
+        _ => false,
+    }
+}
+
+fn source_request(parsed: &Parsed, source: &str, cache: CacheMode) -> CliResult<Request> {
+    let format = parsed.last("source-format");
+    let with_options = parsed.has("image-opts") || parsed.has("source-image-opts");
+    let image = match with_options {
+        true if format.is_some() => {
+            let text = "--image-opts and --source-format are mutually exclusive";
+            return Err(CliError::new(text));
+        }
+        true => ImageSpec::from_options(source)?,
+        false => ImageSpec::from_name(source, format)?,
+    };
+    Ok(Request { image, access: Access::ReadOnly, cache })
+}
+
+fn target_format(parsed: &Parsed) -> CliResult<Option<Format>> {
+    let Some(name) = parsed.last("target-format") else { return Ok(None) };
+    Format::from_name(name).map(Some).ok_or_else(|| unknown_format(name))
+}
+
+fn operands(parsed: &Parsed) -> CliResult<[&str; 2]> {
+    match &parsed.operands[..] {
+        [] | [_] => Err(CliError::new("Must specify image file name")),
+        [source, target] => Ok([source, target]),
+        _ => Err(CliError::new("More than one source is not supported yet")),
+    }
+}
+
+/// Refuses what this verb does not do, rather than do something else.
+fn check_supported(parsed: &Parsed) -> CliResult<()> {
+    if parsed.has("copy-range-offloading") {
+        for (flag, letter) in [("sparse-size", 'S'), ("compress", 'c')] {
+            if parsed.has(flag) {
+                let text = format!("Cannot enable copy offloading when -{letter} is used");
+                return Err(CliError::new(text));
+            }
+        }
+    }
+    for flag in ["source-snapshot", "bitmaps", "skip-broken-bitmaps", "rate", "salvage"] {
+        if parsed.has(flag) {
+            return Err(CliError::new(format!("--{flag} is not supported yet")));
+        }
+    }
+    Ok(())
+}
+
+fn convert_options(parsed: &Parsed) -> CliResult<ConvertOptions> {
+    let mut options = ConvertOptions::default();
+    if let Some(text) = parsed.last("sparse-size") {
+        options.sparse_bytes = sparse_size(text)?;
+    }
+    if let Some(text) = parsed.last("parallel") {
+        options.in_flight = in_flight(text)?;
+    }
+    if parsed.has("oob-writes") {
+        options.order = WriteOrder::Any;
+    }
+    if parsed.has("compress") {
+        options.encoding = Encoding::Compressed;
+    }
+    Ok(options)
+}
+
+fn sparse_size(text: &str) -> CliResult<u64> {
+    const MOST: u64 = 16 << 20;
+    match size::parse_offset(text) {
+        Ok(size) if size % 512 == 0 && size <= MOST => Ok(size),
+        Err(SizeError::NotANumber) => Err(CliError::new(format!(
+            "Invalid buffer size for sparse output specified: '{text}'."
+        ))),
+        _ => Err(CliError::new(format!(
+            "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up \
+             to {MOST}. Select 0 to disable sparse detection (fully allocates output)."
+        ))),
+    }
+}
+
+fn in_flight(text: &str) -> CliResult<usize> {
+    match size::parse_offset(text) {
+        Ok(count @ 1..=16) => Ok(count as usize),
+        Err(SizeError::NotANumber) => {
+            Err(CliError::new(format!("Invalid number of coroutines specified: '{text}'.")))
+        }
+        _ => {
+            Err(CliError::new("Invalid number of coroutines specified. Must be between 1 and 16."))
+        }
+    }
+}
+
+fn copy(
+    tool: &Tool,
+    parsed: &Parsed,
+    wish: &Wish,
+    source: &FileChain,
+    target: FileChain,
+    content: TargetContent,
+) -> CliResult<()> {
+    let options = ConvertOptions { content, ..wish.options };
+    let mut meter = Meter::new(tool, parsed, "convert")?;
+    let copied = block_on(job::convert(source.disk(), target.disk(), &options, &mut |progress| {
+        let phase = match progress.phase {
+            Phase::Copy => "copy",
+            Phase::Flush => "flush",
+        };
+        meter.update(phase, progress.done_bytes, progress.total_bytes);
+    }));
+    let closed = copied.and_then(|_| block_on(target.into_disk().close()));
+    meter.finish(closed.is_ok());
+    closed.map_err(CliError::from)
+}

@@ -1,0 +1,429 @@
+//! `create`: makes an empty image.
+
+use std::path::{Path, PathBuf};
+
+use lacuna::block::Layer;
+use lacuna::qcow2::format::{CompressionType, EntryWidth, Version};
+use lacuna::qcow2::{self, Access, BackingName, CreateOptions, DataFileName};
+use lacuna::storage::{CacheMode, FileOptions, FileStorage, Storage};
+use lacuna::units::{HostOffset, HostRange};
+use pollster::block_on;
+
+use super::open::{self, Request};
+use super::spec::ImageSpec;
+use super::{Verb, common};
+use crate::args::{Flag, Parsed};
+use crate::error::{CliError, CliResult, host_words, sentence};
+use crate::format::Format;
+use crate::options::{self, Asked, Given, Values};
+use crate::output;
+use crate::persona::Tool;
+use crate::size::{self, SizeError};
+
+/// The host's number for a file that would be too large.
+const EFBIG: i32 = 27;
+/// Largest L1 table that QEMU opens.
+const MAX_L1_BYTES: u64 = 32 << 20;
+
+/// The verb.
+pub(super) const VERB: Verb = Verb {
+    name: "create",
+    summary: "Make an empty image",
+    operands: "FILENAME [SIZE]",
+    flags: &[
+        common::QUIET,
+        Flag::valued('f', "format", "FMT", "format of the image (raw)"),
+        Flag::valued('o', "options", "OPTS", "options of the format; `-o help` lists them"),
+        Flag::valued('b', "backing", "FILE", "supplies what the image does not hold"),
+        Flag::valued('F', "backing-format", "FMT", "format of the backing file"),
+        Flag::switch('u', "backing-unsafe", "do not open the backing file"),
+        common::OBJECT,
+    ],
+    example: "create -f qcow2 -o cluster_size=128k disk.qcow2 20G",
+    run,
+};
+
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    let asked = options::parse(parsed.all("options"))?;
+    let format_name = parsed.last("format").unwrap_or("raw");
+    let given = match (asked, Format::from_name(format_name)) {
+        (Asked::Values(given), _) => given,
+        (Asked::Help, Some(format)) => return list_options(format),
+        (Asked::Help, None) => return Err(unknown_format(format_name)),
+    };
+    let (file, size) = match &parsed.operands[..] {
+        [] => return Err(CliError::usage("Expecting image file name")),
+        [file] => (file, None),
+        [file, size] => (file, Some(image_size(size)?)),
+        [_, _, more, ..] => {
+            return Err(CliError::usage(format!("Unexpected argument: {more}")));
+        }
+    };
+    let result = Format::from_name(format_name)
+        .ok_or_else(|| unknown_format(format_name))
+        .and_then(|format| Plan::new(tool, parsed, format, &given, file, size));
+    result.and_then(|plan| plan.carry_out(parsed.has("quiet"))).map_err(|e| e.under(file))?;
+    Ok(0)
+}
+
+fn unknown_format(name: &str) -> CliError {
+    CliError::new(format!("Unknown file format '{name}'")).with_hint("formats are qcow2 and raw")
+}
+
+/// Reads the size operand.
+fn image_size(text: &str) -> CliResult<u64> {
+    size::parse_offset(text).map_err(|error| match error {
+        SizeError::OutOfRange => CliError::new(format!(
+            "Invalid image size specified. Must be between 0 and {}.",
+            i64::MAX
+        )),
+        SizeError::NotANumber => CliError::new(format!("Invalid image size specified: '{text}'."))
+            .with_hint("sizes are like 512, 64k, 1.5G or 0x10000; units are powers of 1024"),
+    })
+}
+
+/// Prints the options of a format.
+pub(super) fn list_options(format: Format) -> CliResult<u8> {
+    let mut specs = options::specs(format);
+    specs.sort_by_key(|spec| spec.name);
+    let mut text = format!("Supported {format} options:\n");
+    for spec in specs {
+        let kind = match spec.kind {
+            options::Kind::Number => "num",
+            options::Kind::Size => "size",
+            options::Kind::Switch => "bool (on/off)",
+            options::Kind::Text => "str",
+        };
+        text += &format!("  {:<22} - {}\n", format!("{}=<{kind}>", spec.name), spec.help);
+    }
+    output::print(&text).map(|()| 0)
+}
+
+/// What is to be made, checked as far as that is possible without making it.
+pub(super) struct Plan {
+    file: PathBuf,
+    shown: String,
+    format: Format,
+    values: Values,
+}
+
+impl Plan {
+    fn new(
+        tool: &Tool,
+        parsed: &Parsed,
+        format: Format,
+        given: &Given,
+        file: &str,
+        size: Option<u64>,
+    ) -> CliResult<Self> {
+        let mut values = Values::new(format, given)?;
+        if let Some(size) = size {
+            if values.text("size").is_some() {
+                return Err(CliError::new("The image size must be specified only once"));
+            }
+            values.set("size", size.to_string());
+        }
+        set_backing(parsed, format, &mut values)?;
+        let backing = match parsed.has("backing-unsafe") {
+            true => None,
+            false => backing_size(tool, file, &values)?,
+        };
+        if values.text("backing_file").is_some() && values.text("backing_fmt").is_none() {
+            return Err(no_backing_format(file, &values, parsed.has("backing-unsafe")));
+        }
+        if let (None, Some(size)) = (values.text("size"), backing) {
+            values.set("size", size.to_string());
+        }
+        if values.text("size").is_none() {
+            return Err(CliError::new("Image creation needs a size parameter"));
+        }
+        Ok(Self::checked(format, values, file))
+    }
+
+    /// Takes values that are complete: with a size, and a format for the backing file.
+    pub(super) fn checked(format: Format, values: Values, file: &str) -> Self {
+        let path = file.strip_prefix("file:").unwrap_or(file);
+        Self { file: path.into(), shown: file.to_owned(), format, values }
+    }
+
+    fn carry_out(&self, quiet: bool) -> CliResult<()> {
+        if !quiet {
+            let (format, values) = (self.format, self.values.formatting());
+            let file = self.shown.replace(',', ",,");
+            output::print(&format!("Formatting '{file}', fmt={format}{values}\n"))?;
+        }
+        self.make()
+    }
+
+    /// Makes the image.
+    pub(super) fn make(&self) -> CliResult<()> {
+        match self.format {
+            Format::Qcow2 => self.make_qcow2(),
+            Format::Raw => self.make_raw(),
+        }
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.values.number("size").unwrap_or(0)
+    }
+
+    fn make_raw(&self) -> CliResult<()> {
+        let mode = self.values.text("preallocation").unwrap_or("off");
+        if !matches!(mode, "off" | "falloc" | "full") {
+            return Err(CliError::new(format!("invalid parameter value: {mode}")));
+        }
+        let size = self.size_bytes().checked_next_multiple_of(512);
+        let size =
+            size.filter(|size| i64::try_from(*size).is_ok()).ok_or_else(|| self.too_large())?;
+        let storage = self.replace(&self.file)?;
+        block_on(storage.set_len(size)).map_err(|error| match error.raw_os_error() {
+            Some(EFBIG) => self.too_large(),
+            _ => resize_failed(&error),
+        })?;
+        match mode {
+            "off" => {}
+            "falloc" => block_on(storage.allocate_at(whole(size)))?,
+            _ => write_zeros(&storage, size)?,
+        }
+        Ok(())
+    }
+
+    fn too_large(&self) -> CliError {
+        let format = self.format;
+        CliError::new(format!("The image size is too large for file format '{format}'"))
+    }
+
+    fn make_qcow2(&self) -> CliResult<()> {
+        let options = self.create_options()?;
+        match self.values.text("preallocation").unwrap_or("off") {
+            "off" => {}
+            mode @ ("metadata" | "falloc" | "full") => {
+                return Err(CliError::new(format!(
+                    "Preallocation mode '{mode}' is not supported yet for qcow2; leave it off"
+                )));
+            }
+            mode => {
+                let text = format!("Parameter 'preallocation' does not accept value '{mode}'");
+                return Err(CliError::new(text));
+            }
+        }
+        let storage = self.replace(&self.file)?;
+        if let Some(data) = &options.data_file {
+            let path = beside(&self.file, &data.name);
+            let data = self.replace(&path)?;
+            block_on(data.set_len(options.size_bytes)).map_err(|error| resize_failed(&error))?;
+        }
+        Ok(block_on(qcow2::create(&storage, &options))?)
+    }
+
+    fn replace(&self, path: &Path) -> CliResult<FileStorage> {
+        FileStorage::open(path, &FileOptions::replace()).map_err(|error| {
+            let why = match error.raw_os_error() {
+                Some(code) => host_words(code),
+                None => sentence(&error),
+            };
+            CliError::new(format!("Could not create '{}': {why}", path.display()))
+        })
+    }
+
+    /// Turns values into what the library takes, with QEMU's words for what cannot be.
+    fn create_options(&self) -> CliResult<CreateOptions> {
+        let values = &self.values;
+        let mut options = CreateOptions {
+            size_bytes: self.size_bytes().checked_next_multiple_of(512).unwrap_or(u64::MAX),
+            version: version(values.text("compat"))?,
+            cluster_bytes: cluster_bytes(values)?,
+            compression: compression(values.text("compression_type"))?,
+            lazy_refcounts: values.is_on("lazy_refcounts"),
+            backing: backing(values)?,
+            data_file: data_file(values)?,
+            ..CreateOptions::default()
+        };
+        if values.is_on("extended_l2") {
+            options.entry_width = EntryWidth::Extended;
+        }
+        options.refcount_bits = refcount_bits(values)?;
+        check_combination(&options)?;
+        Ok(options)
+    }
+}
+
+fn whole(size: u64) -> HostRange {
+    HostRange::new(HostOffset(0), size)
+}
+
+/// Writes every byte, so that not even the host's metadata must change later.
+fn write_zeros(storage: &FileStorage, size: u64) -> CliResult<()> {
+    const STEP: u64 = 1 << 20;
+    for start in (0..size).step_by(STEP as usize) {
+        let zeros = lacuna::buffer::Buffer::zeroed(STEP.min(size - start) as usize);
+        block_on(storage.write_at(HostOffset(start), zeros)).0?;
+    }
+    Ok(block_on(storage.flush())?)
+}
+
+fn resize_failed(error: &lacuna::Error) -> CliError {
+    CliError::new(format!("Could not resize file: {}", crate::error::errno_words(error)))
+}
+
+/// Takes `-b` and `-F` over into the values.
+fn set_backing(parsed: &Parsed, format: Format, values: &mut Values) -> CliResult<()> {
+    for (flag, name, shown) in [
+        ("backing", "backing_file", "Backing file"),
+        ("backing-format", "backing_fmt", "Backing format"),
+    ] {
+        let Some(text) = parsed.last(flag) else { continue };
+        if !values.takes(name) {
+            let text = format!("{shown} not supported for file format '{format}'");
+            return Err(CliError::new(text));
+        }
+        values.set(name, text.to_owned());
+    }
+    Ok(())
+}
+
+/// Returns the size of the backing file, if there is to be one.
+fn backing_size(tool: &Tool, file: &str, values: &Values) -> CliResult<Option<u64>> {
+    let Some(name) = values.text("backing_file").filter(|name| !name.is_empty()) else {
+        return Ok(None);
+    };
+    if name == file {
+        let text = "Error: Trying to create an image with the same filename as the backing file";
+        return Err(CliError::new(text));
+    }
+    let path = beside(Path::new(file), name).to_string_lossy().into_owned();
+    let spec = ImageSpec::from_name(&path, values.text("backing_fmt"))?;
+    let size = opened_size(tool, spec).map_err(|error| {
+        CliError::new(format!("{}\nCould not open backing image.", error.text()))
+            .with_hint("-u makes the image without looking at the backing file; give a size then")
+    })?;
+    Ok(Some(size))
+}
+
+fn opened_size(tool: &Tool, image: ImageSpec) -> CliResult<u64> {
+    let request = Request { image, access: Access::ReadOnly, cache: CacheMode::Buffered };
+    Ok(open::open_bare(tool, &request)?.disk().size_bytes())
+}
+
+fn no_backing_format(file: &str, values: &Values, unsafely: bool) -> CliError {
+    let text = "Backing file specified without backing format";
+    let error = CliError::new(text).with_hint("-F names the format of the backing file");
+    if unsafely {
+        return error;
+    }
+    let path = beside(Path::new(file), values.text("backing_file").unwrap_or_default());
+    match probed(&path) {
+        Some(format) => CliError::new(format!("{text}\nDetected format of {format}."))
+            .with_hint(format!("give -F {format} if that is right")),
+        None => error,
+    }
+}
+
+/// Says what the content of a file looks like.
+pub(super) fn probed(path: &Path) -> Option<Format> {
+    let storage = FileStorage::open(path, &FileOptions::read_only()).ok()?;
+    let format = block_on(lacuna::chain::probe(&storage)).ok()?;
+    Some(open::of_chain(format))
+}
+
+/// A name in an image is seen from where the image is.
+fn beside(image: &Path, name: &str) -> PathBuf {
+    let name = name.strip_prefix("file:").unwrap_or(name);
+    image.parent().unwrap_or_else(|| Path::new("")).join(name)
+}
+
+fn version(compat: Option<&str>) -> CliResult<Version> {
+    match compat {
+        None | Some("v3" | "1.1") => Ok(Version::V3),
+        Some("v2" | "0.10") => Ok(Version::V2),
+        Some(other) => {
+            Err(CliError::new(format!("Parameter 'version' does not accept value '{other}'"))
+                .with_hint("versions are v2 (also 0.10) and v3 (also 1.1)"))
+        }
+    }
+}
+
+fn compression(name: Option<&str>) -> CliResult<CompressionType> {
+    match name {
+        None | Some("zlib") => Ok(CompressionType::Deflate),
+        Some("zstd") => Ok(CompressionType::Zstd),
+        Some(other) => Err(CliError::new(format!(
+            "Parameter 'compression-type' does not accept value '{other}'"
+        ))
+        .with_hint("compression types are zlib and zstd")),
+    }
+}
+
+fn cluster_bytes(values: &Values) -> CliResult<u64> {
+    let bytes = values.number("cluster_size").unwrap_or(0);
+    match bytes.is_power_of_two() && (512..=2 << 20).contains(&bytes) {
+        true => Ok(bytes),
+        false => Err(CliError::new("Cluster size must be a power of two between 512 and 2048k")),
+    }
+}
+
+fn refcount_bits(values: &Values) -> CliResult<u32> {
+    let bits = values.number("refcount_bits").unwrap_or(0);
+    match u32::try_from(bits) {
+        Ok(bits) if bits.is_power_of_two() && bits <= 64 => Ok(bits),
+        _ => Err(CliError::new("Refcount width must be a power of two and may not exceed 64 bits")),
+    }
+}
+
+fn backing(values: &Values) -> CliResult<Option<BackingName>> {
+    let format = values.text("backing_fmt").map(str::to_owned);
+    match values.text("backing_file").filter(|name| !name.is_empty()) {
+        Some(name) => Ok(Some(BackingName { name: name.to_owned(), format })),
+        None if format.is_some() => {
+            Err(CliError::new("Backing format cannot be used without backing file"))
+        }
+        None => Ok(None),
+    }
+}
+
+fn data_file(values: &Values) -> CliResult<Option<DataFileName>> {
+    let raw = values.is_on("data_file_raw");
+    match values.text("data_file") {
+        Some(name) => Ok(Some(DataFileName { name: name.to_owned(), raw })),
+        None if raw => Err(CliError::new("data-file-raw requires data-file")),
+        None => Ok(None),
+    }
+}
+
+/// Refuses what version 2 does not have and what contradicts itself.
+fn check_combination(options: &CreateOptions) -> CliResult<()> {
+    const NEWER: &str = "compatibility level 1.1 and above (use version=v3 or greater)";
+    let is_old = options.version == Version::V2;
+    let extended = options.entry_width == EntryWidth::Extended;
+    let problem = if is_old && options.lazy_refcounts {
+        format!("Lazy refcounts only supported with {NEWER}")
+    } else if is_old && options.refcount_bits != 16 {
+        "Different refcount widths than 16 bits require compatibility level 1.1 or above \
+         (use version=v3 or greater)"
+            .to_owned()
+    } else if is_old && options.data_file.is_some() {
+        format!("External data files are only supported with {NEWER}")
+    } else if options.backing.is_some() && options.data_file.as_ref().is_some_and(|file| file.raw) {
+        "Backing file and data-file-raw cannot be used at the same time".to_owned()
+    } else if is_old && options.compression != CompressionType::Deflate {
+        format!("Non-zlib compression type is only supported with {NEWER}")
+    } else if is_old && extended {
+        format!("Extended L2 entries are only supported with {NEWER}")
+    } else if extended && options.cluster_bytes < 16384 {
+        "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes"
+            .to_owned()
+    } else if options.size_bytes > largest(options) {
+        "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
+            .to_owned()
+    } else {
+        return Ok(());
+    };
+    Err(CliError::new(problem))
+}
+
+/// The largest disk that an L1 table can map.
+fn largest(options: &CreateOptions) -> u64 {
+    let entry_bytes = if options.entry_width == EntryWidth::Extended { 16 } else { 8 };
+    let covered = options.cluster_bytes / entry_bytes * options.cluster_bytes;
+    (MAX_L1_BYTES / 8).saturating_mul(covered)
+}

@@ -1,0 +1,134 @@
+//! The description of an image for people.
+
+use serde_json::Value;
+
+use crate::output::{date, short_size};
+
+/// Prints one image with the file it lies in.
+pub(super) fn node(node: &Value) -> String {
+    let word = |key: &str| node.get(key).and_then(Value::as_str);
+    let file = word("filename").unwrap_or_default();
+    let size = number(node, "virtual-size");
+    let mut text = format!(
+        "image: {file}\nfile format: {}\nvirtual size: {} ({size} bytes)\ndisk size: {}\n",
+        word("format").unwrap_or_default(),
+        short_size(size),
+        short_size(number(node, "actual-size")),
+    );
+    if is_set(node, "encrypted") {
+        text += "encrypted: yes\n";
+    }
+    if node.get("cluster-size").is_some() {
+        text += &format!("cluster_size: {}\n", number(node, "cluster-size"));
+    }
+    if is_set(node, "dirty-flag") {
+        text += "cleanly shut down: no\n";
+    }
+    text += &backing(word("backing-filename"), word("full-backing-filename"));
+    if let Some(format) = word("backing-filename-format") {
+        text += &format!("backing file format: {format}\n");
+    }
+    text += &snapshots(node);
+    if let Some(data) = node.pointer("/format-specific/data") {
+        text += "Format specific information:\n";
+        dump(&mut text, data, 1);
+    }
+    text + &child(node)
+}
+
+fn number(node: &Value, key: &str) -> u64 {
+    node.get(key).and_then(Value::as_u64).unwrap_or(0)
+}
+
+fn is_set(node: &Value, key: &str) -> bool {
+    node.get(key).and_then(Value::as_bool).unwrap_or(false)
+}
+
+fn backing(name: Option<&str>, full: Option<&str>) -> String {
+    match (name, full) {
+        (None, _) => String::new(),
+        (Some(name), Some(full)) if name != full => {
+            format!("backing file: {name} (actual path: {full})\n")
+        }
+        (Some(name), _) => format!("backing file: {name}\n"),
+    }
+}
+
+fn child(node: &Value) -> String {
+    let Some(info) = node.pointer("/children/0/info") else { return String::new() };
+    let len = number(info, "virtual-size");
+    format!(
+        "Child node '/file':\n    filename: {}\n    protocol type: file\n    \
+         file length: {} ({len} bytes)\n    disk size: {}\n",
+        info["filename"].as_str().unwrap_or_default(),
+        short_size(len),
+        short_size(number(info, "actual-size")),
+    )
+}
+
+fn snapshots(node: &Value) -> String {
+    let Some(list) = node.get("snapshots").and_then(Value::as_array) else {
+        return String::new();
+    };
+    let mut text = format!(
+        "Snapshot list:\n{:<8}{:<17}{:>8}{:>20}{:>16}{:>11}\n",
+        "ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"
+    );
+    for snapshot in list {
+        text += &snapshot_line(snapshot);
+    }
+    text
+}
+
+fn snapshot_line(snapshot: &Value) -> String {
+    let seconds = number(snapshot, "vm-clock-sec");
+    let clock = format!(
+        "{:04}:{:02}:{:02}.{:03}",
+        seconds / 3600,
+        seconds / 60 % 60,
+        seconds % 60,
+        number(snapshot, "vm-clock-nsec") / 1_000_000
+    );
+    let icount = snapshot.get("icount").map_or_else(String::new, Value::to_string);
+    format!(
+        "{:<7} {:<16} {:>8} {:>19} {:>15} {:>10}\n",
+        snapshot["id"].as_str().unwrap_or_default(),
+        snapshot["name"].as_str().unwrap_or_default(),
+        short_size(number(snapshot, "vm-state-size")),
+        date(number(snapshot, "date-sec")),
+        clock,
+        icount
+    )
+}
+
+/// Prints members and items a level deeper, with spaces for dashes in keys.
+pub(crate) fn dump(text: &mut String, value: &Value, depth: usize) {
+    let indent = " ".repeat(4 * depth);
+    let mut line = |key: &str, value: &Value| {
+        let is_deeper = value.is_array() || value.is_object();
+        *text += &format!("{indent}{key}:");
+        if is_deeper {
+            *text += "\n";
+            dump(text, value, depth + 1);
+        } else {
+            *text += &format!(" {}\n", scalar(value));
+        }
+    };
+    match value {
+        Value::Object(members) => {
+            for (key, value) in members {
+                line(&key.replace('-', " "), value);
+            }
+        }
+        Value::Array(items) => {
+            for (index, value) in items.iter().enumerate() {
+                line(&format!("[{index}]"), value);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn scalar(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}

@@ -1,0 +1,82 @@
+//! `info`: what an image says of itself.
+//!
+//! * Reads the image file only: no data file is opened, and the backing file only with
+//!   `--backing-chain`. Encrypted images are described without a key.
+
+mod describe;
+mod human;
+mod luks;
+
+use std::path::Path;
+
+use lacuna::chain::{self, FileOpener, LevelInfo, Levels};
+use lacuna::storage::FileStorage;
+use pollster::block_on;
+use serde_json::Value;
+
+use super::open::{self, Request};
+use super::{Form, Verb, common, form, one_image};
+use crate::args::{Flag, Parsed};
+use crate::error::CliResult;
+use crate::output;
+use crate::persona::Tool;
+
+pub(crate) use describe::specifics;
+pub(crate) use human::dump;
+
+/// The verb.
+pub(super) const VERB: Verb = Verb {
+    name: "info",
+    summary: "Describe an image",
+    operands: "FILENAME",
+    flags: &[
+        common::FORMAT,
+        common::IMAGE_OPTS,
+        Flag::switch('b', "backing-chain", "describe the backing files too"),
+        common::FORCE_SHARE,
+        common::OBJECT,
+        common::OUTPUT,
+    ],
+    example: "info --output=json disk.qcow2",
+    run,
+};
+
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    let form = form(parsed)?;
+    let request = Request::reading(one_image(parsed)?, parsed, "format")?;
+    let levels = match parsed.has("backing-chain") {
+        true => Levels::All,
+        false => Levels::Top,
+    };
+    let nodes = described(tool, &request, levels)?;
+    let text = match (form, levels) {
+        (Form::Human, _) => nodes.iter().map(human::node).collect::<Vec<_>>().join("\n"),
+        (Form::Json, Levels::All) => format!("{}\n", output::pretty(&Value::Array(nodes))),
+        (Form::Json, _) => nodes.iter().map(|node| format!("{}\n", output::pretty(node))).collect(),
+    };
+    output::print(&text).map(|()| 0)
+}
+
+/// Describes the image and, if asked, those below it, in the shape of QEMU's JSON.
+fn described(tool: &Tool, request: &Request, levels: Levels) -> CliResult<Vec<Value>> {
+    let spec = &request.image;
+    let found = inspected(tool, request, levels);
+    found
+        .map_err(|error| open::cannot_open(&spec.shown, error))?
+        .iter()
+        .map(describe::node)
+        .collect()
+}
+
+fn inspected(
+    tool: &Tool,
+    request: &Request,
+    levels: Levels,
+) -> CliResult<Vec<LevelInfo<FileStorage>>> {
+    let file = &request.image.file;
+    let options = open::options(tool, request)?;
+    open::check_file(file)?;
+    let opener = FileOpener::new(open::file_options(request));
+    let found = block_on(chain::inspect(&opener, Path::new(file), &options, levels));
+    found.map_err(|error| open::reason(tool, &request.image, &error))
+}

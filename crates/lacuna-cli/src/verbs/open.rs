@@ -1,0 +1,172 @@
+//! Opens the images that a command line names.
+//!
+//! * What an image names (backing file, data file) is followed: naming the image on the command
+//!   line is the user's consent. A backing file whose format the image leaves out is probed only
+//!   under QEMU's names, as those programs do; a guest may have written what a probe finds.
+
+use std::path::Path;
+
+use lacuna::chain::{self, Allow, Chain, ChainOptions, FileOpener, FormatChoice, UnnamedFormat};
+use lacuna::qcow2::Access;
+use lacuna::storage::{CacheMode, FileOptions, FileStorage};
+use lacuna::{Error, ErrorKind};
+use pollster::block_on;
+
+use super::spec::ImageSpec;
+use crate::args::Parsed;
+use crate::error::{CliError, CliResult, host_words, sentence};
+use crate::format::Format;
+use crate::persona::{Persona, Tool};
+
+/// A chain of files.
+pub(crate) type FileChain = Chain<FileStorage>;
+
+/// What to open and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub(crate) image: ImageSpec,
+    pub(crate) access: Access,
+    pub(crate) cache: CacheMode,
+}
+
+impl Request {
+    /// Asks for the image of a verb, to be read: `name` is a file name, or options if
+    /// `--image-opts` was given.
+    pub(crate) fn reading(name: &str, parsed: &Parsed, format_flag: &str) -> CliResult<Self> {
+        let format = parsed.last(format_flag);
+        let image = match parsed.has("image-opts") {
+            true if format.is_some() => {
+                let text = format!("--image-opts and --{format_flag} are mutually exclusive");
+                return Err(CliError::new(text));
+            }
+            true => ImageSpec::from_options(name),
+            false => ImageSpec::from_name(name, format),
+        };
+        let image = image.map_err(|error| cannot_open(name, error))?;
+        Ok(Self { image, access: Access::ReadOnly, cache: CacheMode::Buffered })
+    }
+}
+
+/// Opens an image with its backing chain.
+pub(crate) fn open(tool: &Tool, request: &Request) -> CliResult<FileChain> {
+    open_bare(tool, request).map_err(|error| cannot_open(&request.image.shown, error))
+}
+
+/// As [`open`]; the error does not say yet which image it is about.
+pub(crate) fn open_bare(tool: &Tool, request: &Request) -> CliResult<FileChain> {
+    let spec = &request.image;
+    let options = options(tool, request)?;
+    check_file(&spec.file)?;
+    let opener = FileOpener::new(file_options(request));
+    let opened = block_on(chain::open(&opener, Path::new(&spec.file), &options));
+    opened.map_err(|error| reason(tool, spec, &error))
+}
+
+/// Returns how a chain is opened for `request`.
+pub(crate) fn options(tool: &Tool, request: &Request) -> CliResult<ChainOptions> {
+    let choice = match request.image.format()? {
+        Some(format) => FormatChoice::Known(of_library(format)),
+        None => FormatChoice::Probe,
+    };
+    let mut options = ChainOptions::new(choice, request.access);
+    options.backing = Allow::Named;
+    options.data_file = Allow::Named;
+    options.image = options.image.placement(tool.placement());
+    options.unnamed_format = match tool.persona {
+        Persona::Lacuna => UnnamedFormat::Refuse,
+        _ => UnnamedFormat::Probe,
+    };
+    Ok(options)
+}
+
+/// Returns how files are opened for `request`.
+pub(crate) fn file_options(request: &Request) -> FileOptions {
+    FileOptions { cache: request.cache, ..FileOptions::default() }
+}
+
+/// The library's word for a format.
+pub(crate) fn of_library(format: Format) -> chain::Format {
+    match format {
+        Format::Qcow2 => chain::Format::Qcow2,
+        Format::Raw => chain::Format::Raw,
+    }
+}
+
+/// Our word for a format of the library.
+pub(crate) fn of_chain(format: chain::Format) -> Format {
+    match format {
+        chain::Format::Qcow2 => Format::Qcow2,
+        chain::Format::Raw => Format::Raw,
+    }
+}
+
+/// Says in QEMU's words what is not there or is no file.
+pub(crate) fn check_file(file: &str) -> CliResult<()> {
+    let kind = std::fs::metadata(file)
+        .map_err(|error| CliError::new(format!("Could not open '{file}': {}", of_host(&error))))?;
+    match kind.is_dir() {
+        true => Err(CliError::new(format!("'file' driver requires '{file}' to be a regular file"))),
+        false => Ok(()),
+    }
+}
+
+/// Returns the host's words for its error.
+pub(crate) fn of_host(error: &std::io::Error) -> String {
+    error.raw_os_error().map_or_else(|| error.to_string(), host_words)
+}
+
+/// Wraps what kept an image from being opened.
+pub(crate) fn cannot_open(shown: &str, error: CliError) -> CliError {
+    error.under(format!("Could not open '{shown}'"))
+}
+
+/// Turns the library's error about opening an image into ours.
+pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
+    let file = &spec.file;
+    let named = || error.message().contains(file.as_str());
+    let text = match (error.raw_os_error(), qemu_words(file, spec)) {
+        (Some(code), _) if named() => format!("Could not open '{file}': {}", host_words(code)),
+        (None, Some(words)) if !tool.is_own() => words,
+        _ => sentence(error),
+    };
+    let failure = CliError::new(text);
+    match error.kind() {
+        ErrorKind::Busy => failure.with_hint("-U opens it for reading all the same"),
+        ErrorKind::Corrupt => failure.with_hint("`lacuna check -r all IMAGE` may repair it"),
+        ErrorKind::InvalidRequest => failure.with_hint(
+            "`qemu-img rebase -u -b FILE -F FORMAT IMAGE` writes the format into the image",
+        ),
+        _ => failure,
+    }
+}
+
+/// What QEMU says of a file that is no qcow2 image of a version it knows.
+fn qemu_words(file: &str, spec: &ImageSpec) -> Option<String> {
+    let mut start = [0; 8];
+    let mut opened = std::fs::File::open(file).ok()?;
+    let is_long = std::io::Read::read_exact(&mut opened, &mut start).is_ok();
+    let version = u32::from_be_bytes([start[4], start[5], start[6], start[7]]);
+    if !is_long || !start.starts_with(b"QFI\xfb") {
+        let is_qcow2 = matches!(spec.format(), Ok(Some(Format::Qcow2)));
+        return is_qcow2.then(|| "Image is not in qcow2 format".to_owned());
+    }
+    (!(2..=3).contains(&version)).then(|| format!("Unsupported qcow2 version {version}"))
+}
+
+/// Reads a cache mode of QEMU; nothing where there is no such mode.
+pub(crate) fn cache_mode(name: &str) -> Option<CacheMode> {
+    match name {
+        "none" | "off" | "directsync" => Some(CacheMode::Direct),
+        "writeback" | "writethrough" | "unsafe" => Some(CacheMode::Buffered),
+        _ => None,
+    }
+}
+
+/// Reads the option for the cache mode of images that are read.
+pub(crate) fn source_cache(parsed: &Parsed, flag: &str) -> CliResult<CacheMode> {
+    match parsed.last(flag) {
+        None => Ok(CacheMode::Buffered),
+        Some(name) => cache_mode(name)
+            .ok_or_else(|| CliError::new(format!("Invalid source cache option: {name}"))),
+    }
+}
