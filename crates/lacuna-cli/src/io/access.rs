@@ -1,0 +1,34 @@
+//! Commands that need no image: help, sleep, quit.
+
+use std::time::Duration;
+
+use super::commands::{self, COMMANDS, Command, Done, Failure};
+use super::session::Session;
+
+pub(super) fn help(session: &mut Session<'_>, _: &Command, words: &[String]) -> Done {
+    let Some(name) = words.first() else {
+        let lines: String = COMMANDS.iter().map(Command::line).collect();
+        return session.say(&format!("{lines}\nUse 'help commandname' for extended help.\n"));
+    };
+    match commands::find(name) {
+        Some(command) => session.say(&command.line()),
+        None => session.fail(&format!("command {name} not found\n")),
+    }
+}
+
+pub(super) fn quit(session: &mut Session<'_>, _: &Command, _: &[String]) -> Done {
+    session.end();
+    Ok(())
+}
+
+pub(super) fn sleep(session: &mut Session<'_>, _: &Command, words: &[String]) -> Done {
+    let [text] = words else { return Err(Failure::Usage) };
+    match text.parse() {
+        Ok(milliseconds) => {
+            // The point of the command; nothing else waits for it.
+            std::thread::sleep(Duration::from_millis(milliseconds));
+            Ok(())
+        }
+        Err(_) => session.fail(&format!("{text} is not a valid number\n")),
+    }
+}

@@ -1,0 +1,202 @@
+//! Commands about the image as a whole: open, close, reopen, truncate, length, info.
+
+use lacuna::qcow2::format::Header;
+use lacuna::qcow2::{Access, Shrink};
+use lacuna::storage::{CacheMode, Storage};
+use pollster::block_on;
+use serde_json::Value;
+
+use super::commands::{Command, Done, Failure};
+use super::session::Session;
+use super::transfer::number;
+use crate::args::Parsed;
+use crate::error::{CliError, CliResult, sentence};
+use crate::options::{self, Asked};
+use crate::output::io_size;
+use crate::verbs::open::cache_mode;
+use crate::verbs::spec::ImageSpec;
+use crate::verbs::{dump, specifics};
+
+/// How an image is to be opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OpenFlags {
+    pub(super) access: Access,
+    pub(super) cache: CacheMode,
+}
+
+impl OpenFlags {
+    /// Reads the options of the program.
+    pub(super) fn of_program(parsed: &Parsed) -> CliResult<Self> {
+        for flag in ["snapshot", "copy-on-read"] {
+            if parsed.has(flag) {
+                return Err(CliError::new(format!("--{flag} is not supported yet")));
+            }
+        }
+        check_mode(parsed, "aio", &["threads", "native", "io_uring"])?;
+        check_mode(parsed, "discard", &["ignore", "off", "unmap", "on"])?;
+        let cache = match parsed.last("cache") {
+            Some(name) => cache_mode(name)
+                .ok_or_else(|| CliError::new(format!("Invalid cache option: {name}")))?,
+            None if parsed.has("nocache") => CacheMode::Direct,
+            None => CacheMode::Buffered,
+        };
+        Ok(Self { access: super::access(parsed.has("read-only")), cache })
+    }
+}
+
+fn check_mode(parsed: &Parsed, flag: &str, modes: &[&str]) -> CliResult<()> {
+    match parsed.last(flag) {
+        Some(mode) if !modes.contains(&mode) => {
+            Err(CliError::new(format!("Invalid {flag} option: {mode}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn open(session: &mut Session<'_>, command: &Command, words: &[String]) -> Done {
+    let parsed = session.parse(command, words)?;
+    let flags = match OpenFlags::of_program(&parsed) {
+        Ok(flags) => flags,
+        Err(error) => return session.report(error.text()),
+    };
+    let shown = match &parsed.operands[..] {
+        [] if parsed.has("o") => "",
+        [file] => file,
+        _ => return Err(Failure::Usage),
+    };
+    if session.has_image() {
+        return session.report("file open already, try 'help close'");
+    }
+    let opened = spec(&parsed, shown).and_then(|image| session.open(image, &flags));
+    match opened {
+        Ok(()) => Ok(()),
+        Err(error) => session.report(&format!("can't open device {shown}: {}", error.text())),
+    }
+}
+
+/// Joins `-o` and the file name.
+fn spec(parsed: &Parsed, file: &str) -> CliResult<ImageSpec> {
+    if !parsed.has("o") {
+        return ImageSpec::from_name(file, None);
+    }
+    match options::parse(parsed.all("o"))? {
+        Asked::Help => Err(CliError::new("Image options are driver and file.filename")),
+        Asked::Values(given) => {
+            let mut pairs = given.into_pairs();
+            if !file.is_empty() {
+                pairs.push(("file.filename".to_owned(), file.to_owned()));
+            }
+            ImageSpec::from_pairs(file, pairs)
+        }
+    }
+}
+
+pub(super) fn close(session: &mut Session<'_>, _: &Command, _: &[String]) -> Done {
+    match session.close() {
+        Ok(_) => Ok(()),
+        Err(error) => session.report(error.text()),
+    }
+}
+
+pub(super) fn reopen(session: &mut Session<'_>, command: &Command, words: &[String]) -> Done {
+    let parsed = session.parse(command, words)?;
+    if !parsed.operands.is_empty() || (parsed.has("r") && parsed.has("w")) {
+        return Err(Failure::Usage);
+    }
+    if let Some(name) = parsed.last("c").filter(|name| cache_mode(name).is_none()) {
+        return session.report(&format!("Invalid cache option: {name}"));
+    }
+    if let Some(option) = parsed.last("o") {
+        let key = option.split('=').next().unwrap_or_default();
+        return session.report(&format!("Cannot change the option '{key}'"));
+    }
+    let changed = session.close().and_then(|request| match request {
+        Some(mut request) => {
+            request.access = match (parsed.has("r"), parsed.has("w")) {
+                (true, _) => Access::ReadOnly,
+                (_, true) => Access::ReadWrite,
+                _ => request.access,
+            };
+            request.cache = parsed.last("c").and_then(cache_mode).unwrap_or(request.cache);
+            session.open_request(request)
+        }
+        None => Ok(()),
+    });
+    match changed {
+        Ok(()) => Ok(()),
+        Err(error) => session.report(error.text()),
+    }
+}
+
+pub(super) fn truncate(session: &mut Session<'_>, command: &Command, words: &[String]) -> Done {
+    let parsed = session.parse(command, words)?;
+    match parsed.last("m") {
+        None | Some("off") => {}
+        Some(mode @ ("metadata" | "falloc" | "full")) => {
+            return session.report(&format!("Preallocation mode '{mode}' is not supported yet"));
+        }
+        Some(mode) => return session.report(&format!("Invalid preallocation mode '{mode}'")),
+    }
+    let Some(text) = parsed.operands.first() else { return Err(Failure::Usage) };
+    let size = number(session, text)?;
+    let disk = session.disk()?;
+    let resized = match disk.as_qcow2() {
+        Some(_) if size % 512 != 0 => {
+            return session.report("The new size must be a multiple of 512");
+        }
+        Some(image) => block_on(image.resize(size, Shrink::Allow)).map_err(CliError::from),
+        None => {
+            let cut = block_on(disk.storage().set_len(size)).map_err(CliError::from);
+            drop(disk);
+            // A raw disk learns its size when it is opened.
+            cut.and_then(|()| session.close()).and_then(|request| match request {
+                Some(request) => session.open_request(request),
+                None => Ok(()),
+            })
+        }
+    };
+    match resized {
+        Ok(()) => Ok(()),
+        Err(error) => session.report(error.text()),
+    }
+}
+
+pub(super) fn length(session: &mut Session<'_>, _: &Command, _: &[String]) -> Done {
+    let size = session.size_bytes()?;
+    session.say(&format!("{}\n", io_size(size as f64)))
+}
+
+pub(super) fn info(session: &mut Session<'_>, _: &Command, _: &[String]) -> Done {
+    let disk = session.disk()?;
+    let Some(image) = disk.as_qcow2() else {
+        return session.say("format name: raw\ncluster size: 0 bytes\nvm state offset: 0 bytes\n");
+    };
+    let header = image.header();
+    let specific = match specifics(&header, image.storage()) {
+        Ok(value) => value,
+        Err(error) => return session.report(error.text()),
+    };
+    session.say(&described(&header, &specific))
+}
+
+fn described(header: &Header, specific: &Value) -> String {
+    let mut text = format!(
+        "format name: qcow2\ncluster size: {}\nvm state offset: {}\nFormat specific information:\n",
+        io_size(header.geometry.cluster_bytes() as f64),
+        io_size(vm_state_offset(header) as f64),
+    );
+    dump(&mut text, specific, 1);
+    text
+}
+
+/// The state of a virtual machine lies behind the part of the disk that whole L2 tables cover.
+fn vm_state_offset(header: &Header) -> u64 {
+    let geometry = header.geometry;
+    let covered = geometry.l2_entries() * geometry.cluster_bytes();
+    header.size_bytes.div_ceil(covered).saturating_mul(covered)
+}
+
+/// Reports an error of the library in the words of its author.
+pub(super) fn report_error(session: &Session<'_>, error: &lacuna::Error) -> Done {
+    session.report(&sentence(error))
+}

@@ -1,0 +1,119 @@
+//! `io`: a shell over one disk, with the commands of qemu-io.
+//!
+//! * Commands come from `-c` or, line by line, from standard input.
+//! * A failed command does not end the shell; the exit code is 1 then.
+
+mod access;
+mod allocation;
+mod commands;
+mod image;
+mod report;
+mod session;
+mod transfer;
+
+use std::io::BufRead;
+
+use lacuna::qcow2::Access;
+
+use crate::args::{Flag, Parsed};
+use crate::error::{CliError, CliResult};
+use crate::output;
+use crate::persona::{Persona, Tool};
+use crate::verbs::{Verb, common};
+use image::OpenFlags;
+use session::Session;
+
+/// The verb.
+pub(crate) const VERB: Verb = Verb {
+    name: "io",
+    summary: "Read and write a disk by hand, with qemu-io's commands",
+    operands: "[FILENAME]",
+    flags: &[
+        common::OBJECT,
+        common::IMAGE_OPTS,
+        Flag::valued('c', "cmd", "COMMAND", "a command to execute; may be repeated"),
+        Flag::valued('f', "format", "FMT", "format of the image; probed where not given"),
+        Flag::switch('r', "read-only", "change nothing"),
+        Flag::switch('s', "snapshot", "not supported"),
+        Flag::switch('n', "nocache", "go past the page cache, short for -t none"),
+        Flag::switch('C', "copy-on-read", "not supported"),
+        Flag::switch('m', "misalign", "accepted and ignored"),
+        Flag::switch('k', "native-aio", "accepted and ignored"),
+        Flag::valued('i', "aio", "MODE", "threads, native or io_uring: accepted and ignored"),
+        Flag::valued('t', "cache", "MODE", "cache mode"),
+        Flag::valued('d', "discard", "MODE", "ignore or unmap (unmap)"),
+        Flag::valued('T', "trace", "TRACE", "accepted and ignored"),
+        common::FORCE_SHARE,
+        Flag::switch('V', "version", "show the version"),
+    ],
+    example: "-c 'write -P 7 0 64k' -c 'read -P 7 0 64k' disk.qcow2",
+    run,
+};
+
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    if parsed.has("version") {
+        return crate::verbs::version(tool);
+    }
+    let mut session = Session::new(tool);
+    let flags = OpenFlags::of_program(parsed)?;
+    match &parsed.operands[..] {
+        [] => {}
+        [file] => open(&mut session, parsed, file, &flags)?,
+        _ => return Err(CliError::usage("Expecting one image file name")),
+    }
+    let mut failed = false;
+    if parsed.has("cmd") {
+        for command in parsed.all("cmd") {
+            failed |= !session.execute(command)?;
+            if session.is_over() {
+                break;
+            }
+        }
+    } else {
+        failed |= !from_stdin(tool, &mut session)?;
+    }
+    failed |= !session.finish()?;
+    Ok(u8::from(failed))
+}
+
+fn open(
+    session: &mut Session<'_>,
+    parsed: &Parsed,
+    file: &str,
+    flags: &OpenFlags,
+) -> CliResult<()> {
+    let image = match parsed.has("image-opts") {
+        true => crate::verbs::spec::ImageSpec::from_options(file),
+        false => crate::verbs::spec::ImageSpec::from_name(file, parsed.last("format")),
+    };
+    let opened = image.and_then(|image| session.open(image, flags));
+    opened.map_err(|error| error.under(format!("can't open device {file}")))
+}
+
+/// Executes line by line; false if a command did not succeed.
+fn from_stdin(tool: &Tool, session: &mut Session<'_>) -> CliResult<bool> {
+    let prompt = match tool.persona {
+        Persona::QemuIo => "qemu-io> ",
+        _ => "lacuna> ",
+    };
+    let mut succeeded = true;
+    let mut line = Vec::new();
+    let mut stdin = std::io::stdin().lock();
+    while !session.is_over() {
+        output::print(prompt)?;
+        line.clear();
+        let len = stdin
+            .read_until(b'\n', &mut line)
+            .map_err(|error| CliError::new(format!("Reading standard input: {error}")))?;
+        if len == 0 {
+            break;
+        }
+        succeeded &= session.execute(String::from_utf8_lossy(&line).trim_end_matches('\n'))?;
+    }
+    Ok(succeeded)
+}
+
+/// What `-r` asks for.
+const fn access(read_only: bool) -> Access {
+    if read_only { Access::ReadOnly } else { Access::ReadWrite }
+}

@@ -1,0 +1,228 @@
+//! The state of the shell: the open image and the requests in flight.
+//!
+//! * Requests of `aio_*` run while further ones are issued; every other command waits for them
+//!   first, and they are reported in the order in which they were issued.
+
+use futures_util::StreamExt as _;
+use futures_util::future::FutureExt as _;
+use futures_util::stream::FuturesOrdered;
+use lacuna::block::{BoxFuture, Layer};
+use lacuna::chain::Disk;
+use lacuna::qcow2::Access;
+use lacuna::storage::FileStorage;
+use pollster::block_on;
+
+use super::commands::{self, Command, Done, Failure, Needs};
+use super::image::OpenFlags;
+use crate::args::{self, Parsed};
+use crate::error::{CliError, CliResult};
+use crate::output;
+use crate::persona::Tool;
+use crate::verbs::open::{self, FileChain, Request};
+use crate::verbs::spec::ImageSpec;
+
+/// An opened image and how it was asked for.
+pub(super) struct Opened {
+    pub(super) chain: FileChain,
+    pub(super) request: Request,
+}
+
+/// A running shell.
+pub(super) struct Session<'t> {
+    tool: &'t Tool,
+    opened: Option<Opened>,
+    in_flight: FuturesOrdered<BoxFuture<'static, String>>,
+    is_over: bool,
+    /// Standard output or error is gone: there is nothing left to do.
+    broken: Option<CliError>,
+}
+
+impl<'t> Session<'t> {
+    /// Starts without an image.
+    pub(super) fn new(tool: &'t Tool) -> Self {
+        Self { tool, opened: None, in_flight: FuturesOrdered::new(), is_over: false, broken: None }
+    }
+
+    /// Says whether `quit` was given.
+    pub(super) const fn is_over(&self) -> bool {
+        self.is_over
+    }
+
+    /// Makes this command the last one.
+    pub(super) const fn end(&mut self) {
+        self.is_over = true;
+    }
+
+    /// Executes a line; false if it did not succeed.
+    pub(super) fn execute(&mut self, line: &str) -> CliResult<bool> {
+        let words: Vec<String> =
+            line.split(' ').filter(|word| !word.is_empty()).map(str::to_owned).collect();
+        let Some((name, words)) = words.split_first() else { return Ok(true) };
+        let done = match commands::find(name) {
+            Some(command) => self.run(command, words),
+            None => self.complain(&format!("command \"{name}\" not found\n")),
+        };
+        match self.broken.take() {
+            Some(error) => Err(error),
+            None => Ok(done.is_ok()),
+        }
+    }
+
+    fn run(&mut self, command: &'static Command, words: &[String]) -> Done {
+        self.check(command, words.len())?;
+        if !command.name.starts_with("aio_") {
+            self.wait_for_all()?;
+        }
+        match (command.run)(self, command, words) {
+            Err(Failure::Usage) => {
+                self.say(&command.line())?;
+                Err(Failure::Said)
+            }
+            other => other,
+        }
+    }
+
+    fn check(&self, command: &Command, count: usize) -> Done {
+        let (least, most) = command.words;
+        if (least..=most).contains(&count) {
+            return self.check_image(command);
+        }
+        let expected = match (least, most) {
+            (least, usize::MAX) => format!("at least {least}"),
+            (least, most) if least == most => least.to_string(),
+            (least, most) => format!("between {least} and {most}"),
+        };
+        let name = command.name;
+        self.complain(&format!(
+            "bad argument count {count} to {name}, expected {expected} arguments\n"
+        ))
+    }
+
+    fn check_image(&self, command: &Command) -> Done {
+        match (&self.opened, command.needs) {
+            (_, Needs::Nothing) | (Some(_), Needs::Image) => Ok(()),
+            (None, _) => self.complain("no file open, try 'help open'\n"),
+            (Some(opened), Needs::WritableImage) => match opened.request.access {
+                Access::ReadWrite => Ok(()),
+                Access::ReadOnly => self.report("Block node is read-only"),
+            },
+        }
+    }
+
+    /// Sorts the words of a command by its table.
+    pub(super) fn parse(&self, command: &Command, words: &[String]) -> Result<Parsed, Failure> {
+        args::parse(command.flags, words).map_err(|error| {
+            output::complain(&format!("{}: {}\n", command.name, error.text()));
+            Failure::Usage
+        })
+    }
+
+    /// Prints a result.
+    pub(super) fn say(&mut self, text: &str) -> Done {
+        output::print(text).map_err(|error| {
+            self.broken = Some(error);
+            Failure::Said
+        })
+    }
+
+    /// Prints why the command fails, where qemu-io prints it: on standard output.
+    pub(super) fn fail(&mut self, text: &str) -> Done {
+        self.say(text)?;
+        Err(Failure::Said)
+    }
+
+    /// Prints why the command fails on standard error.
+    pub(super) fn complain(&self, text: &str) -> Done {
+        output::complain(text);
+        Err(Failure::Said)
+    }
+
+    /// Prints why the command fails on standard error, under the name of the program.
+    pub(super) fn report(&self, text: &str) -> Done {
+        self.complain(&format!("{}: {text}\n", self.tool.name))
+    }
+
+    /// Lets a request run while further commands are read.
+    pub(super) fn launch(&mut self, request: BoxFuture<'static, String>) -> Done {
+        self.in_flight.push_back(request);
+        // Polls once, so that the request is on its way and what is done at once is reported.
+        while let Some(Some(text)) = self.in_flight.next().now_or_never() {
+            self.say(&text)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for all requests and prints how they went.
+    pub(super) fn wait_for_all(&mut self) -> Done {
+        while let Some(text) = block_on(self.in_flight.next()) {
+            self.say(&text)?;
+        }
+        Ok(())
+    }
+
+    /// Opens an image where none is open.
+    pub(super) fn open(&mut self, image: ImageSpec, flags: &OpenFlags) -> CliResult<()> {
+        let request = Request { image, access: flags.access, cache: flags.cache };
+        self.open_request(request)
+    }
+
+    /// As [`open`](Self::open), for a request that was made before.
+    pub(super) fn open_request(&mut self, request: Request) -> CliResult<()> {
+        let chain = open::open_bare(self.tool, &request)?;
+        self.warn_of_guess(&request, &chain);
+        self.opened = Some(Opened { chain, request });
+        Ok(())
+    }
+
+    /// A raw disk whose format was guessed has limits that qemu-io warns of.
+    fn warn_of_guess(&self, request: &Request, chain: &FileChain) {
+        let was_told = !matches!(request.image.format(), Ok(None));
+        let is_raw = chain.disk().as_qcow2().is_none();
+        if is_raw && !was_told && request.access == Access::ReadWrite {
+            let file = &request.image.file;
+            output::complain(&format!(
+                "WARNING: Image format was not specified for '{file}' and probing guessed raw.\n\
+                 \x20        Automatically detecting the format is dangerous for raw images, write \
+                 operations on block 0 will be restricted.\n\
+                 \x20        Specify the 'raw' format explicitly to remove the restrictions.\n"
+            ));
+        }
+    }
+
+    /// Says whether an image is open.
+    pub(super) const fn has_image(&self) -> bool {
+        self.opened.is_some()
+    }
+
+    /// Returns the opened image; the table of commands sees to it that there is one.
+    pub(super) fn image(&self) -> Result<&Opened, Failure> {
+        self.opened.as_ref().ok_or(Failure::Said)
+    }
+
+    /// Returns the disk.
+    pub(super) fn disk(&self) -> Result<Disk<FileStorage>, Failure> {
+        Ok(self.image()?.chain.disk().clone())
+    }
+
+    /// Returns the size of the disk.
+    pub(super) fn size_bytes(&self) -> Result<u64, Failure> {
+        Ok(self.image()?.chain.disk().size_bytes())
+    }
+
+    /// Closes the image; gives back how it had been asked for.
+    pub(super) fn close(&mut self) -> CliResult<Option<Request>> {
+        let Some(Opened { chain, request }) = self.opened.take() else { return Ok(None) };
+        block_on(chain.into_disk().close())?;
+        Ok(Some(request))
+    }
+
+    /// Waits for what is in flight and closes the image; false if that did not succeed.
+    pub(super) fn finish(mut self) -> CliResult<bool> {
+        let all_said = self.wait_for_all().is_ok();
+        if let Some(error) = self.broken.take() {
+            return Err(error);
+        }
+        self.close()?;
+        Ok(all_said)
+    }
+}
