@@ -144,10 +144,7 @@ impl Meta {
         if self.gate.bitmaps {
             return Err(Need::FirstChange.into());
         }
-        let crowded = self.l2.is_crowded()
-            || self.refcounts.blocks.is_crowded()
-            || self.quarantine.is_crowded();
-        if crowded {
+        if self.l2.is_crowded() || self.refcounts.blocks.is_crowded() {
             return Err(Need::WriteBack.into());
         }
         self.bitmaps.mark(range);
@@ -244,13 +241,6 @@ impl Meta {
         }
         run.len = run.len.min(range.len);
         Ok(run)
-    }
-
-    /// Returns where the coverage of the slice that holds the entry ends.
-    pub(super) fn slice_end(&self, guest: GuestOffset) -> GuestOffset {
-        let entries = self.l2.slice_bytes() / self.geometry().entry_width().bytes();
-        let coverage = entries << self.geometry().cluster_bits();
-        GuestOffset((guest.0 / coverage + 1) * coverage)
     }
 
     // ---- changing the map ------------------------------------------------------------------

@@ -1,0 +1,84 @@
+//! Command lines that make no sense: exit code and message, and hints under our own name.
+
+mod common;
+
+use common::{Sandbox, both};
+
+#[test]
+fn wrong_command_lines_are_answered_like_the_stock_tool_does() {
+    both(
+        "qemu-img
+         qemu-img foo
+         qemu-img io
+         qemu-img --foo
+         qemu-img -Z create
+         qemu-img create -f qcow2 -q=4 a 1M
+         qemu-img create -f qcow2 --quiet=4 a 1M
+         qemu-img create --opt
+         qemu-img info --output
+         qemu-img map -f",
+    );
+}
+
+#[test]
+fn messages_and_exit_codes_of_our_own_name() {
+    let ours = Sandbox::ours();
+    ours.prepare("stock-img create -q -f qcow2 image 1M; stock-img create -q raw 1M");
+    let table = [
+        ("lacuna bogus", 1, "lacuna: Command not found: bogus\nTry 'lacuna --help'"),
+        ("lacuna create -Z", 1, "lacuna create: invalid option -- 'Z'\nTry 'lacuna create --help'"),
+        ("lacuna create a 1x", 1, "Invalid image size specified: '1x'.\nhint: sizes are like"),
+        ("lacuna create -f foo a 1M", 1, "Unknown file format 'foo'\nhint: formats are"),
+        (
+            "lacuna create -f qcow2 -o foo a 1M",
+            1,
+            "Invalid parameter 'foo'\nhint: `create -f qcow2",
+        ),
+        ("lacuna create -f qcow2 -b image a", 1, "Detected format of qcow2.\nhint: give -F qcow2"),
+        ("lacuna check raw", 63, "lacuna: This image format does not support checks"),
+        ("lacuna compare image missing", 2, "Could not open 'missing'"),
+        ("lacuna convert --progress=x image a", 1, "--progress expects nothing or 'json' not 'x'"),
+        ("lacuna convert image raw a", 1, "More than one source is not supported yet"),
+        ("lacuna convert -l snap image a", 1, "--source-snapshot is not supported yet"),
+        ("lacuna info --object secret,id=x image", 1, "--object is not supported"),
+        ("lacuna map -f qcow2 raw", 1, "Could not open 'raw'"),
+        ("lacuna io a b", 1, "Expecting one image file name"),
+    ];
+    for (line, code, message) in table {
+        let got = ours.run(line);
+        assert_eq!(got.code, Some(code), "{line}: {}", got.text);
+        assert!(got.text.contains(message), "{line}: {}", got.text);
+    }
+}
+
+#[test]
+fn hints_are_ours_alone() {
+    let ours = Sandbox::ours();
+    let line = "create -f foo a 1M";
+    assert!(ours.run(&format!("lacuna {line}")).text.contains("hint:"));
+    assert!(!ours.run(&format!("qemu-img {line}")).text.contains("hint:"));
+}
+
+#[test]
+fn every_verb_has_help_with_an_example() {
+    let ours = Sandbox::ours();
+    let overview = ours.run("lacuna");
+    assert_eq!(overview.code, Some(0));
+    assert!(overview.text.lines().count() <= 24, "more than a screen: {}", overview.text);
+    for verb in ["check", "compare", "convert", "create", "info", "io", "map"] {
+        assert!(overview.text.contains(&format!("\n  {verb} ")), "{verb}");
+        for line in [format!("lacuna {verb} --help"), format!("lacuna help {verb}")] {
+            let help = ours.run(&line);
+            assert_eq!(help.code, Some(0));
+            assert!(help.text.contains(&format!("Example: lacuna {verb} ")), "{}", help.text);
+        }
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_disaster() {
+    let ours = Sandbox::ours();
+    let got = ours.run("lacuna info --help | true; lacuna --help >/dev/full; echo done");
+    assert!(got.text.contains("Writing to standard output"), "{}", got.text);
+    assert!(got.text.ends_with("done\n") && !got.text.contains("panicked"), "{}", got.text);
+}

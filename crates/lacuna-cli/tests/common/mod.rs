@@ -1,0 +1,152 @@
+//! Runs the same shell lines with the stock tools and with ours, in a folder each.
+
+#![allow(dead_code, reason = "each test program uses its part of this module")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// The stock tools, as installed.
+const STOCK: &str = "/usr/bin";
+/// What to do where they are missing.
+const INSTALL: &str = "the stock tools are missing: apt-get install qemu-utils";
+
+/// A folder to work in, with `qemu-img` and `qemu-io` of one make; `stock-img` and `stock-io` are
+/// the stock ones in any case, for preparations.
+pub(crate) struct Sandbox {
+    folder: TempDir,
+}
+
+/// What a line printed, errors among the rest, and its exit code.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) text: String,
+    pub(crate) code: Option<i32>,
+}
+
+impl Sandbox {
+    /// Makes a folder with the stock tools.
+    pub(crate) fn stock() -> Self {
+        Self::with(|name| Path::new(STOCK).join(name))
+    }
+
+    /// Makes a folder with our tools.
+    pub(crate) fn ours() -> Self {
+        Self::with(|_| PathBuf::from(env!("CARGO_BIN_EXE_lacuna")))
+    }
+
+    fn with(tool: impl Fn(&str) -> PathBuf) -> Self {
+        let folder = TempDir::new().unwrap();
+        let bin = folder.path().join("bin");
+        std::fs::create_dir_all(&bin).unwrap();
+        let link = |target: &Path, name: &str| {
+            std::os::unix::fs::symlink(target, bin.join(name)).unwrap();
+        };
+        for (kind, name) in [("img", "qemu-img"), ("io", "qemu-io")] {
+            let stock = Path::new(STOCK).join(name);
+            assert!(stock.exists(), "{INSTALL}");
+            link(&tool(name), name);
+            link(&stock, &format!("stock-{kind}"));
+        }
+        link(Path::new(env!("CARGO_BIN_EXE_lacuna")), "lacuna");
+        std::fs::create_dir(folder.path().join("work")).unwrap();
+        Self { folder }
+    }
+
+    /// Returns the path of a file in the folder.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join("work").join(name)
+    }
+
+    /// Returns the content of a file in the folder.
+    pub(crate) fn bytes(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    /// Runs a line of shell.
+    pub(crate) fn run(&self, line: &str) -> Outcome {
+        let output = self.command(&format!("{{ {line}\n}} 2>&1"));
+        Outcome {
+            text: normal(&String::from_utf8_lossy(&output.stdout)),
+            code: output.status.code(),
+        }
+    }
+
+    /// Runs a line that must succeed.
+    pub(crate) fn prepare(&self, line: &str) {
+        let output = self.command(line);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{line}: {error}");
+    }
+
+    /// Runs a line and keeps its streams apart.
+    pub(crate) fn command(&self, line: &str) -> Output {
+        let bin = self.folder.path().join("bin");
+        Command::new("bash")
+            .args(["-c", line])
+            .current_dir(self.folder.path().join("work"))
+            .env("PATH", format!("{}:/usr/bin:/bin:/usr/sbin:/sbin", bin.display()))
+            .env("TZ", "UTC")
+            .env("LC_ALL", "C.UTF-8")
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+}
+
+/// Takes out what differs from run to run: times, rates, and how the host stores a file.
+fn normal(text: &str) -> String {
+    let mut lines: Vec<String> = text.lines().map(normal_line).collect();
+    lines.push(String::new());
+    lines.join("\n")
+}
+
+fn normal_line(line: &str) -> String {
+    for (start, end) in [(" ops; ", ""), ("disk size: ", ""), ("\"actual-size\": ", ",")] {
+        if let Some((before, after)) = line.split_once(start) {
+            let _how_much = after;
+            return format!("{before}{start}...{end}");
+        }
+    }
+    for key in ["\"date-sec\": ", "\"date-nsec\": ", "\"uuid\": "] {
+        if let Some((before, _)) = line.split_once(key) {
+            return format!("{before}{key}...");
+        }
+    }
+    line.to_owned()
+}
+
+/// Runs each line with both makes and expects the same text and exit code.
+///
+/// Lines that begin with `#` are left out; a line goes on where the next one begins with blanks.
+pub(crate) fn both(script: &str) -> (Sandbox, Sandbox) {
+    let (stock, ours) = (Sandbox::stock(), Sandbox::ours());
+    both_in(&stock, &ours, script);
+    (stock, ours)
+}
+
+/// As [`both`], in folders that were prepared.
+pub(crate) fn both_in(stock: &Sandbox, ours: &Sandbox, script: &str) {
+    let mut differences = String::new();
+    for line in script.lines().map(str::trim) {
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let (expected, got) = (stock.run(line), ours.run(line));
+        if expected != got {
+            differences += &format!(
+                "$ {line}\n--- stock, exit code {:?}\n{}--- ours, exit code {:?}\n{}\n",
+                expected.code, expected.text, got.code, got.text
+            );
+        }
+    }
+    assert!(differences.is_empty(), "{differences}");
+}
+
+/// Expects files of the same bytes in both folders.
+pub(crate) fn same_files(stock: &Sandbox, ours: &Sandbox, names: &[&str]) {
+    for name in names {
+        assert!(stock.bytes(name) == ours.bytes(name), "{name} differs");
+    }
+}

@@ -1,0 +1,146 @@
+//! `convert` and `compare` against the stock tool.
+
+mod common;
+
+use common::{Sandbox, both, same_files};
+
+const CHAIN: &str = "stock-img create -q -f qcow2 base 8M
+     stock-io -f qcow2 -c 'write -P 1 0 1M' -c 'write -z 2M 128k' -c 'write -c -P 3 3M 64k' base
+     stock-img create -q -f qcow2 -b base -F qcow2 top
+     stock-io -f qcow2 -c 'write -P 2 512k 64k' -c 'write -z -u 4M 128k' top";
+
+#[test]
+fn plain_copies_have_the_bytes_of_the_stock_ones() {
+    let (stock, ours) = both(&format!(
+        "{CHAIN}
+         qemu-img convert base raw
+         qemu-img convert top top.raw
+         qemu-img convert -O qcow2 base plain
+         qemu-img convert -O qcow2 top flat
+         qemu-img convert -O qcow2 -o cluster_size=4k base small
+         qemu-img convert -O qcow2 -o extended_l2=on base extended
+         qemu-img convert -O qcow2 -S 0 base full
+         qemu-img convert -O qcow2 -f raw raw fromraw
+         qemu-img convert -B base -F qcow2 -O qcow2 top rebased
+         stock-img create -q there 8M
+         qemu-img convert -n --target-is-zero -O raw base there
+         qemu-img convert -n -O raw base there"
+    ));
+    let names = ["raw", "top.raw", "plain", "flat", "small", "extended", "full", "fromraw"];
+    same_files(&stock, &ours, &names);
+    same_files(&stock, &ours, &["rebased", "there"]);
+}
+
+#[test]
+fn compressed_copies_are_sound_and_equal() {
+    let ours = Sandbox::ours();
+    ours.prepare(CHAIN);
+    for options in ["", "-o compression_type=zstd", "-o compat=v2", "-o cluster_size=512", "-W"] {
+        ours.prepare(&format!(
+            "lacuna convert -c -O qcow2 {options} top copy && stock-img check copy && \
+             stock-img compare top copy"
+        ));
+    }
+}
+
+#[test]
+fn progress_is_percent_or_json_lines() {
+    let ours = Sandbox::ours();
+    ours.prepare(CHAIN);
+    let percent = ours.run("qemu-img convert -p base raw | tr '\\r' '\\n' | tail -2 | head -1");
+    assert_eq!(percent.text.trim(), "(100.00/100%)");
+    let output = ours.command("lacuna convert --progress=json -O qcow2 base copy");
+    assert!(output.stdout.is_empty());
+    let lines = String::from_utf8(output.stderr).unwrap();
+    let last: serde_json::Value = serde_json::from_str(lines.lines().last().unwrap()).unwrap();
+    assert_eq!(last["done"], last["total"]);
+    assert_eq!(last["total"], 8 << 20);
+    for line in lines.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert!(line["phase"].is_string() && line["bytes_per_second"].is_u64(), "{line}");
+    }
+}
+
+#[test]
+fn half_a_target_is_removed_under_our_own_name() {
+    let ours = Sandbox::ours();
+    ours.prepare(CHAIN);
+    // The L2 entry of 3 MiB names a compressed cluster; what it names becomes rubbish.
+    ours.prepare("dd if=/dev/urandom of=base bs=64k count=2 seek=21 conv=notrunc status=none");
+    let failed = ours.run("lacuna convert base raw");
+    assert_eq!(failed.code, Some(1), "{}", failed.text);
+    assert!(!ours.path("raw").exists());
+}
+
+#[test]
+fn what_cannot_be_converted_is_refused_in_the_same_words() {
+    both(&format!(
+        "{CHAIN}
+         stock-img create -q tiny 1k
+         qemu-img convert
+         qemu-img convert a
+         qemu-img convert missing raw
+         qemu-img convert -O foo base raw
+         qemu-img convert -f foo base raw
+         qemu-img convert -O raw -c base raw
+         qemu-img convert -O raw -o foo=1 base raw
+         qemu-img convert -O qcow2 -o cluster_size=3 base image
+         qemu-img convert -n -O raw base missing
+         qemu-img convert -n -O raw base tiny
+         qemu-img convert -S 1 base raw
+         qemu-img convert -S foo base raw
+         qemu-img convert -m 0 base raw
+         qemu-img convert -m 17 base raw
+         qemu-img convert -m x base raw
+         qemu-img convert -B base -O qcow2 top image
+         qemu-img convert -B base -F qcow2 -O raw top image
+         qemu-img convert -t foo base raw
+         qemu-img convert -T foo base raw
+         qemu-img convert --target-is-zero -O qcow2 base raw
+         qemu-img convert -C -S 4k -O qcow2 base raw
+         qemu-img convert -C -c -O qcow2 base raw
+         qemu-img convert -O raw base /nonexistent/raw"
+    ));
+}
+
+#[test]
+fn a_disk_is_never_converted_onto_itself() {
+    let ours = Sandbox::ours();
+    ours.prepare(CHAIN);
+    let before = ours.bytes("base");
+    let refused = ours.run("ln base other; lacuna convert -O qcow2 base other");
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.text.contains("Source and target are the same file"), "{}", refused.text);
+    assert!(before == ours.bytes("base"));
+}
+
+#[test]
+fn comparisons_agree_in_words_and_exit_codes() {
+    both(&format!(
+        "{CHAIN}
+         stock-img convert base raw
+         qemu-img compare base raw
+         qemu-img compare base base
+         qemu-img compare -s base base
+         qemu-img compare base top
+         qemu-img compare -q base top
+         qemu-img compare base missing
+         qemu-img compare -f raw base raw
+         stock-img create -q z9 9M
+         stock-img create -q z10 10M
+         stock-io -f raw -c 'write 9M 1k' z10
+         qemu-img compare z9 z10
+         qemu-img compare z10 z9
+         stock-img create -q z8 8M
+         qemu-img compare z9 z8
+         qemu-img compare -s z9 z8
+         qemu-img compare -f foo z9 z8
+         qemu-img compare -F foo z9 z8
+         stock-io -f raw -c 'write -P 9 1M 512' z8
+         qemu-img compare z9 z8
+         qemu-img compare
+         qemu-img compare a
+         qemu-img compare a b c
+         qemu-img compare -Z a b"
+    ));
+}

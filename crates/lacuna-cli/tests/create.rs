@@ -1,0 +1,122 @@
+//! `create` against the stock tool: same output, same bytes.
+
+mod common;
+
+use common::{Sandbox, both, same_files};
+
+#[test]
+fn images_are_laid_out_byte_by_byte_like_the_stock_ones() {
+    let (stock, ours) = both(
+        "qemu-img create -f qcow2 plain 64M
+         qemu-img create -f qcow2 half 1.5G
+         qemu-img create -f qcow2 hex 0x100000
+         qemu-img create -q -f qcow2 odd 1000
+         qemu-img create -f qcow2 -o compat=v2,cluster_size=512 old 100M
+         qemu-img create -f qcow2 -o compression_type=zstd zstd 1M
+         qemu-img create -f qcow2 -o lazy_refcounts,refcount_bits=64 lazy 1M
+         qemu-img create -f qcow2 -o cluster_size=2M,extended_l2=on,refcount_bits=1 wide 100G
+         qemu-img create -f qcow2 -o data_file=data.raw data 1M
+         qemu-img create -f qcow2 -o data_file=data2.raw,data_file_raw=on rawdata 1M
+         qemu-img create -fqcow2 -o 'data_file=a,,b' comma 1M
+         qemu-img create -f qcow2 -b plain -F qcow2 overlay
+         qemu-img create -f qcow2 -o backing_file=plain,backing_fmt=qcow2 longer 2G
+         qemu-img create -u -f qcow2 -b missing -F qcow2 blind 1M
+         qemu-img create --q -f qcow2 --opt cluster_size=4k short 1M
+         qemu-img create raw 1000
+         qemu-img create -f raw -o size=3M raw3
+         qemu-img create -f raw -o preallocation=full full 1M
+         qemu-img create -f raw -o preallocation=falloc falloc 1M",
+    );
+    let names = [
+        "plain",
+        "half",
+        "hex",
+        "odd",
+        "old",
+        "zstd",
+        "lazy",
+        "wide",
+        "data",
+        "data.raw",
+        "rawdata",
+        "data2.raw",
+        "comma",
+        "a,b",
+        "overlay",
+        "longer",
+        "blind",
+        "short",
+        "raw",
+        "raw3",
+        "full",
+        "falloc",
+    ];
+    same_files(&stock, &ours, &names);
+}
+
+#[test]
+fn what_cannot_be_made_is_refused_in_the_same_words() {
+    both(
+        "qemu-img create
+         qemu-img create -f qcow2
+         qemu-img create -f qcow2 a
+         qemu-img create -f qcow2 a 1k extra
+         qemu-img create -f qcow2 a 1kilobyte
+         qemu-img create -f qcow2 a -- -1
+         qemu-img create -f qcow2 a -1
+         qemu-img create -f qcow2 a 16E
+         qemu-img create -f qcow2 a 7E
+         qemu-img create a 7E
+         qemu-img create --bogus
+         qemu-img create -Z
+         qemu-img create -f
+         qemu-img create --b x
+         qemu-img create -f foo a 1M
+         qemu-img create -f qcow2 -o foo=bar a 1M
+         qemu-img create -f qcow2 -o , a 1M
+         qemu-img create -f qcow2 -o '' a 1M
+         qemu-img create -f qcow2 -o size=1M, a
+         qemu-img create -f qcow2 -o cluster_size=3 a 1M
+         qemu-img create -f qcow2 -o cluster_size=4M a 1M
+         qemu-img create -f qcow2 -o cluster_size=4k,,x a 4M
+         qemu-img create -f qcow2 -o compat=0.42 a 1M
+         qemu-img create -f qcow2 -o compat=v2,lazy_refcounts=on a 1M
+         qemu-img create -f qcow2 -o compat=0.10,refcount_bits=8 a 1M
+         qemu-img create -f qcow2 -o refcount_bits=7 a 1M
+         qemu-img create -f qcow2 -o refcount_bits=128 a 1M
+         qemu-img create -f qcow2 -o refcount_bits=16k a 1M
+         qemu-img create -f qcow2 -o compression_type=foo a 1M
+         qemu-img create -f qcow2 -o compat=v2,compression_type=zstd a 1M
+         qemu-img create -f qcow2 -o extended_l2=on,cluster_size=8k a 1M
+         qemu-img create -f qcow2 -o extended_l2=on,compat=v2 a 1M
+         qemu-img create -f qcow2 -o extended_l2=maybe a 1M
+         qemu-img create -f qcow2 -o preallocation=on a 1M
+         qemu-img create -f qcow2 -o data_file_raw=on a 1M
+         qemu-img create -f qcow2 -o data_file=d,compat=v2 a 1M
+         stock-img create -q -f qcow2 base 1M
+         qemu-img create -f qcow2 -o data_file=d,data_file_raw=on -b base -F qcow2 a 1M
+         qemu-img create -f qcow2 -b base a
+         qemu-img create -f qcow2 -b missing -F qcow2 a
+         qemu-img create -f qcow2 -b missing -F qcow2 a 1M
+         qemu-img create -u -f qcow2 -b missing -F qcow2 a
+         qemu-img create -u -f qcow2 -b missing a 1M
+         qemu-img create -f qcow2 -b base -F foo a
+         qemu-img create -f qcow2 -F qcow2 a 2M
+         qemu-img create -f qcow2 -b a -F qcow2 a
+         qemu-img create -f raw -b base -F qcow2 a
+         qemu-img create -f raw -o size=3M a 4M
+         qemu-img create -f raw -o preallocation=foo a 1M
+         qemu-img create -f raw -o foo=on a 1M
+         qemu-img create -f qcow2 /nonexistent/a 1M
+         qemu-img create -f qcow2 '' 1M",
+    );
+}
+
+#[test]
+fn preallocation_that_is_not_offered_is_refused_before_anything_is_made() {
+    let ours = Sandbox::ours();
+    let refused = ours.run("lacuna create -f qcow2 -o preallocation=metadata a 1M");
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.text.contains("Preallocation mode 'metadata' is not supported yet"));
+    assert!(!ours.path("a").exists());
+}

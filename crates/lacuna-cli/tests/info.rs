@@ -1,0 +1,114 @@
+//! `info` against the stock tool, for images of every kind.
+
+mod common;
+
+use common::both;
+
+#[test]
+fn images_are_described_in_the_same_words_and_json() {
+    both(
+        "stock-img create -q -f qcow2 base 8M
+         stock-io -f qcow2 -c 'write -P 1 0 1M' base
+         stock-img create -q -f qcow2 -b base -F qcow2 top
+         qemu-img info base
+         qemu-img info --output=json base
+         qemu-img info --backing-chain top
+         qemu-img info --backing-chain --output=json top
+         qemu-img info -f raw base
+         qemu-img info -U --output=json -f qcow2 top
+         qemu-img info --image-opts driver=qcow2,file.filename=base
+         qemu-img info 'json:{\"driver\":\"qcow2\",\"file.filename\":\"base\"}'
+         qemu-img info file:base
+         stock-img create -q raw 1000
+         qemu-img info raw
+         qemu-img info --output=json raw
+         head -c 200 /dev/zero > small
+         qemu-img info small
+         stock-img create -q -f qcow2 -o compat=0.10 old 10M
+         qemu-img info old
+         qemu-img info --output=json old
+         mkdir sub
+         stock-img create -q -f qcow2 -b ../base -F qcow2 sub/o
+         qemu-img info sub/o
+         qemu-img info --output=json sub/o
+         stock-img create -q -f qcow2 -u -b nbd://host/x -F raw sub/remote 1M
+         qemu-img info sub/remote
+         qemu-img info --output json sub/remote",
+    );
+}
+
+#[test]
+fn data_files_are_named_and_not_opened() {
+    both(
+        "stock-img create -q -f qcow2 -o data_file=d,data_file_raw=on,lazy_refcounts=on x 10M
+         stock-img create -q -f qcow2 -o data_file=e,extended_l2=on,compression_type=zstd y 10M
+         rm d e
+         qemu-img info x
+         qemu-img info --output=json y",
+    );
+}
+
+#[test]
+fn snapshots_and_bitmaps_are_listed() {
+    let (stock, ours) = (common::Sandbox::stock(), common::Sandbox::ours());
+    // Made once and copied: a snapshot carries the time at which it was made.
+    stock.prepare(
+        "stock-img create -q -f qcow2 image 8M
+         stock-io -c 'write 0 1M' image
+         stock-img snapshot -c first image
+         stock-img snapshot -c 'a second one with a name that is too long for its column' image
+         stock-img bitmap --add image b0
+         stock-img bitmap --add --disable -g 4096 image b1",
+    );
+    std::fs::copy(stock.path("image"), ours.path("image")).unwrap();
+    common::both_in(&stock, &ours, "qemu-img info image\nqemu-img info --output=json image");
+}
+
+#[test]
+fn encrypted_images_are_described_without_a_key() {
+    let secret = "--object secret,id=s,data=abc";
+    let options = "encrypt.key-secret=s";
+    let (stock, ours) = (common::Sandbox::stock(), common::Sandbox::ours());
+    for (name, format) in
+        [("aes", "encrypt.format=aes"), ("luks", "encrypt.format=luks,encrypt.iter-time=10")]
+    {
+        stock.prepare(&format!(
+            "stock-img create -q -f qcow2 {secret} -o {format},{options} {name} 10M"
+        ));
+        std::fs::copy(stock.path(name), ours.path(name)).unwrap();
+        let lines = format!("qemu-img info {name}\nqemu-img info --output=json {name}");
+        common::both_in(&stock, &ours, &lines);
+    }
+}
+
+#[test]
+fn dirty_and_corrupt_bits_show() {
+    both(
+        "stock-img create -q -f qcow2 image 8M
+         printf '\\001' | dd of=image bs=1 seek=79 conv=notrunc status=none
+         qemu-img info image
+         qemu-img info --output=json image
+         printf '\\003' | dd of=image bs=1 seek=79 conv=notrunc status=none
+         qemu-img info image",
+    );
+}
+
+#[test]
+fn what_is_no_image_is_refused_in_the_same_words() {
+    both(
+        "qemu-img info
+         qemu-img info a b
+         qemu-img info missing
+         qemu-img info -f
+         qemu-img info --out
+         qemu-img info --output=foo a
+         stock-img create -q raw 1M
+         qemu-img info -f foo raw
+         qemu-img info -f qcow2 raw
+         qemu-img info --image-opts -f raw raw
+         printf 'QFI\\373\\0\\0\\0\\004' > four
+         qemu-img info four
+         mkdir folder
+         qemu-img info folder",
+    );
+}
