@@ -26,6 +26,8 @@ use crate::{Error, ErrorKind, Result};
 
 /// The hold of a metadata write, as opposed to that of a request.
 const METADATA: u64 = u64::MAX;
+/// How many references are taken off under one lock.
+const REFERENCES_AT_ONCE: usize = 1024;
 /// How many metadata writes are in flight at once.
 const WRITES_AT_ONCE: usize = 16;
 
@@ -433,10 +435,9 @@ impl<S: Storage> Image<S> {
         }
         let mut rest = KeepOnDrop { image: self, ready, done: 0 };
         self.punch_last_references(&rest.ready).await?;
-        while let Some(freed) = rest.ready.get(rest.done) {
-            let cluster = freed.cluster;
-            self.plan(|meta| meta.drop_reference(cluster)).await?;
-            rest.done += 1;
+        while rest.done < rest.ready.len() {
+            let (ready, done) = (&rest.ready, &mut rest.done);
+            self.plan(|meta| meta.drop_references(ready, done)).await?;
         }
         Ok(())
     }
@@ -524,15 +525,22 @@ impl<S: Storage> Drop for KeepOnDrop<'_, S> {
 }
 
 impl Meta {
-    /// Takes one reference off a cluster that no durable mapping shows any more.
+    /// Takes references off that no durable mapping shows any more, some at a time: `done` counts.
+    fn drop_references(&mut self, ready: &[Freed], done: &mut usize) -> Planned<()> {
+        for freed in ready.iter().skip(*done).take(REFERENCES_AT_ONCE) {
+            self.drop_reference(freed.cluster)?;
+            *done += 1;
+        }
+        Ok(())
+    }
+
     fn drop_reference(&mut self, cluster: HostCluster) -> Planned<()> {
         let left = self.refcounts.decrease(cluster, 1)?;
         self.quarantine.released(cluster);
-        if left == 0 {
+        if left == 0 && self.structures.remove_cluster(cluster) {
             let offset = self.geometry().host_offset(cluster);
             self.l2.forget(offset);
             self.refcounts.blocks.forget(offset);
-            self.structures.remove_cluster(cluster);
         }
         Ok(())
     }

@@ -144,7 +144,10 @@ impl Meta {
         if self.gate.bitmaps {
             return Err(Need::FirstChange.into());
         }
-        if self.l2.is_crowded() || self.refcounts.blocks.is_crowded() {
+        let crowded = self.l2.is_crowded()
+            || self.refcounts.blocks.is_crowded()
+            || self.quarantine.is_crowded();
+        if crowded {
             return Err(Need::WriteBack.into());
         }
         self.bitmaps.mark(range);
@@ -241,6 +244,13 @@ impl Meta {
         }
         run.len = run.len.min(range.len);
         Ok(run)
+    }
+
+    /// Returns where the coverage of the slice that holds the entry ends.
+    pub(super) fn slice_end(&self, guest: GuestOffset) -> GuestOffset {
+        let entries = self.l2.slice_bytes() / self.geometry().entry_width().bytes();
+        let coverage = entries << self.geometry().cluster_bits();
+        GuestOffset((guest.0 / coverage + 1) * coverage)
     }
 
     // ---- changing the map ------------------------------------------------------------------

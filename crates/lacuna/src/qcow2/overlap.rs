@@ -90,8 +90,9 @@ impl Structures {
         }
     }
 
-    pub(super) fn remove_cluster(&mut self, cluster: HostCluster) {
-        self.by_cluster.remove(&cluster.0);
+    /// Forgets a cluster. Says whether it was metadata.
+    pub(super) fn remove_cluster(&mut self, cluster: HostCluster) -> bool {
+        self.by_cluster.remove(&cluster.0).is_some()
     }
 
     /// Refuses a write that touches metadata other than `own` (`None`: guest data).

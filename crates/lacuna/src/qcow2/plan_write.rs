@@ -180,7 +180,7 @@ fn collect(meta: &mut Meta, range: GuestRange) -> Planned<Collected> {
     let first_entry = meta.entry(first)?.unwrap_or_default();
     let reserved = reservation(meta, first_entry)?;
     let (mut last_entry, mut end) = (first_entry, first + cluster_bytes);
-    let limit = slice_end(meta, first);
+    let limit = meta.slice_end(first);
     while end < range.end() && end < limit {
         let entry = meta.entry(end)?.unwrap_or_default();
         let expected = reserved.map(|host| host + (end - first));
@@ -196,14 +196,6 @@ fn collect(meta: &mut Meta, range: GuestRange) -> Planned<Collected> {
     let head = head_of(meta, guest, moved(first_entry));
     let tail = tail_of(meta, guest, moved(last_entry));
     Ok(Collected { guest, reserved, head, tail })
-}
-
-/// Returns where the coverage of the slice that holds the entry ends.
-fn slice_end(meta: &Meta, guest: GuestOffset) -> GuestOffset {
-    let geometry = meta.geometry();
-    let entries = meta.l2.slice_bytes() / geometry.entry_width().bytes();
-    let coverage = entries << geometry.cluster_bits();
-    GuestOffset((guest.0 / coverage + 1) * coverage)
 }
 
 /// Returns the host cluster that is already set aside for the guest cluster and not shared.

@@ -20,15 +20,16 @@ pub(super) enum Intent {
 }
 
 /// Applies `intent` to the leading whole clusters of `range` (all bounds on cluster borders).
-/// Returns how many bytes are done; a run within one L2 table is one step.
+/// Returns how many bytes are done: a slice's worth, or a table's where none is needed.
 pub(super) fn clear_clusters(meta: &mut Meta, range: GuestRange, intent: Intent) -> Planned<u64> {
-    let coverage = meta.geometry().l2_coverage_bytes();
-    let table_end = GuestOffset((range.start.0 / coverage + 1) * coverage);
-    let end = table_end.min(range.end());
-    meta.before_change(GuestRange::new(range.start, end - range.start))?;
+    meta.before_change(GuestRange::new(range.start, 0))?;
     if leaves_no_table(meta, range.start, intent)? {
-        return Ok(end - range.start);
+        let coverage = meta.geometry().l2_coverage_bytes();
+        let table_end = GuestOffset((range.start.0 / coverage + 1) * coverage);
+        return Ok(table_end.min(range.end()) - range.start);
     }
+    let end = meta.slice_end(range.start).min(range.end());
+    meta.before_change(GuestRange::new(range.start, end - range.start))?;
     let cluster_bytes = meta.geometry().cluster_bytes() as usize;
     for start in (range.start.0..end.0).step_by(cluster_bytes) {
         clear_cluster(meta, GuestOffset(start), intent)?;

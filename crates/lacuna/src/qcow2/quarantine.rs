@@ -9,6 +9,9 @@ use crate::units::HostCluster;
 
 type Map<V> = std::collections::HashMap<u64, V, foldhash::fast::RandomState>;
 
+/// References that may wait for a write-back: 10 MiB of memory.
+const MAX_WAITING: usize = 1 << 18;
+
 /// Why a cluster is freed, which decides whether its host range is punched (A.3.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum FreedBy {
@@ -56,6 +59,12 @@ impl Quarantine {
     /// Returns how many references of the cluster are about to go.
     pub(super) fn pending(&self, cluster: HostCluster) -> u64 {
         self.pending.get(&cluster.0).copied().unwrap_or(0)
+    }
+
+    /// Says whether so many references wait that a write-back should come first: memory is
+    /// bounded by about 40 bytes for each.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.waiting.len() >= MAX_WAITING
     }
 
     /// Returns how many clusters a write-back would make reusable.

@@ -206,6 +206,7 @@ impl Meta {
             self.l1.set(index, L1Entry::UNALLOCATED);
             let range = HostRange::new(table, self.geometry().cluster_bytes());
             self.structures.remove(range);
+            self.l2.forget(table);
         }
         Ok(())
     }

@@ -22,11 +22,11 @@ enum Qemu {
     Differs,
 }
 
-struct Case {
-    name: &'static str,
-    options: &'static str,
-    commands: &'static [&'static str],
-    damage: fn(&Image),
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) options: &'static str,
+    pub(crate) commands: &'static [&'static str],
+    pub(crate) damage: fn(&Image),
     qemu: Qemu,
     left: Left,
 }
@@ -37,7 +37,7 @@ fn plain(name: &'static str, left: Left, damage: fn(&Image)) -> Case {
     Case { name, options: "", commands: WRITES, damage, qemu: Qemu::Same, left }
 }
 
-fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     use Left::{Corruption, Nothing};
     vec![
         plain("L2 offset unaligned", Corruption, |image| {
@@ -217,7 +217,7 @@ fn lines(report: &CheckReport) -> Vec<String> {
 #[test]
 fn damage_is_found_as_qemu_finds_it() {
     let mut wrong = Vec::new();
-    for case in cases() {
+    for case in cases().into_iter().chain(snapshot_cases()) {
         let image = Image::new(case.options, "700M", case.commands);
         (case.damage)(&image);
         let (ours, theirs) = (image.check(Repair::None), image.qemu_check());
@@ -234,6 +234,100 @@ fn damage_is_found_as_qemu_finds_it() {
     assert!(wrong.is_empty(), "ours, then QEMU's:\n{}", wrong.join("\n"));
 }
 
+const SNAPSHOTS: &[&str] =
+    &["write -P 1 0 256K", "!snapshot -c one @", "write -P 2 64K 64K", "!snapshot -c two @"];
+const BITMAPS: &[&str] = &[
+    "write -P 1 0 256K",
+    "!bitmap --add -g 512 @ one",
+    "!bitmap --add @ two",
+    "write -P 2 64K 64K",
+];
+
+fn with_snapshots(name: &'static str, left: Left, damage: fn(&Image)) -> Case {
+    Case { commands: SNAPSHOTS, ..plain(name, left, damage) }
+}
+
+fn with_bitmaps(name: &'static str, left: Left, damage: fn(&Image)) -> Case {
+    Case { commands: BITMAPS, ..plain(name, left, damage) }
+}
+
+pub(crate) fn snapshot_cases() -> Vec<Case> {
+    use Left::{Corruption, Nothing};
+    vec![
+        with_snapshots("leak beside snapshots", Nothing, |image| {
+            image.poke_word(image.l2(0), 0);
+        }),
+        with_snapshots("shared cluster with copied flag", Nothing, |image| {
+            let at = image.l2(0);
+            image.poke_word(at, image.word(at) | COPIED);
+        }),
+        with_snapshots("refcount of a shared cluster too low", Nothing, |image| {
+            image.poke(image.refcount_block() + 2 * 5, &[0, 1]);
+        }),
+        with_snapshots("refcount of a shared cluster too high", Nothing, |image| {
+            image.poke(image.refcount_block() + 2 * 5, &[0, 9]);
+        }),
+        with_snapshots("L2 offset of a shared table past the end", Corruption, |image| {
+            let table = image.word(image.word(image.word(64))) & 0x00ff_ffff_ffff_fe00;
+            image.poke_word(table + 8, 0x1_0000_0000);
+        }),
+        with_snapshots("L1 table of a snapshot unaligned", Corruption, |image| {
+            let at = image.word(64);
+            image.poke_word(at, image.word(at) + 0x200);
+        }),
+        with_snapshots("L1 table of a snapshot too large", Corruption, |image| {
+            image.poke(image.word(64) + 8, &[0x7f, 0, 0, 0]);
+        }),
+        with_snapshots("L1 table of a snapshot past the end", Corruption, |image| {
+            image.poke_word(image.word(64), 0x1_0000_0000);
+        }),
+        with_snapshots("snapshots and no refcounts", Nothing, |image| {
+            image.poke_word(image.word(48), 0);
+        }),
+        Case {
+            options: "refcount_bits=1",
+            commands: WRITES,
+            ..with_snapshots("narrow refcounts missing", Nothing, |image| {
+                image.poke_word(image.word(48), 0);
+            })
+        },
+        Case {
+            options: "refcount_bits=64,cluster_size=512",
+            ..with_snapshots("wide refcounts missing", Nothing, |image| {
+                image.poke_word(image.word(48) + 8, 0);
+            })
+        },
+        Case {
+            qemu: Qemu::Differs,
+            ..with_bitmaps("bitmap directory broken", Corruption, |image| {
+                image.poke(image.bitmap_directory() + 12, &[0xff; 4]);
+                image.poke(image.bitmap_directory() + 18, &[0xff; 2]);
+            })
+        },
+        Case {
+            qemu: Qemu::Differs,
+            ..with_bitmaps("bitmap table entry with reserved bits", Corruption, |image| {
+                let table = image.word(image.bitmap_directory());
+                image.poke_word(table, image.word(table) | 2);
+            })
+        },
+        with_bitmaps("bitmap table entry past the end", Corruption, |image| {
+            let table = image.word(image.bitmap_directory());
+            image.poke_word(table, 0x1_0000_0000);
+        }),
+        with_bitmaps("bitmap table entry to guest data", Nothing, |image| {
+            let table = image.word(image.bitmap_directory());
+            image.poke_word(table, image.word(image.l2(0)) & !COPIED);
+        }),
+        with_bitmaps("leak beside bitmaps", Nothing, |image| {
+            image.poke_word(image.l2(0), 0);
+        }),
+        with_bitmaps("refcounts missing beside bitmaps", Nothing, |image| {
+            image.poke_word(image.word(48), 0);
+        }),
+    ]
+}
+
 /// Where QEMU repairs nothing, or counts the end of the file that it moved.
 const OTHER_REPAIR: [&str; 2] =
     ["refcount table entry with reserved bits", "refcount block past the end"];
@@ -241,7 +335,7 @@ const OTHER_REPAIR: [&str; 2] =
 #[test]
 fn repair_leaves_what_qemu_leaves_or_less() {
     let mut wrong = Vec::new();
-    for case in cases() {
+    for case in cases().into_iter().chain(snapshot_cases()) {
         let image = Image::new(case.options, "700M", case.commands);
         (case.damage)(&image);
         let damaged = image.bytes();

@@ -100,6 +100,14 @@ impl Image {
         self.word(40) + index * 8
     }
 
+    /// Returns where the bitmap directory is, by its header extension.
+    pub(crate) fn bitmap_directory(&self) -> u64 {
+        let bytes = self.bytes();
+        let magic = 0x2385_2875_u32.to_be_bytes();
+        let at = bytes[..0x10000].windows(4).position(|window| window == magic).unwrap();
+        self.word(at as u64 + 24)
+    }
+
     pub(crate) fn refcount_block(&self) -> u64 {
         self.word(self.word(48))
     }
@@ -192,6 +200,17 @@ impl QemuCheck {
 pub(crate) type Counts = Vec<(&'static str, u64)>;
 
 impl QemuCheck {
+    /// Says whether there is an answer at all.
+    pub(crate) fn has_checked(&self) -> bool {
+        !self.json.is_empty()
+    }
+
+    /// The counts and the first lines.
+    pub(crate) fn brief(&self) -> String {
+        let lines = &self.lines[..self.lines.len().min(16)];
+        format!("{:?}\n{}\n", self.counts(), lines.join("\n"))
+    }
+
     pub(crate) fn counts(&self) -> Counts {
         let ours = counts(&CheckReport::default());
         ours.into_iter().map(|(key, _)| (key, self.number(key))).collect()

@@ -56,17 +56,16 @@ impl Survey {
                 continue;
             };
             budget = left;
-            // What lies past the end reads as zeros: no entries.
-            if self.refer_metadata(table) {
-                self.walk_bitmap_table(storage, table).await;
-            }
+            self.refer_metadata(table);
+            self.walk_bitmap_table(storage, table).await;
         }
     }
 
     async fn walk_bitmap_table<S: Storage>(&mut self, storage: &S, table: HostRange) {
+        let entries = self.words_inside(table.start, table.len / 8);
         let mut done = 0;
-        while done < table.len / 8 {
-            let part = (table.len / 8 - done).min(ENTRIES_AT_ONCE);
+        while done < entries {
+            let part = (entries - done).min(ENTRIES_AT_ONCE);
             match read_words(storage, table.start + done * 8, part).await {
                 Ok(words) => self.count_bitmap_entries(table.start, done, &words),
                 Err(error) => self.note_unreadable(table.start, 1, &error, 1),
@@ -88,7 +87,8 @@ impl Survey {
                 self.is_complete = false;
                 let (index, entry) = (first + index as u64, *word);
                 self.report.record(FindingKind::BitmapEntryInvalid { table, index, entry }, 1);
-            } else if let BitmapCluster::Data(offset) = cluster {
+            }
+            if let (true, BitmapCluster::Data(offset)) = (is_aligned, cluster) {
                 self.refer_metadata(HostRange::new(offset, self.geometry.cluster_bytes()));
             }
         }

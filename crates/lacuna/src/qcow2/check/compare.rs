@@ -16,7 +16,7 @@ use super::{Listener, Phase};
 use crate::Result;
 use crate::buffer::Buffer;
 use crate::storage::Storage;
-use crate::units::{HostCluster, HostOffset};
+use crate::units::HostCluster;
 
 /// A page without references.
 static UNREFERENCED: Page = [0; PAGE];
@@ -154,10 +154,10 @@ async fn read_block<S: Storage>(
     cluster_bytes: usize,
 ) -> (u64, Result<Option<Buffer>>) {
     let read = match block {
-        Block::Absent => Ok(None),
+        Block::Absent | Block::Outside(_) => Ok(None),
         Block::At(offset) => read_bytes(storage, offset, cluster_bytes).await.map(Some),
         Block::Unusable(offset) => {
-            let text = format!("refcount block offset {} is not aligned", HostOffset(offset.0));
+            let text = format!("its refcount block cannot lie at {offset}");
             Err(crate::Error::corrupt(text))
         }
     };

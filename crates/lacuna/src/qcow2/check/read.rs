@@ -1,9 +1,9 @@
 //! Reads of tables.
 
-use crate::Result;
 use crate::buffer::Buffer;
 use crate::storage::Storage;
 use crate::units::HostOffset;
+use crate::{Error, Result};
 
 /// Largest single read, in bytes.
 const AT_ONCE: u64 = 1 << 20;
@@ -14,6 +14,9 @@ pub(crate) async fn read_bytes<S: Storage>(
     at: HostOffset,
     len: usize,
 ) -> Result<Buffer> {
+    if at.0 > i64::MAX as u64 - len as u64 {
+        return Err(Error::corrupt(format!("No file has {len} bytes at {at}")));
+    }
     let (result, buffer) = storage.read_at(at, Buffer::new(len)).await;
     result.map(|()| buffer)
 }
@@ -28,7 +31,9 @@ pub(crate) async fn read_words<S: Storage>(
     let mut done = 0;
     while done < count {
         let part = (count - done).min(AT_ONCE / 8);
-        let bytes = read_bytes(storage, at + done * 8, part as usize * 8).await?;
+        let bytes =
+            read_bytes(storage, HostOffset(at.0.saturating_add(done * 8)), part as usize * 8)
+                .await?;
         words.extend(bytes.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)));
         done += part;
     }
@@ -40,7 +45,9 @@ pub(crate) async fn read_vec<S: Storage>(storage: &S, at: HostOffset, len: u64) 
     let mut bytes = Vec::new();
     while (bytes.len() as u64) < len {
         let part = (len - bytes.len() as u64).min(AT_ONCE) as usize;
-        bytes.extend_from_slice(&read_bytes(storage, at + bytes.len() as u64, part).await?);
+        bytes.extend_from_slice(
+            &read_bytes(storage, HostOffset(at.0.saturating_add(bytes.len() as u64)), part).await?,
+        );
     }
     Ok(bytes)
 }

@@ -21,7 +21,9 @@ pub(crate) enum Block {
     /// No block: all its refcounts are zero.
     Absent,
     At(HostOffset),
-    /// The offset is not aligned.
+    /// Past the end of the file: all its refcounts are zero, as far as they can be read.
+    Outside(HostOffset),
+    /// The offset is not aligned, or one that no file has.
     Unusable(HostOffset),
 }
 
@@ -31,23 +33,28 @@ pub(crate) struct RefcountTable {
     geometry: Geometry,
     pub(crate) width: RefcountWidth,
     pub(crate) entries: Vec<u64>,
+    file_bytes: u64,
 }
 
 impl RefcountTable {
-    pub(crate) const fn new(geometry: Geometry, entries: Vec<u64>) -> Self {
-        Self { geometry, width: RefcountWidth::of(&geometry), entries }
+    /// Takes the entries of a table whose blocks lie in a file of this length.
+    pub(crate) const fn new(geometry: Geometry, entries: Vec<u64>, file_bytes: u64) -> Self {
+        Self { geometry, width: RefcountWidth::of(&geometry), entries, file_bytes }
     }
 
     pub(crate) const fn empty(geometry: Geometry) -> Self {
-        Self::new(geometry, Vec::new())
+        Self::new(geometry, Vec::new(), 0)
     }
 
     pub(crate) fn block(&self, index: u64) -> Block {
         let entry = usize::try_from(index).ok().and_then(|index| self.entries.get(index));
         match RefcountTableEntry(entry.copied().unwrap_or(0)).block() {
             None => Block::Absent,
-            Some(offset) if self.geometry.is_aligned(offset.0) => Block::At(offset),
-            Some(offset) => Block::Unusable(offset),
+            Some(offset) if !self.geometry.is_aligned(offset.0) || offset.0 > i64::MAX as u64 => {
+                Block::Unusable(offset)
+            }
+            Some(offset) if offset.0 >= self.file_bytes => Block::Outside(offset),
+            Some(offset) => Block::At(offset),
         }
     }
 }
@@ -67,7 +74,9 @@ impl Survey {
         }
         self.refer_refcounts(HostRange::new(table.offset, bytes));
         match read_words(storage, table.offset, bytes / 8).await {
-            Ok(entries) => self.refcounts = RefcountTable::new(self.geometry, entries),
+            Ok(entries) => {
+                self.refcounts = RefcountTable::new(self.geometry, entries, self.file_bytes);
+            }
             Err(error) => self.note_unreadable(table.offset, 0, &error, 1),
         }
         for index in 0..self.refcounts.entries.len() {
@@ -95,11 +104,11 @@ impl Survey {
         }
         match self.refcounts.block(index) {
             Block::Absent => {}
-            Block::Unusable(offset) => {
+            Block::Unusable(offset) if !self.geometry.is_aligned(offset.0) => {
                 self.needs_rebuild = true;
                 self.record_refcount(FindingKind::RefcountBlockUnaligned { index, offset });
             }
-            Block::At(offset) if !self.is_inside(self.geometry.host_cluster(offset).0) => {
+            Block::Outside(offset) | Block::Unusable(offset) => {
                 self.needs_rebuild = true;
                 self.record_refcount(FindingKind::RefcountBlockOutside { index, offset });
             }
@@ -139,10 +148,10 @@ impl<'a, S: Storage> RefcountReader<'a, S> {
             return Ok(self.table.width.read(block, within));
         }
         let offset = match self.table.block(index) {
-            Block::Absent => return Ok(0),
+            Block::Absent | Block::Outside(_) => return Ok(0),
             Block::At(offset) => offset,
             Block::Unusable(offset) => {
-                return Err(Error::corrupt(format!("Refcount block at {offset} is not aligned")));
+                return Err(Error::corrupt(format!("Refcount block cannot lie at {offset}")));
             }
         };
         let cluster_bytes = self.table.geometry.cluster_bytes();

@@ -6,6 +6,9 @@ use crate::units::HostOffset;
 /// How many findings a report lists at most; the counts go on.
 pub const MAX_FINDINGS: usize = 4096;
 
+/// Places in the list that only errors may take.
+const KEPT_FOR_ERRORS: usize = 64;
+
 /// The result of [`check`](super::check): counts with QEMU's meaning, and the findings.
 ///
 /// With a repair the counts describe the state after it; what was repaired stays listed, marked
@@ -78,7 +81,9 @@ impl CheckReport {
     }
 
     fn list(&mut self, finding: Finding) {
-        if self.findings.len() < MAX_FINDINGS {
+        // Errors say why a report is not the whole truth: there is room for some even at the end.
+        let reserved = if finding.class() == FindingClass::Error { 0 } else { KEPT_FOR_ERRORS };
+        if self.findings.len() + reserved < MAX_FINDINGS {
             self.findings.push(finding);
         } else {
             self.findings_omitted += 1;

@@ -9,7 +9,7 @@ use crate::qcow2::format::{
     MAX_L1_BYTES, Snapshot, SnapshotTableDecoder, SnapshotTableLocation, Version,
 };
 use crate::storage::Storage;
-use crate::units::HostRange;
+use crate::units::{HostOffset, HostRange};
 
 /// Bytes of L1 and bitmap tables that may be read beyond the length of the file. Tables that do
 /// not overlap stay below it; those that do must not make a check take for ever.
@@ -96,11 +96,8 @@ impl Survey {
                 continue;
             };
             budget = left;
-            // What lies past the end reads as zeros: no entries.
-            if !self.refer_metadata(HostRange::new(at, entries * 8)) {
-                continue;
-            }
-            match read_words(storage, at, entries).await {
+            self.refer_metadata(HostRange::new(at, entries * 8));
+            match read_words(storage, at, self.words_inside(at, entries)).await {
                 Ok(words) => self.count_l1(&words, Owner::Snapshot),
                 Err(error) => self.note_unreadable(at, 1, &error, 1),
             }
@@ -110,6 +107,11 @@ impl Survey {
     /// Returns how many bytes of tables are read at most.
     pub(super) const fn table_budget(&self) -> u64 {
         self.file_bytes.saturating_add(SLACK_BYTES)
+    }
+
+    /// Returns how many of the words lie in the file; the others read as zeros.
+    pub(super) fn words_inside(&self, at: HostOffset, words: u64) -> u64 {
+        words.min(self.file_bytes.saturating_sub(at.0).div_ceil(8))
     }
 
     fn l1_defect(&self, snapshot: &Snapshot) -> Option<FindingKind> {

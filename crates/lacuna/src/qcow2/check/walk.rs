@@ -77,7 +77,7 @@ impl Survey {
         times: u64,
     ) {
         self.is_complete = false;
-        self.io_failed = true;
+        self.io_failed |= error.kind() != crate::ErrorKind::Corrupt;
         let kind = FindingKind::TableUnreadable { at, level, text: error.to_string() };
         self.report.record(kind, times);
     }

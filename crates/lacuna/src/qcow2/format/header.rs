@@ -721,12 +721,14 @@ impl RawHeaderV3 {
         }
     }
 
-    fn header_bytes(&self, cluster_bytes: usize) -> Result<usize> {
+    fn header_bytes(&self, version: Version, cluster_bytes: usize) -> Result<usize> {
         let found = self.header_bytes.get();
         usize::try_from(found)
             .ok()
-            .filter(|bytes| *bytes == V2_BYTES || (*bytes >= V3_LEAST_BYTES && bytes % 8 == 0))
-            .filter(|bytes| *bytes <= cluster_bytes)
+            .filter(|bytes| {
+                let whole = *bytes >= V3_LEAST_BYTES && bytes.is_multiple_of(8);
+                version == Version::V2 || (whole && *bytes <= cluster_bytes)
+            })
             .ok_or_else(|| {
                 Error::corrupt(format!(
                     "Header length is {found}; a multiple of 8 from {V3_LEAST_BYTES} to the \
@@ -738,12 +740,7 @@ impl RawHeaderV3 {
 
 impl Areas {
     fn decode(raw: &RawHeader, later: &RawHeaderV3, cluster: &[u8]) -> Result<Self> {
-        let header_bytes = later.header_bytes(cluster.len())?;
-        if raw.version()? == Version::V3 && header_bytes == V2_BYTES {
-            return Err(Error::corrupt(format!(
-                "Header length is {V2_BYTES}; at least {V3_LEAST_BYTES} would be right"
-            )));
-        }
+        let header_bytes = later.header_bytes(raw.version()?, cluster.len())?;
         let offset = raw.backing_name_offset.get();
         if offset == 0 {
             return Ok(Self { header_bytes, extensions_end: cluster.len(), backing_name: None });

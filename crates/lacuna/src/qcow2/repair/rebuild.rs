@@ -46,7 +46,8 @@ impl<S: Storage> Round<'_, S> {
         for cluster in layout.first..layout.end() {
             self.survey.references.add(cluster, 1, Mark::None);
         }
-        self.survey.refcounts = RefcountTable::new(self.survey.geometry, entries);
+        self.survey.refcounts =
+            RefcountTable::new(self.survey.geometry, entries, self.survey.host(layout.end()).0);
         self.record();
         Ok(true)
     }

@@ -42,7 +42,8 @@ impl<S: Storage> Round<'_, S> {
         let per_block = survey.geometry.refcount_block_entries();
         for cluster in first..first + clusters {
             survey.references.add(cluster, 1, Mark::None);
-            survey.needs_rebuild |= survey.refcounts.block(cluster / per_block) == Block::Absent;
+            let block = survey.refcounts.block(cluster / per_block);
+            survey.needs_rebuild |= !matches!(block, Block::At(_));
         }
         survey.clusters = survey.clusters.max(first + clusters);
         self.quiet.push(first..first + clusters);
