@@ -37,7 +37,7 @@ const WRITES_AT_ONCE: usize = 16;
 /// Close it with [`close`](Self::close): an image that is only dropped is left as after a crash,
 /// which loses nothing that was flushed but may leave leaks and the dirty bit.
 ///
-/// ```ignore
+/// ```
 /// use lacuna::block::{Layer, WriteFlags};
 /// use lacuna::buffer::Buffer;
 /// use lacuna::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, create};

@@ -55,7 +55,7 @@ impl<S: Storage> Image<S> {
 /// # Errors
 /// `Corrupt` or `Unsupported` with the field that is wrong and what would be right.
 ///
-/// ```ignore
+/// ```
 /// use lacuna::qcow2::{CreateOptions, create, read_header};
 /// use lacuna::storage::MemoryStorage;
 /// let storage = MemoryStorage::new();
