@@ -10,7 +10,8 @@ use lacuna::chain::{self, Allow, Chain, ChainOptions, FileOpener, Format};
 use lacuna::job::{
     self, CompareOptions, ConvertOptions, Copied, Encoding, Target, TargetContent, WriteOrder,
 };
-use lacuna::qcow2::{Access, OpenOptions, Placement};
+use lacuna::qcow2::format::{CompressionType, EntryWidth, Version};
+use lacuna::qcow2::{Access, BackingName, CreateOptions, OpenOptions, Placement, create};
 use lacuna::raw::Raw;
 use lacuna::storage::{FileOptions, FileStorage};
 use pollster::block_on;
@@ -57,10 +58,10 @@ fn open(path: &Path, format: Format, access: Access) -> Chain<FileStorage> {
     block_on(chain::open(&FileOpener::default(), path, &options(format, access))).unwrap()
 }
 
-fn new_image(path: &Path, layout: &str, size_bytes: u64) -> Chain<FileStorage> {
-    let words = ["create", "-q", "-u", "-f", "qcow2", "-o", layout].map(OsStr::new);
-    let size = size_bytes.to_string();
-    qemu_img(&[&words[..], &[path.as_os_str(), size.as_ref()]].concat());
+fn new_image(path: &Path, created: &CreateOptions) -> Chain<FileStorage> {
+    let storage = FileStorage::open(path, &FileOptions::replace()).unwrap();
+    block_on(create(&storage, created)).unwrap();
+    drop(storage);
     open(path, Format::Qcow2, Access::ReadWrite)
 }
 
@@ -80,10 +81,11 @@ fn copy(source: &impl Layer, target: &impl Target, options: &ConvertOptions) -> 
 fn to_qcow2(
     source: &Chain<FileStorage>,
     path: &Path,
-    layout: &str,
+    created: CreateOptions,
     options: &ConvertOptions,
 ) -> Copied {
-    let target = new_image(path, layout, source.disk().size_bytes());
+    let size_bytes = source.disk().size_bytes();
+    let target = new_image(path, &CreateOptions { size_bytes, ..created });
     let copied = copy(source.disk(), target.disk(), options);
     block_on(target.into_disk().close()).unwrap();
     copied
@@ -101,14 +103,11 @@ fn assert_clean(path: &Path) {
     assert!(check.is_clean(), "{}", check.text);
 }
 
-/// Compares two files; one may lack zeros at its end, as a last cluster may.
 fn assert_same_file(ours: &Path, theirs: &Path, what: &str) {
-    let (mut ours, mut theirs) = (std::fs::read(ours).unwrap(), std::fs::read(theirs).unwrap());
-    let len = ours.len().max(theirs.len());
-    ours.resize(len, 0);
-    theirs.resize(len, 0);
+    let (ours, theirs) = (std::fs::read(ours).unwrap(), std::fs::read(theirs).unwrap());
     let differs = ours.iter().zip(&theirs).position(|(left, right)| left != right);
-    assert_eq!(differs, None, "{what}: first difference of {len} bytes");
+    assert_eq!(differs, None, "{what}: first difference");
+    assert_eq!(ours.len(), theirs.len(), "{what}: lengths");
 }
 
 /// Data that compresses, data that does not, zeros of every size in between, and bytes that
@@ -139,15 +138,16 @@ fn a_plain_conversion_makes_the_file_that_qemu_img_makes() {
     let scratch = Scratch::new();
     let (source, ours, theirs) =
         (scratch.path("source"), scratch.path("ours"), scratch.path("theirs"));
-    let sizes = [(4096, 40 * MIB), (65536, 40 * MIB), (2 << 20, 40 * MIB)];
+    let sizes = [(512, 10 * MIB), (4096, 10 * MIB), (65536, 14 * MIB), (2 << 20, 14 * MIB)];
     for (cluster_bytes, size) in sizes {
         raw_disk(&source, size + 1536);
         let opened = open(&source, Format::Raw, Access::ReadOnly);
-        for compat in ["0.10", "1.1"] {
+        for (version, compat) in [(Version::V2, "0.10"), (Version::V3, "1.1")] {
             let layout = format!("compat={compat},cluster_size={cluster_bytes}");
             let words = ["convert", "-f", "raw", "-O", "qcow2", "-o", &layout].map(OsStr::new);
             qemu_img(&[&words[..], &[source.as_os_str(), theirs.as_os_str()]].concat());
-            to_qcow2(&opened, &ours, &layout, &fresh());
+            let created = CreateOptions { cluster_bytes, version, ..Default::default() };
+            to_qcow2(&opened, &ours, created, &fresh());
             assert_same_file(&ours, &theirs, &layout);
             assert_clean(&ours);
         }
@@ -159,13 +159,15 @@ fn a_conversion_with_subclusters_makes_the_file_that_qemu_img_makes() {
     let scratch = Scratch::new();
     let (source, ours, theirs) =
         (scratch.path("source"), scratch.path("ours"), scratch.path("theirs"));
-    raw_disk(&source, 20 * MIB);
+    raw_disk(&source, 8 * MIB);
     let opened = open(&source, Format::Raw, Access::ReadOnly);
     for cluster_bytes in [16384, 65536, 131_072] {
         let layout = format!("extended_l2=on,cluster_size={cluster_bytes}");
         let words = ["convert", "-f", "raw", "-O", "qcow2", "-o", &layout].map(OsStr::new);
         qemu_img(&[&words[..], &[source.as_os_str(), theirs.as_os_str()]].concat());
-        to_qcow2(&opened, &ours, &layout, &fresh());
+        let entry_width = EntryWidth::Extended;
+        let created = CreateOptions { cluster_bytes, entry_width, ..Default::default() };
+        to_qcow2(&opened, &ours, created, &fresh());
         assert_same_guest(("raw", &source), ("qcow2", &ours));
         assert_clean(&ours);
         assert_same_file(&ours, &theirs, &layout);
@@ -177,15 +179,17 @@ fn compressed_clusters_are_read_by_qemu_and_are_as_small() {
     let scratch = Scratch::new();
     let (source, ours, theirs) =
         (scratch.path("source"), scratch.path("ours"), scratch.path("theirs"));
-    raw_disk(&source, 20 * MIB + 512);
+    raw_disk(&source, 8 * MIB + 512);
     let opened = open(&source, Format::Raw, Access::ReadOnly);
-    for name in ["zlib", "zstd"] {
+    let kinds = [(CompressionType::Deflate, "zlib"), (CompressionType::Zstd, "zstd")];
+    for (compression, name) in kinds {
         for cluster_bytes in [4096, 65536, 1 << 20] {
             let layout = format!("compression_type={name},cluster_size={cluster_bytes}");
             let words = ["convert", "-c", "-m", "1", "-f", "raw", "-O", "qcow2", "-o", &layout];
             let paths = [source.as_os_str(), theirs.as_os_str()];
             qemu_img(&[&words.map(OsStr::new)[..], &paths].concat());
-            to_qcow2(&opened, &ours, &layout, &compressed());
+            let created = CreateOptions { cluster_bytes, compression, ..Default::default() };
+            to_qcow2(&opened, &ours, created, &compressed());
             assert_same_guest(("raw", &source), ("qcow2", &ours));
             assert_clean(&ours);
             let sizes = [&ours, &theirs].map(|path| std::fs::metadata(path).unwrap().len());
@@ -199,7 +203,7 @@ fn compressed_images_of_qemu_read_the_same_here() {
     let scratch = Scratch::new();
     let (source, image, back) =
         (scratch.path("source"), scratch.path("image"), scratch.path("back"));
-    raw_disk(&source, 20 * MIB + 512);
+    raw_disk(&source, 8 * MIB + 512);
     for name in ["zlib", "zstd"] {
         let layout = format!("compression_type={name}");
         let words = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &layout].map(OsStr::new);
@@ -219,7 +223,7 @@ fn a_way_there_and_back_keeps_every_byte_and_every_hole() {
     for order in [WriteOrder::Guest, WriteOrder::Any] {
         let options = ConvertOptions { order, ..fresh() };
         let opened = open(&source, Format::Raw, Access::ReadOnly);
-        let copied = to_qcow2(&opened, &image, "compat=1.1", &options);
+        let copied = to_qcow2(&opened, &image, CreateOptions::default(), &options);
         assert!(copied.written_bytes < 4 * MIB && copied.zeroed_bytes == 0, "{copied:?}");
         assert_clean(&image);
         assert_same_guest(("raw", &source), ("qcow2", &image));
@@ -263,7 +267,7 @@ fn a_chain_reads_like_in_qemu_and_flattens_both_ways() {
     assert_eq!(chain.levels().len(), 3);
     to_raw(&chain, &ours);
     assert_same_file(&ours, &expected, "raw");
-    to_qcow2(&chain, &flat, "compat=1.1", &fresh());
+    to_qcow2(&chain, &flat, CreateOptions::default(), &fresh());
     assert_clean(&flat);
     assert_same_guest(("qcow2", &top), ("qcow2", &flat));
     let same = block_on(job::compare(
@@ -313,10 +317,11 @@ fn what_both_backing_layers_have_is_left_to_them() {
     let words = ["convert", "-f", "qcow2", "-O", "qcow2", "-B", &middle, "-F", "qcow2"];
     qemu_img(&[&words.map(OsStr::new)[..], &[top.as_os_str(), theirs.as_os_str()]].concat());
     let chain = open(&top, Format::Qcow2, Access::ReadOnly);
-    let layout = format!("backing_file={middle},backing_fmt=qcow2");
+    let backing = BackingName { name: middle, format: Some("qcow2".to_owned()) };
+    let created = CreateOptions { backing: Some(backing), ..Default::default() };
     let content = TargetContent::Backing { source_bytes: 10 * MIB, target_bytes: 10 * MIB };
     let copied =
-        to_qcow2(&chain, &ours, &layout, &ConvertOptions { content, ..Default::default() });
+        to_qcow2(&chain, &ours, created, &ConvertOptions { content, ..Default::default() });
     assert!(copied.written_bytes < MIB, "{copied:?}");
     assert_clean(&ours);
     assert_same_guest(("qcow2", &top), ("qcow2", &ours));
@@ -328,9 +333,9 @@ fn what_both_backing_layers_have_is_left_to_them() {
 fn a_dirty_target_reads_like_the_source_afterwards() {
     let scratch = Scratch::new();
     let (source, target) = (scratch.path("source"), scratch.path("target"));
-    raw_disk(&source, 20 * MIB);
-    qemu_img(&["create", "-q", "-f", "qcow2", target.to_str().unwrap(), "20M"]);
-    qemu_io("qcow2", &target, &["write -P 0xee 0 20M"]);
+    raw_disk(&source, 8 * MIB);
+    qemu_img(&["create", "-q", "-f", "qcow2", target.to_str().unwrap(), "8M"]);
+    qemu_io("qcow2", &target, &["write -P 0xee 0 8M"]);
     let opened = open(&source, Format::Raw, Access::ReadOnly);
     let written = open(&target, Format::Qcow2, Access::ReadWrite);
     copy(opened.disk(), written.disk(), &ConvertOptions::default());
@@ -347,11 +352,16 @@ fn a_real_file_system_survives_every_conversion() {
     let files = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
     MKE2FS.succeed(["-q", "-t", "ext4", "-d", files, raw.to_str().unwrap(), "64M"]);
     let fsck = |path: &Path| E2FSCK.succeed([OsStr::new("-fn"), path.as_os_str()]);
-    to_qcow2(&open(&raw, Format::Raw, Access::ReadOnly), &image, "compat=1.1", &fresh());
+    to_qcow2(
+        &open(&raw, Format::Raw, Access::ReadOnly),
+        &image,
+        CreateOptions::default(),
+        &fresh(),
+    );
     to_qcow2(
         &open(&image, Format::Qcow2, Access::ReadOnly),
         &small,
-        "compression_type=zstd",
+        CreateOptions { compression: CompressionType::Zstd, ..Default::default() },
         &compressed(),
     );
     to_raw(&open(&small, Format::Qcow2, Access::ReadOnly), &back);

@@ -177,13 +177,12 @@ impl<S: Storage> Image<S> {
         self.clear_dirty_bit().await
     }
 
-    /// Compressed clusters may leave the file at any length; readers like whole sectors.
+    /// The file ends with a whole cluster, or behind compressed ones with a whole sector.
     async fn round_up_length(&self) -> Result<()> {
         let len = self.0.storage.len().await?;
-        match len % 512 {
-            0 => Ok(()),
-            _ => self.0.storage.set_len(len.next_multiple_of(512)).await,
-        }
+        let grown_to = self.0.meta.lock().refcounts.grown_to();
+        let right = grown_to.map_or(0, |end| end.0).max(len.next_multiple_of(512));
+        if right > len { self.0.storage.set_len(right).await } else { Ok(()) }
     }
 
     // ---- planning --------------------------------------------------------------------------

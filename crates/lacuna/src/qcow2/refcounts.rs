@@ -64,6 +64,8 @@ pub(super) struct Refcounts {
     compressed_cursor: Option<HostOffset>,
     /// The end of all clusters ever seen in use, in clusters.
     end: u64,
+    /// What that was when the image was opened.
+    end_at_open: u64,
     /// Old tables to be freed after the write-back that replaces them.
     replaced: Vec<HostRange>,
     /// New metadata clusters since the last look: for the overlap map.
@@ -102,6 +104,7 @@ impl Refcounts {
             largest_gap: None,
             compressed_cursor: None,
             end: geometry.clusters_for(file_bytes),
+            end_at_open: geometry.clusters_for(file_bytes),
             replaced: Vec::new(),
             new_metadata: Vec::new(),
             released_by_search: 0,
@@ -115,6 +118,18 @@ impl Refcounts {
     /// Says whether a request goes on behind its last clusters where there is room.
     pub(super) fn follows_the_last(&self) -> bool {
         self.placement == Placement::QemuCompatible
+    }
+
+    /// Returns where the last cluster handed out ends, if it is a whole one at the end of a file
+    /// that grew: QEMU writes such a cluster to its end, also where the disk ends within it. Not
+    /// so with subclusters: it writes whole ones of them and no more.
+    pub(super) fn grown_to(&self) -> Option<HostOffset> {
+        let last = HostCluster(self.end.saturating_sub(1));
+        let is_packed =
+            self.compressed_cursor.is_some_and(|at| self.geometry.host_cluster(at) == last);
+        let grew = self.end > self.end_at_open;
+        let whole = grew && !is_packed && !self.geometry.has_subclusters();
+        whole.then(|| self.geometry.host_offset(HostCluster(self.end)))
     }
 
     /// Returns how often a search had to ask for a write-back to get at freed clusters.
