@@ -20,11 +20,16 @@
 //! * Never: an unknown incompatible bit is decoded. Whether a corrupt, dirty or encrypted image may
 //!   be opened is the engine's decision: those decode.
 
+mod limits;
+mod location;
+
 use std::borrow::Cow;
 
 use zerocopy::big_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+pub(crate) use self::limits::check_table;
+pub use self::location::{L1Location, RefcountTableLocation, SnapshotTableLocation};
 use super::extension::{self, Extensions, Surroundings};
 use super::features::{AutoclearFeatures, CompatibleFeatures, Features, IncompatibleFeatures};
 use super::geometry::{EntryWidth, Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Version};
@@ -74,87 +79,6 @@ pub enum Encryption {
     Aes,
     /// A LUKS header in the image; [`Extensions::encryption_header`] says where.
     Luks,
-}
-
-/// Where the active L1 table lies.
-///
-/// ```
-/// use lacuna::qcow2::format::L1Location;
-/// use lacuna::units::HostOffset;
-/// let (at, bytes) = L1Location { offset: HostOffset(0x30000), entries: 2 }.header_update();
-/// assert_eq!((at.0, bytes), (36, [0, 0, 0, 2, 0, 0, 0, 0, 0, 3, 0, 0]));
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct L1Location {
-    /// Cluster-aligned; zero only where there are no entries.
-    pub offset: HostOffset,
-    /// Entries, not bytes; at most 4 Mi.
-    pub entries: u32,
-}
-
-/// Where the refcount table lies.
-///
-/// ```
-/// use lacuna::qcow2::format::RefcountTableLocation;
-/// use lacuna::units::HostOffset;
-/// let table = RefcountTableLocation { offset: HostOffset(0x10000), clusters: 1 };
-/// assert_eq!(table.header_update().0, HostOffset(48));
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct RefcountTableLocation {
-    /// Cluster-aligned.
-    pub offset: HostOffset,
-    /// Clusters, at most 8 MiB of them.
-    pub clusters: u32,
-}
-
-/// Where the snapshot table lies.
-///
-/// ```
-/// use lacuna::qcow2::format::SnapshotTableLocation;
-/// use lacuna::units::HostOffset;
-/// let table = SnapshotTableLocation { offset: HostOffset(0x50000), count: 1 };
-/// assert_eq!(table.header_update().0, HostOffset(60));
-/// ```
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct SnapshotTableLocation {
-    /// Cluster-aligned; means nothing where there are no snapshots.
-    pub offset: HostOffset,
-    /// How many snapshots: at most 65536.
-    pub count: u32,
-}
-
-/// Puts a 32-bit and a 64-bit field behind each other, in either order.
-fn joined<const A: usize, const B: usize>(first: [u8; A], second: [u8; B]) -> [u8; 12] {
-    let mut bytes = [0; 12];
-    for (place, byte) in bytes.iter_mut().zip(first.into_iter().chain(second)) {
-        *place = byte;
-    }
-    bytes
-}
-
-impl L1Location {
-    /// Returns the 12 header bytes that name the table and where they go.
-    #[must_use]
-    pub fn header_update(&self) -> (HostOffset, [u8; 12]) {
-        (HostOffset(36), joined(self.entries.to_be_bytes(), self.offset.0.to_be_bytes()))
-    }
-}
-
-impl RefcountTableLocation {
-    /// Returns the 12 header bytes that name the table and where they go.
-    #[must_use]
-    pub fn header_update(&self) -> (HostOffset, [u8; 12]) {
-        (HostOffset(48), joined(self.offset.0.to_be_bytes(), self.clusters.to_be_bytes()))
-    }
-}
-
-impl SnapshotTableLocation {
-    /// Returns the 12 header bytes that name the table and where they go.
-    #[must_use]
-    pub fn header_update(&self) -> (HostOffset, [u8; 12]) {
-        (HostOffset(60), joined(self.count.to_be_bytes(), self.offset.0.to_be_bytes()))
-    }
 }
 
 /// The header of an image with its extensions and the name of the backing file.
@@ -438,110 +362,6 @@ impl Header {
             .filter(|_| self.features.autoclear.contains(AutoclearFeatures::BITMAPS))
     }
 
-    fn check_room(&self, bytes: usize) -> Result<()> {
-        let cluster_bytes = self.geometry.cluster_bytes();
-        if bytes as u64 > cluster_bytes {
-            return Err(Error::new(
-                crate::ErrorKind::NoSpace,
-                format!(
-                    "Header with extensions and backing file name needs {bytes} bytes; \
-                     the first cluster has {cluster_bytes}"
-                ),
-            ));
-        }
-        Ok(())
-    }
-
-    /// Checks the limits that decoding and encoding share.
-    fn check(&self, demand: Demand) -> Result<()> {
-        self.check_refcount_table(demand)?;
-        self.check_snapshot_table()?;
-        self.check_l1()?;
-        self.check_names()?;
-        if self.geometry.version() == Version::V2 {
-            self.check_version_2()?;
-        } else if !self.unknown_fields.len().is_multiple_of(8) {
-            return Err(Error::corrupt("Unknown header fields must have a multiple of 8 bytes"));
-        }
-        self.features.refuse_unknown(&self.extensions.feature_names)?;
-        if self.features.autoclear.contains(AutoclearFeatures::BITMAPS) {
-            self.extensions.bitmaps.map_or(Ok(()), |bitmaps| bitmaps.check(&self.geometry))?;
-        }
-        Ok(())
-    }
-
-    fn check_refcount_table(&self, demand: Demand) -> Result<()> {
-        let table = self.refcount_table;
-        let len_bytes = u64::from(table.clusters).saturating_mul(self.geometry.cluster_bytes());
-        check_table(
-            &self.geometry,
-            "Refcount table",
-            table.offset,
-            len_bytes,
-            MAX_REFCOUNT_TABLE_BYTES,
-        )?;
-        if demand == Demand::Usable && (table.clusters == 0 || table.offset.0 == 0) {
-            return Err(Error::corrupt(format!(
-                "Refcount table has {} clusters at offset {}; at least 1 past the header would be right",
-                table.clusters, table.offset
-            )));
-        }
-        Ok(())
-    }
-
-    fn check_snapshot_table(&self) -> Result<()> {
-        if self.snapshots.count > MAX_SNAPSHOTS {
-            return Err(Error::corrupt(format!(
-                "Snapshot table has {} entries; at most {MAX_SNAPSHOTS} are allowed",
-                self.snapshots.count
-            )));
-        }
-        // An entry has at least 40 bytes; the whole size shows only when the table is read.
-        let least_bytes = u64::from(self.snapshots.count).saturating_mul(40);
-        check_table(&self.geometry, "Snapshot table", self.snapshots.offset, least_bytes, u64::MAX)
-    }
-
-    fn check_l1(&self) -> Result<()> {
-        let entries = u64::from(self.l1.entries);
-        let len_bytes = entries.saturating_mul(8);
-        check_table(&self.geometry, "Active L1 table", self.l1.offset, len_bytes, MAX_L1_BYTES)?;
-        let needed = self.geometry.l1_entries_for(self.size_bytes);
-        if entries < needed {
-            return Err(Error::corrupt(format!(
-                "Active L1 table has {entries} entries; a disk of {} bytes needs {needed}",
-                self.size_bytes
-            )));
-        }
-        if entries > 0 && self.l1.offset.0 == 0 {
-            return Err(Error::corrupt("Active L1 table offset is 0, which is the header's place"));
-        }
-        Ok(())
-    }
-
-    fn check_names(&self) -> Result<()> {
-        let backing_bytes = self.backing_name.as_ref().map_or(0, StoredName::len);
-        if backing_bytes > MAX_BACKING_NAME_BYTES {
-            return Err(backing_name_too_long(backing_bytes as u64, MAX_BACKING_NAME_BYTES));
-        }
-        let format_bytes = self.extensions.backing_format.as_ref().map_or(0, StoredName::len);
-        extension::check_format_bytes(format_bytes)
-    }
-
-    fn check_version_2(&self) -> Result<()> {
-        let plain = self.features == Features::default()
-            && self.compression == CompressionType::Deflate
-            && !self.geometry.has_subclusters()
-            && self.unknown_fields.is_empty();
-        if plain {
-            Ok(())
-        } else {
-            Err(Error::corrupt(
-                "Version 2 has no feature bits, extended L2 entries, compression type or unknown \
-                 header fields",
-            ))
-        }
-    }
-
     fn raw(&self) -> RawHeader {
         let encryption = match self.encryption {
             None => 0,
@@ -602,29 +422,6 @@ fn field(len: usize) -> Result<U32> {
     u32::try_from(len)
         .map(U32::new)
         .map_err(|_| Error::corrupt(format!("A header part of {len} bytes is too long")))
-}
-
-/// Checks a table's place; its end must stay within 2^63 bytes, as file offsets do.
-pub(crate) fn check_table(
-    geometry: &Geometry,
-    what: &str,
-    offset: HostOffset,
-    len_bytes: u64,
-    max_bytes: u64,
-) -> Result<()> {
-    if len_bytes > max_bytes {
-        return Err(Error::corrupt(format!(
-            "{what} has {len_bytes} bytes; at most {max_bytes} are allowed"
-        )));
-    }
-    let end = offset.0.checked_add(len_bytes).filter(|end| i64::try_from(*end).is_ok());
-    if end.is_none() || !geometry.is_aligned(offset.0) {
-        return Err(Error::corrupt(format!(
-            "{what} offset {offset} is not a multiple of the cluster size {:#x} below 2^63",
-            geometry.cluster_bytes()
-        )));
-    }
-    Ok(())
 }
 
 fn backing_name_too_long(bytes: u64, most: usize) -> Error {
