@@ -1,6 +1,6 @@
 //! The verbs: a table each, and the way from the command line to one of them.
 //!
-//! A new verb is a module with a [`Verb`] and a line in [`VERBS`]; `lacuna demo` goes there too.
+//! A new verb is a module with a [`Verb`] and a line in [`VERBS`].
 
 mod check;
 mod compare;
@@ -17,6 +17,7 @@ pub(crate) use help::version;
 pub(crate) use info::{dump, specifics};
 
 use crate::args::{self, Flag, Parsed};
+use crate::demo;
 use crate::error::{CliError, CliResult};
 use crate::io;
 use crate::output;
@@ -37,11 +38,12 @@ pub(crate) struct Verb {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 7] = [
+const VERBS: [&Verb; 8] = [
     &check::VERB,
     &compare::VERB,
     &convert::VERB,
     &create::VERB,
+    &demo::VERB,
     &info::VERB,
     &io::VERB,
     &map::VERB,
@@ -123,9 +125,9 @@ fn named(tool: &Tool, name: &str, rest: &[String]) -> (&'static str, CliResult<u
     }
 }
 
-/// `qemu-img` has no verb `io`.
+/// `qemu-img` has no verbs `io` and `demo`.
 fn offers(tool: &Tool, verb: &Verb) -> bool {
-    tool.is_own() || verb.name != io::VERB.name
+    tool.is_own() || ![io::VERB.name, demo::VERB.name].contains(&verb.name)
 }
 
 fn run_verb(tool: &Tool, verb: &Verb, arguments: &[String]) -> CliResult<u8> {
