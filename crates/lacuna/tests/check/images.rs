@@ -207,7 +207,7 @@ impl QemuCheck {
 
     /// The counts and the first lines.
     pub(crate) fn brief(&self) -> String {
-        let lines = &self.lines[..self.lines.len().min(16)];
+        let lines = &self.lines[..self.lines.len().min(40)];
         format!("{:?}\n{}\n", self.counts(), lines.join("\n"))
     }
 

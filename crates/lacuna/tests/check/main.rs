@@ -5,3 +5,4 @@ mod damage;
 mod healthy;
 mod images;
 mod random;
+mod repair;
