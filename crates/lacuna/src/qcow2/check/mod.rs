@@ -1,9 +1,9 @@
 //! Offline check of an image, and the way into its repair.
 //!
-//! The story: [`walk`] counts in memory how often each host cluster is referenced, [`compare`]
-//! holds the counts against the refcounts on disk, [`copied`] looks at the copied flags where the
+//! The story: `walk` counts in memory how often each host cluster is referenced, `compare`
+//! holds the counts against the refcounts on disk, `copied` looks at the copied flags where the
 //! first two saw a reason to. What they found is a [`CheckReport`]. With a repair asked for,
-//! [`repair`](super::repair) puts right what it can, and all is checked again.
+//! `repair` puts right what it can, and all is checked again.
 //!
 //! * Always: exclusive access to the storage; nothing else may write to the image meanwhile.
 //! * Always: memory is at most 4 bytes per cluster of the file and 64 MiB, whatever the image
