@@ -12,6 +12,7 @@ mod bitmaps;
 pub mod check;
 mod codec;
 mod create;
+mod flush;
 pub mod format;
 mod image;
 mod in_flight;

@@ -1,0 +1,110 @@
+//! New refcount blocks, and a larger refcount table when the old one is full.
+//!
+//! Where they go is QEMU's choice in both placements, so that new images look the same.
+
+use std::ops::Range;
+
+use super::Refcounts;
+use crate::qcow2::need::{Planned, Stop};
+use crate::qcow2::overlap::Structure;
+use crate::units::{HostCluster, HostRange};
+use crate::{Error, ErrorKind};
+
+/// The refcount table may not take more bytes than this (B.11).
+const MAX_TABLE_BYTES: u64 = 8 << 20;
+
+impl Refcounts {
+    /// Makes the refcount block that covers `cluster`, somewhere from `from` on.
+    pub(super) fn make_block(&mut self, cluster: u64, from: u64, taken: Range<u64>) -> Planned<()> {
+        let index = cluster / self.entries();
+        let mut at = from.max(self.single_cursor);
+        let mut block = self.scan(&mut at, 1, None)?;
+        if taken.contains(&block) {
+            at = taken.end;
+            block = self.scan(&mut at, 1, None)?;
+        }
+        let own = block / self.entries();
+        if own != index && self.block(own)?.is_none() {
+            // Its own refcount has no block either: make that one first, which describes itself.
+            // It goes behind, as QEMU's cursor has passed the first choice by then.
+            return self.make_block(block, block + 1, taken);
+        }
+        if index >= self.table.len() as u64 {
+            return self.grow_table(cluster.max(block));
+        }
+        if own != index {
+            self.read(HostCluster(block))?;
+        }
+        self.install_block(index, block);
+        self.write(HostCluster(block), 1)?;
+        self.single_cursor = self.single_cursor.max(block + 1);
+        self.end = self.end.max(block + 1);
+        Ok(())
+    }
+
+    fn install_block(&mut self, index: u64, block: u64) {
+        let offset = self.geometry.host_offset(HostCluster(block));
+        self.blocks.make_fresh(offset);
+        self.table[index as usize] = offset.0;
+        self.table_dirty.insert(index as usize);
+        let range = HostRange::new(offset, self.geometry.cluster_bytes());
+        self.new_metadata.push((range, Structure::RefcountBlock));
+    }
+
+    /// Moves the refcount table to a larger one behind everything, with the blocks for itself.
+    ///
+    /// The new area starts where the next refcount block's coverage starts, so that it describes
+    /// itself; the table grows by half more than needed (as QEMU grows it).
+    fn grow_table(&mut self, last_used: u64) -> Planned<()> {
+        let per_block = self.entries();
+        let start = last_used.div_ceil(per_block).max(last_used / per_block + 1) * per_block;
+        self.check_limit(start)?;
+        let blocks_total = self.blocks_with_table(start);
+        let table_entries = (blocks_total + blocks_total.div_ceil(2))
+            .next_multiple_of(self.geometry.cluster_bytes() / 8);
+        if table_entries * 8 > MAX_TABLE_BYTES {
+            return Err(Stop::Fail(Error::new(
+                ErrorKind::NoSpace,
+                format!("The refcount table would pass its limit of {MAX_TABLE_BYTES} bytes"),
+            )));
+        }
+        let first_index = start / per_block;
+        let blocks_new = blocks_total - first_index;
+        let table_clusters = self.geometry.clusters_for(table_entries * 8);
+        self.replaced.push(self.table_range());
+        self.table.resize(table_entries as usize, 0);
+        for nth in 0..blocks_new {
+            self.install_block(first_index + nth, start + nth);
+        }
+        self.table_offset = self.geometry.host_offset(HostCluster(start + blocks_new));
+        self.table_clusters = table_clusters;
+        self.table_moved = true;
+        self.new_metadata.push((self.table_range(), Structure::RefcountTable));
+        for cluster in start..start + blocks_new + table_clusters {
+            self.write(HostCluster(cluster), 1)?;
+        }
+        self.end = self.end.max(start + blocks_new + table_clusters);
+        Ok(())
+    }
+
+    /// Returns how many blocks describe `clusters` clusters plus those blocks and their table.
+    fn blocks_with_table(&self, clusters: u64) -> u64 {
+        let per_table_cluster = self.geometry.cluster_bytes() / 8;
+        let (mut clusters, mut blocks, mut table, mut last) = (clusters, 0, 0_u64, 0);
+        let mut generous = true;
+        loop {
+            blocks = (clusters + table + blocks).div_ceil(self.entries());
+            table = blocks.div_ceil(per_table_cluster);
+            let now = clusters + blocks + table;
+            if now == last && generous {
+                clusters += table.div_ceil(2);
+                generous = false;
+                last = 0;
+            } else if now == last {
+                return blocks;
+            } else {
+                last = now;
+            }
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Refcounts of the image file's clusters, and the search for free ones.
+//!
+//! * Always: a cluster is handed out only with its refcount already raised, so that no crash shows
+//!   a mapped cluster with refcount zero (the write-back writes refcounts first).
+//! * Always: every function either finishes or changes nothing that counts and names its [`Need`].
+//! * Placement: [`Placement::QemuCompatible`] has one cursor and so chooses the offsets that QEMU
+//!   chooses; [`Placement::TwoCursors`] (004-6) fills the gaps that large requests skip and grows
+//!   the file only when no gap fits.
+
+mod blocks;
+mod packed;
+mod search;
+
+use std::collections::BTreeSet;
+
+use super::format::{Geometry, RefcountWidth};
+use super::need::{Need, Planned, Stop};
+use super::overlap::Structure;
+
+use super::table_cache::TableCache;
+use crate::Error;
+use crate::units::{HostCluster, HostOffset, HostRange};
+
+const BLOCK_OFFSET_MASK: u64 = !0x1ff;
+
+/// How host clusters are chosen.
+///
+/// ```
+/// use lacuna::qcow2::Placement;
+/// assert_eq!(Placement::default(), Placement::TwoCursors);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Placement {
+    /// One cursor for single clusters, one for runs: gaps are filled before the file grows.
+    #[default]
+    TwoCursors,
+    /// QEMU's own order, offset by offset.
+    QemuCompatible,
+}
+
+#[derive(Debug)]
+pub(in crate::qcow2) struct Refcounts {
+    geometry: Geometry,
+    width: RefcountWidth,
+    placement: Placement,
+    /// Offsets of the refcount blocks; 0 where there is none.
+    table: Vec<u64>,
+    table_offset: HostOffset,
+    table_clusters: u64,
+    /// Table entries (by index) that storage does not have yet.
+    table_dirty: BTreeSet<usize>,
+    /// The whole table lies elsewhere now; storage has neither it nor the header that points to it.
+    table_moved: bool,
+    pub(in crate::qcow2) blocks: TableCache,
+    /// Where a search for one cluster starts (`free_single_cluster_index` of 004-6).
+    single_cursor: u64,
+    /// Where a search for a run starts.
+    multi_cursor: u64,
+    /// No gap of more clusters than this lies between the single cursor and the end.
+    largest_gap: Option<u64>,
+    /// Where the next compressed cluster may go: behind the last, in the same host cluster.
+    compressed_cursor: Option<HostOffset>,
+    /// The end of all clusters ever seen in use, in clusters.
+    end: u64,
+    /// What that was when the image was opened.
+    end_at_open: u64,
+    /// Old tables to be freed after the write-back that replaces them.
+    replaced: Vec<HostRange>,
+    /// New metadata clusters since the last look: for the overlap map.
+    new_metadata: Vec<(HostRange, Structure)>,
+    released_by_search: u64,
+}
+
+/// Clusters that were handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::qcow2) struct Allocation {
+    pub(in crate::qcow2) start: HostOffset,
+    pub(in crate::qcow2) clusters: u64,
+}
+
+impl Refcounts {
+    pub(in crate::qcow2) fn new(
+        geometry: Geometry,
+        table: Vec<u64>,
+        table_offset: HostOffset,
+        file_bytes: u64,
+        cache_bytes: u64,
+        placement: Placement,
+    ) -> Self {
+        Self {
+            geometry,
+            width: RefcountWidth::of(&geometry),
+            placement,
+            table_clusters: geometry.clusters_for(table.len() as u64 * 8),
+            table,
+            table_offset,
+            table_dirty: BTreeSet::new(),
+            table_moved: false,
+            blocks: TableCache::new(geometry.cluster_bytes(), cache_bytes),
+            single_cursor: 0,
+            multi_cursor: 0,
+            largest_gap: None,
+            compressed_cursor: None,
+            end: geometry.clusters_for(file_bytes),
+            end_at_open: geometry.clusters_for(file_bytes),
+            replaced: Vec::new(),
+            new_metadata: Vec::new(),
+            released_by_search: 0,
+        }
+    }
+
+    pub(in crate::qcow2) const fn table_range(&self) -> HostRange {
+        HostRange::new(self.table_offset, self.table_clusters << self.geometry.cluster_bits())
+    }
+
+    /// Says whether a request goes on behind its last clusters where there is room.
+    pub(in crate::qcow2) fn follows_the_last(&self) -> bool {
+        self.placement == Placement::QemuCompatible
+    }
+
+    /// Returns where the last cluster handed out ends, if it is a whole one at the end of a file
+    /// that grew: QEMU writes such a cluster to its end, also where the disk ends within it. Not
+    /// so with subclusters: it writes whole ones of them and no more.
+    pub(in crate::qcow2) fn grown_to(&self) -> Option<HostOffset> {
+        let last = HostCluster(self.end.saturating_sub(1));
+        let is_packed =
+            self.compressed_cursor.is_some_and(|at| self.geometry.host_cluster(at) == last);
+        let grew = self.end > self.end_at_open;
+        let whole = grew && !is_packed && !self.geometry.has_subclusters();
+        whole.then(|| self.geometry.host_offset(HostCluster(self.end)))
+    }
+
+    /// Returns how often a search had to ask for a write-back to get at freed clusters.
+    pub(in crate::qcow2) const fn released_by_search(&self) -> u64 {
+        self.released_by_search
+    }
+
+    /// Returns the end of all clusters that were ever in use.
+    pub(in crate::qcow2) const fn end(&self) -> HostOffset {
+        HostOffset(self.end << self.geometry.cluster_bits())
+    }
+
+    /// The file was cut: what lies beyond `end` is unused.
+    pub(in crate::qcow2) fn cut_at(&mut self, end: HostOffset) {
+        self.end = self.geometry.clusters_for(end.0);
+    }
+
+    const fn entries(&self) -> u64 {
+        self.geometry.refcount_block_entries()
+    }
+
+    /// Returns the slice and the index in it of a cluster's refcount, unless there is no block.
+    fn locate(&self, cluster: u64) -> Planned<Option<(HostOffset, u64)>> {
+        let Some(block) = self.block(cluster / self.entries())? else { return Ok(None) };
+        let per_slice = self.slice_entries();
+        let index = cluster % self.entries();
+        let slice = block + index / per_slice * self.blocks.slice_bytes();
+        Ok(Some((slice, index % per_slice)))
+    }
+
+    const fn slice_entries(&self) -> u64 {
+        (self.blocks.slice_bytes() * 8) >> self.geometry.refcount_order()
+    }
+
+    fn block(&self, index: u64) -> Planned<Option<HostOffset>> {
+        let entry = usize::try_from(index).ok().and_then(|index| self.table.get(index));
+        match entry.copied().unwrap_or(0) & BLOCK_OFFSET_MASK {
+            0 => Ok(None),
+            offset if !self.geometry.is_aligned(offset) => {
+                Err(Stop::Corrupt(Error::corrupt(format!(
+                    "Refcount block offset {offset:#x} (table entry {index}) is not a multiple of the cluster size"
+                ))))
+            }
+            offset => Ok(Some(HostOffset(offset))),
+        }
+    }
+
+    /// Returns the refcount of a cluster.
+    pub(in crate::qcow2) fn read(&mut self, cluster: HostCluster) -> Planned<u64> {
+        let Some((slice, index)) = self.locate(cluster.0)? else { return Ok(0) };
+        let width = self.width;
+        match self.blocks.read(slice) {
+            Some(bytes) => Ok(width.read(bytes, index as usize)),
+            None => Err(Need::RefcountSlice(slice).into()),
+        }
+    }
+
+    /// Changes a refcount whose block exists and whose slice was read by the same plan.
+    fn write(&mut self, cluster: HostCluster, value: u64) -> Planned<()> {
+        let located = self.locate(cluster.0)?;
+        let (slice, index) = located.ok_or_else(|| {
+            Stop::Corrupt(Error::corrupt(format!("Cluster {cluster} in use has no refcount block")))
+        })?;
+        let width = self.width;
+        match self.blocks.change(slice) {
+            Some(bytes) => {
+                width.write(bytes, index as usize, value);
+                Ok(())
+            }
+            None => Err(Need::RefcountSlice(slice).into()),
+        }
+    }
+
+    /// Takes `count` references off a cluster. Returns what is left.
+    pub(in crate::qcow2) fn decrease(&mut self, cluster: HostCluster, count: u64) -> Planned<u64> {
+        let now = self.read(cluster)?;
+        let Some(left) = now.checked_sub(count) else {
+            return Err(Stop::Corrupt(Error::corrupt(format!(
+                "Cluster {cluster} loses {count} references but has a refcount of {now}"
+            ))));
+        };
+        self.write(cluster, left)?;
+        if left == 0 {
+            self.lower_cursors(cluster);
+        }
+        Ok(left)
+    }
+
+    /// Makes searches start no later than at a cluster that is, or is about to be, free.
+    pub(in crate::qcow2) fn lower_cursors(&mut self, cluster: HostCluster) {
+        self.single_cursor = self.single_cursor.min(cluster.0);
+        self.multi_cursor = self.multi_cursor.min(cluster.0);
+        self.largest_gap = None;
+        if self.compressed_cursor.is_some_and(|at| self.geometry.host_cluster(at) == cluster) {
+            self.compressed_cursor = None;
+        }
+    }
+
+    // ---- write-back ------------------------------------------------------------------------
+
+    /// Hands out the table entries to be written: `(offset, bytes)`, whole sectors.
+    pub(in crate::qcow2) fn take_dirty_table(&mut self) -> Vec<(HostOffset, Vec<u8>)> {
+        let dirty = std::mem::take(&mut self.table_dirty);
+        let sectors: BTreeSet<usize> = dirty.into_iter().map(|index| index / 64).collect();
+        let sector = |at: usize| {
+            let entries = &self.table[at * 64..self.table.len().min(at * 64 + 64)];
+            let bytes = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+            (self.table_offset + at as u64 * 512, bytes)
+        };
+        sectors.into_iter().map(sector).collect()
+    }
+
+    /// Hands out the whole table where it lies at a new place.
+    pub(in crate::qcow2) fn take_moved_table(&mut self) -> Option<(HostOffset, Vec<u8>)> {
+        if !std::mem::take(&mut self.table_moved) {
+            return None;
+        }
+        self.table_dirty.clear();
+        let bytes = self.table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        Some((self.table_offset, bytes))
+    }
+
+    pub(in crate::qcow2) const fn table_clusters(&self) -> u64 {
+        self.table_clusters
+    }
+
+    /// Hands out tables that the next write-back makes obsolete.
+    pub(in crate::qcow2) fn take_replaced(&mut self) -> Vec<HostRange> {
+        std::mem::take(&mut self.replaced)
+    }
+
+    /// Hands out metadata clusters made since the last call.
+    pub(in crate::qcow2) fn take_new_metadata(&mut self) -> Vec<(HostRange, Structure)> {
+        std::mem::take(&mut self.new_metadata)
+    }
+
+    /// Returns the table entries and the move that storage does not have, for
+    /// [`redo_table`](Self::redo_table).
+    pub(in crate::qcow2) fn unwritten_table(&self) -> (BTreeSet<usize>, bool) {
+        (self.table_dirty.clone(), self.table_moved)
+    }
+
+    /// What was handed out may not have reached storage: it is dirty again.
+    pub(in crate::qcow2) fn redo_table(&mut self, (entries, moved): (BTreeSet<usize>, bool)) {
+        self.table_dirty.extend(entries);
+        self.table_moved |= moved;
+    }
+}

@@ -1,0 +1,167 @@
+//! The search for free clusters, by the image's [`Placement`].
+//!
+//! * Always: a search that lacks a refcount leaves its cursor behind all that is known to be of
+//!   no use, so that it goes on there.
+//! * Always: a cluster that is handed out has refcount one already.
+
+use super::{Allocation, Placement, Refcounts};
+use crate::qcow2::need::{Need, Planned, Stop};
+use crate::qcow2::quarantine::Quarantine;
+use crate::units::{HostCluster, HostOffset};
+use crate::{Error, ErrorKind};
+
+/// No cluster may lie at or beyond this offset (B.11).
+const HOST_LIMIT: u64 = 1 << 56;
+
+impl Refcounts {
+    /// Hands out `count` clusters in one run; each has refcount one afterwards.
+    pub(in crate::qcow2) fn allocate(
+        &mut self,
+        count: u64,
+        quarantine: &Quarantine,
+    ) -> Planned<Allocation> {
+        loop {
+            let start = self.choose(count, quarantine)?;
+            if self.claim(start, count, start + count)? {
+                return Ok(self.handed_out(start, count));
+            }
+        }
+    }
+
+    /// Hands out up to `count` clusters from `start` on, as far as they are free (maybe none).
+    pub(in crate::qcow2) fn allocate_at(
+        &mut self,
+        start: HostOffset,
+        count: u64,
+    ) -> Planned<Allocation> {
+        let first = self.geometry.host_cluster(start).0;
+        loop {
+            let mut free = 0;
+            while free < count && self.read(HostCluster(first + free))? == 0 {
+                free += 1;
+            }
+            if free == 0 || self.claim(first, free, self.single_cursor)? {
+                return Ok(self.handed_out(first, free));
+            }
+        }
+    }
+
+    fn handed_out(&mut self, start: u64, clusters: u64) -> Allocation {
+        self.end = self.end.max(start + clusters);
+        Allocation { start: self.geometry.host_offset(HostCluster(start)), clusters }
+    }
+
+    /// Chooses where a run of `count` free clusters starts and moves the cursor behind it.
+    fn choose(&mut self, count: u64, quarantine: &Quarantine) -> Planned<u64> {
+        match self.placement {
+            Placement::QemuCompatible => self.choose_like_qemu(count, quarantine),
+            Placement::TwoCursors => self.choose_gap(count, quarantine),
+        }
+    }
+
+    fn choose_like_qemu(&mut self, count: u64, quarantine: &Quarantine) -> Planned<u64> {
+        let mut cursor = self.single_cursor;
+        let found = self.scan(&mut cursor, count, Some(quarantine));
+        self.single_cursor = cursor;
+        let start = found?;
+        self.single_cursor = start + count;
+        Ok(start)
+    }
+
+    fn choose_gap(&mut self, count: u64, quarantine: &Quarantine) -> Planned<u64> {
+        let mut cursor = if count == 1 { self.single_cursor } else { self.multi_cursor };
+        let found = self.scan(&mut cursor, count, None);
+        self.move_cursor(count, cursor);
+        let mut start = found?;
+        if start + count > self.end && count > 1 && self.largest_gap.is_none_or(|gap| count <= gap)
+        {
+            // The cursor for runs passed gaps that were too small for an earlier, larger run.
+            let mut from = self.single_cursor;
+            let lower = self.scan(&mut from, count, None)?;
+            if lower + count > self.end {
+                self.largest_gap = Some(count - 1);
+            }
+            start = lower.min(start);
+        }
+        if start + count > self.end && quarantine.leaving() >= count {
+            self.released_by_search += 1;
+            return Err(Need::WriteBack.into());
+        }
+        self.move_cursor(count, start + count);
+        Ok(start)
+    }
+
+    fn move_cursor(&mut self, count: u64, to: u64) {
+        match count {
+            1 => self.single_cursor = self.single_cursor.max(to),
+            _ => self.multi_cursor = self.multi_cursor.max(to),
+        }
+    }
+
+    /// Finds the first run of `count` free clusters from `cursor` on.
+    ///
+    /// On a [`Need`] the cursor stands behind everything that is known to be of no use, so that
+    /// the next attempt goes on there. With `quarantine`, a cluster in it that would have been
+    /// the choice asks for a write-back.
+    pub(super) fn scan(
+        &mut self,
+        cursor: &mut u64,
+        count: u64,
+        quarantine: Option<&Quarantine>,
+    ) -> Planned<u64> {
+        let mut at = *cursor;
+        while at - *cursor < count {
+            self.check_limit(at)?;
+            let refcount = self.read(HostCluster(at))?;
+            at += 1;
+            if refcount == 0 {
+                continue;
+            }
+            let leaving = quarantine.filter(|quarantine| quarantine.leaving() > 0);
+            if leaving.is_some_and(|list| list.pending(HostCluster(at - 1)) == refcount) {
+                self.released_by_search += 1;
+                return Err(Need::WriteBack.into());
+            }
+            *cursor = at;
+        }
+        Ok(*cursor)
+    }
+
+    pub(super) fn check_limit(&self, cluster: u64) -> Planned<()> {
+        if cluster < HOST_LIMIT >> self.geometry.cluster_bits() {
+            return Ok(());
+        }
+        Err(Stop::Fail(Error::new(
+            ErrorKind::NoSpace,
+            "The image file would pass the 64 PiB that the format can address",
+        )))
+    }
+
+    /// Raises the refcounts of a free run to one. False where a refcount block had to be made
+    /// first (from `blocks_from` on, but not in what of the run the block does not cover), which
+    /// may have taken part of the run: then choose again.
+    fn claim(&mut self, start: u64, count: u64, blocks_from: u64) -> Planned<bool> {
+        let mut cluster = start;
+        while cluster < start + count {
+            if self.block(cluster / self.entries())?.is_none() {
+                let taken = start..cluster;
+                self.make_block(cluster, blocks_from, taken)?;
+                // Try the same clusters first (as QEMU does): most are still free.
+                self.lower_cursors(HostCluster(start));
+                return Ok(false);
+            }
+            // Have the slice at hand before anything is changed.
+            self.read(HostCluster(cluster))?;
+            cluster = self.next_slice(cluster);
+        }
+        for cluster in start..start + count {
+            self.write(HostCluster(cluster), 1)?;
+        }
+        Ok(true)
+    }
+
+    /// Returns the first cluster whose refcount lies in the next slice.
+    const fn next_slice(&self, cluster: u64) -> u64 {
+        (cluster / self.slice_entries() + 1) * self.slice_entries()
+    }
+}
