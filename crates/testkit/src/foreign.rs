@@ -63,8 +63,20 @@ impl Tool {
     /// # Panics
     /// If the tool is not installed.
     pub fn run<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> Finished {
+        self.run_in(Path::new("."), arguments)
+    }
+
+    /// Runs the tool in `folder`, where names stored in images lead.
+    ///
+    /// # Panics
+    /// If the tool is not installed.
+    pub fn run_in<A: AsRef<OsStr>>(
+        &self,
+        folder: &Path,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> Finished {
         let mut command = self.command();
-        command.args(arguments).stdin(Stdio::null());
+        command.current_dir(folder).args(arguments).stdin(Stdio::null());
         self.finish(command.output())
     }
 
@@ -73,9 +85,21 @@ impl Tool {
     /// # Panics
     /// If the tool is not installed, or its exit code is not 0.
     pub fn succeed<A: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = A>) -> String {
+        self.succeed_in(Path::new("."), arguments)
+    }
+
+    /// Runs the tool in `folder`, where names stored in images lead, and returns what it printed.
+    ///
+    /// # Panics
+    /// If the tool is not installed, or its exit code is not 0.
+    pub fn succeed_in<A: AsRef<OsStr>>(
+        &self,
+        folder: &Path,
+        arguments: impl IntoIterator<Item = A>,
+    ) -> String {
         let arguments: Vec<_> = arguments.into_iter().collect();
         let shown: Vec<_> = arguments.iter().map(|word| word.as_ref().to_string_lossy()).collect();
-        let finished = self.run(&arguments);
+        let finished = self.run_in(folder, &arguments);
         assert!(
             finished.code == 0,
             "{} {}: exit code {}\n{}{}",
@@ -142,8 +166,10 @@ impl QemuCheck {
 /// If the tool is not installed.
 #[must_use]
 pub fn qemu_img_check(path: &Path) -> QemuCheck {
-    let words = ["check", "-f", "qcow2"].map(OsStr::new);
-    let finished = QEMU_IMG.run(words.into_iter().chain([path.as_os_str()]));
+    let path = &whole_path(path);
+    let mut command = QEMU_IMG.command();
+    command.args(["check", "-f", "qcow2"]).arg(path).stdin(Stdio::null());
+    let finished = QEMU_IMG.finish(command.current_dir(folder_of(path)).output());
     let text = format!("{}{}", finished.stdout, finished.stderr);
     let number_before = |what: &str| {
         let line = text.lines().find(|line| line.contains(what))?;
@@ -162,18 +188,28 @@ pub fn qemu_img_check(path: &Path) -> QemuCheck {
 /// # Panics
 /// If the tool is not installed, or a command failed.
 pub fn qemu_io(path: &Path, commands: impl IntoIterator<Item = String>) -> String {
+    let path = &whole_path(path);
     let mut words: Vec<std::ffi::OsString> = ["-f", "qcow2", "-d", "unmap"].map(Into::into).into();
     for command in commands {
         words.extend(["-c".into(), command.into()]);
     }
     words.push(path.into());
-    let printed = QEMU_IO.succeed(&words);
+    let printed = QEMU_IO.succeed_in(folder_of(path), &words);
     let bad = ["failed", "error", "Pattern verification"];
     assert!(!bad.iter().any(|word| printed.contains(word)), "qemu-io {words:?}:\n{printed}");
     printed
 }
 
-/// Asserts that two images show the guest the same bytes; `strict` also compares sizes.
+fn whole_path(path: &Path) -> std::path::PathBuf {
+    std::path::absolute(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The folder that relative names of data and backing files start from.
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."))
+}
+
+/// Asserts that two images show the guest the same bytes.
 ///
 /// # Panics
 /// If the tool is not installed, or the images differ.

@@ -6,7 +6,6 @@
 mod builder;
 mod executor;
 pub mod foreign;
-pub mod fuzz;
 mod model;
 mod operations;
 mod random;

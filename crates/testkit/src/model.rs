@@ -130,6 +130,12 @@ impl ModelDisk {
         self.bytes.set_len(size_bytes);
     }
 
+    /// Takes over what an unfinished change left in `range`; nothing is known of it but its bytes.
+    pub fn adopt(&mut self, range: GuestRange, bytes: &[u8]) {
+        self.touch(range);
+        self.bytes.write(range.start.0, bytes);
+    }
+
     /// Judges what a discard left in `range`, and takes it over: whole clusters as promised,
     /// others byte for byte as before or zero.
     ///
@@ -290,8 +296,8 @@ impl ModelDisk {
         if status.reads_zero && self.bytes(range).iter().any(|byte| *byte != 0) {
             return lie("An extent claims zeros over other bytes");
         }
-        if status.depth == AllocationDepth::NOWHERE && !(status.reads_zero && status.is_hole) {
-            return lie("What is allocated nowhere must be zeros and a hole");
+        if status.depth == AllocationDepth::NOWHERE && !status.reads_zero {
+            return lie("What is allocated nowhere must be zeros");
         }
         let mut clusters = self.clusters(range);
         if !status.reads_zero && clusters.any(|cluster| self.known_zero.contains(&cluster)) {

@@ -269,6 +269,7 @@ struct Files {
     calls: Vec<SimulatedCall>,
     counts: Counts,
     faults: Vec<Fault>,
+    struck: bool,
 }
 
 /// A host with any number of files, crashed as a whole.
@@ -336,9 +337,15 @@ impl SimHost {
         self.files().faults.push(fault);
     }
 
-    /// Takes back all failures that were ordered; says whether any call has failed by them.
+    /// Takes back all failures that were ordered.
     pub fn heal(&self) {
         self.files().faults.clear();
+    }
+
+    /// Says whether any call failed by order.
+    #[must_use]
+    pub fn struck(&self) -> bool {
+        self.files().struck
     }
 
     /// Returns how many calls there were.
@@ -450,6 +457,7 @@ impl SimHost {
         files.counts.add(&pending.request.describe(pending.file));
         let struck =
             files.faults.iter_mut().find_map(|fault| fault.strikes(kind).then_some(*fault));
+        files.struck |= struck.is_some();
         let (reply, hold) = match struck {
             Some(fault) => self.fail(&mut files, pending, fault),
             None => self.succeed(&mut files, pending),

@@ -1,0 +1,330 @@
+//! Kinds of images: every combination of what the format offers, built without the engine.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lacuna::block::DynLayer;
+use lacuna::qcow2::{Access, Image, OpenOptions, Parts};
+use lacuna::raw::Raw;
+use lacuna::storage::{MemoryStorage, Storage};
+use lacuna::units::{GuestOffset, GuestRange};
+use testkit::sim::{Pace, SimHost};
+use testkit::{AfterDiscard, ImageBuilder, Menu, ModelDisk, Random, Rules, SparseBytes, content};
+
+/// What lies below the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    None,
+    RawShorter,
+    RawLonger,
+    Qcow2Shorter,
+    Qcow2Longer,
+}
+
+/// Where guest data lies, and how it is compressed where it may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Store {
+    Deflate,
+    Zstd,
+    DataFile,
+    RawDataFile,
+}
+
+/// One kind of image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Kind {
+    pub(crate) version: u32,
+    pub(crate) cluster_bits: u32,
+    pub(crate) extended: bool,
+    pub(crate) backing: Backing,
+    pub(crate) store: Store,
+    pub(crate) refcount_order: u32,
+    pub(crate) lazy: bool,
+}
+
+const BACKINGS: [Backing; 5] = [
+    Backing::None,
+    Backing::RawShorter,
+    Backing::RawLonger,
+    Backing::Qcow2Shorter,
+    Backing::Qcow2Longer,
+];
+
+impl Kind {
+    /// The plainest image: version 3, no backing, 16-bit refcounts.
+    pub(crate) const fn plain(cluster_bits: u32) -> Self {
+        Self {
+            version: 3,
+            cluster_bits,
+            extended: false,
+            backing: Backing::None,
+            store: Store::Deflate,
+            refcount_order: 4,
+            lazy: false,
+        }
+    }
+
+    /// Every combination that the format allows.
+    pub(crate) fn every() -> Vec<Self> {
+        let mut kinds = Vec::new();
+        for cluster_bits in [9, 12, 16, 21] {
+            for backing in BACKINGS {
+                kinds.push(Self { version: 2, backing, ..Self::plain(cluster_bits) });
+                kinds.extend(Self::every_of_version_3(cluster_bits, backing));
+            }
+        }
+        kinds
+    }
+
+    fn every_of_version_3(cluster_bits: u32, backing: Backing) -> Vec<Self> {
+        let mut kinds = Vec::new();
+        for extended in [false, true] {
+            for store in [Store::Deflate, Store::Zstd, Store::DataFile, Store::RawDataFile] {
+                let raw_over_backing = store == Store::RawDataFile && backing != Backing::None;
+                if (extended && cluster_bits < 14) || raw_over_backing {
+                    continue;
+                }
+                for (refcount_order, lazy) in (0..7).flat_map(|o| [(o, false), (o, true)]) {
+                    let plain = Self::plain(cluster_bits);
+                    kinds.push(Self { extended, backing, store, refcount_order, lazy, ..plain });
+                }
+            }
+        }
+        kinds
+    }
+
+    /// A spread: every combination but for refcount width and lazy refcounts, which rotate.
+    pub(crate) fn spread() -> Vec<Self> {
+        let rotates = |(index, kind): &(usize, Self)| {
+            let turn = (index / 14) % 14;
+            kind.version == 2
+                || (kind.refcount_order as usize, kind.lazy) == (turn / 2, turn % 2 == 1)
+        };
+        let version_2 = Self::every().into_iter().filter(|kind| kind.version == 2);
+        let version_3 = Self::every().into_iter().filter(|kind| kind.version == 3);
+        version_2.chain(version_3.enumerate().filter(rotates).map(|(_, kind)| kind)).collect()
+    }
+
+    /// What a test run goes through, numbered: the spread, or everything with `LACUNA_LONG`, or
+    /// of that the one that `LACUNA_KIND` names.
+    pub(crate) fn for_this_run() -> Vec<(u64, Self)> {
+        let long = std::env::var_os("LACUNA_LONG").is_some();
+        let kinds = if long { Self::every() } else { Self::spread() };
+        let only = std::env::var("LACUNA_KIND").ok().map(|text| text.parse::<u64>().unwrap());
+        let numbered = (0..).zip(kinds);
+        numbered.filter(|(number, _)| only.is_none_or(|only| only == *number)).collect()
+    }
+
+    pub(crate) const fn cluster_bytes(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// A disk of a few L2 tables where they are small, and a last cluster that is not whole.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        let clusters = match self.cluster_bits {
+            9 => 200,
+            12 => 90,
+            14 | 16 => 20,
+            _ => 5,
+        };
+        let tail = if self.cluster_bits == 9 { 0 } else { 1536 };
+        clusters * self.cluster_bytes() + tail
+    }
+
+    pub(crate) const fn allows_compression(&self) -> bool {
+        matches!(self.store, Store::Deflate | Store::Zstd)
+    }
+
+    pub(crate) const fn has_data_file(&self) -> bool {
+        matches!(self.store, Store::DataFile | Store::RawDataFile)
+    }
+
+    pub(crate) fn menu(&self) -> Menu {
+        Menu {
+            cluster_bytes: self.cluster_bytes(),
+            resize_up_to: Some(self.size_bytes() * 3 / 2),
+            compressed: self.allows_compression(),
+            reopen: true,
+            full_discard: true,
+        }
+    }
+
+    pub(crate) fn rules(&self) -> Rules {
+        let flagless = self.version == 2 && self.backing != Backing::None;
+        Rules {
+            cluster_bytes: self.cluster_bytes(),
+            after_discard: if flagless { AfterDiscard::Unchanged } else { AfterDiscard::Zeros },
+            zero_is_kept: !flagless,
+            starts_unallocated: self.store != Store::RawDataFile,
+        }
+    }
+
+    /// Makes an image of this kind and what belongs to it.
+    pub(crate) fn build(&self, seed: u64) -> Case {
+        let backing = self.build_backing(&mut Random::new(seed ^ 0xba_c6));
+        let mut builder = self.builder();
+        if let Some(below) = &backing {
+            builder = builder.backing(below.name()).extension(0xe279_2aca, below.format.as_bytes());
+        }
+        let data = self.has_data_file().then(|| {
+            let mut file = SparseBytes::default();
+            file.set_len(self.size_bytes());
+            file
+        });
+        Case { kind: *self, image: builder.build().bytes, data, backing }
+    }
+
+    /// Returns a builder for an image of this kind, without a backing file.
+    pub(crate) fn builder(&self) -> ImageBuilder {
+        let mut builder = ImageBuilder::new(self.version, self.cluster_bits, self.size_bytes());
+        builder = builder.refcount_order(self.refcount_order);
+        if self.extended {
+            builder = builder.extended();
+        }
+        if self.lazy {
+            builder = builder.features(0, 1, 0);
+        }
+        match self.store {
+            Store::Deflate => builder,
+            Store::Zstd => builder.zstd(),
+            Store::DataFile => builder.features(4, 0, 0).extension(0x4441_5441, b"data.raw"),
+            Store::RawDataFile => builder.features(4, 0, 2).extension(0x4441_5441, b"data.raw"),
+        }
+    }
+
+    /// Some clusters hold data, one of them only in part; the others are holes.
+    fn build_backing(&self, random: &mut Random) -> Option<Below> {
+        let shorter = self.size_bytes() / 2 / 512 * 512 + 512;
+        let longer = self.size_bytes() * 5 / 4 / 512 * 512;
+        let (format, size) = match self.backing {
+            Backing::None => return None,
+            Backing::RawShorter => ("raw", shorter),
+            Backing::RawLonger => ("raw", longer),
+            Backing::Qcow2Shorter => ("qcow2", shorter),
+            Backing::Qcow2Longer => ("qcow2", longer),
+        };
+        // Another cluster size below: boundaries do not fall together.
+        let bits = if self.cluster_bits == 16 { 12 } else { 16 };
+        let mut guest = SparseBytes::default();
+        let mut builder = ImageBuilder::new(3, bits, size);
+        for cluster in 0..size.div_ceil(1 << bits) {
+            let start = cluster << bits;
+            let len = (1_u64 << bits).min(size - start);
+            if random.one_in(2) {
+                let bytes = content(random.next(), GuestRange::new(GuestOffset(start), len));
+                guest.write(start, &bytes);
+                builder = builder.data(cluster, &bytes);
+            } else if random.one_in(4) {
+                builder = builder.zero(cluster);
+            }
+        }
+        guest.set_len(size);
+        let file = if format == "raw" { guest.clone() } else { builder.build().bytes };
+        Some(Below { format, file, guest })
+    }
+}
+
+/// A backing file.
+#[derive(Clone)]
+pub(crate) struct Below {
+    pub(crate) format: &'static str,
+    pub(crate) file: SparseBytes,
+    /// What a guest would see of it.
+    pub(crate) guest: SparseBytes,
+}
+
+impl Below {
+    pub(crate) const fn name(&self) -> &'static str {
+        "backing.img"
+    }
+
+    fn layer(&self) -> Arc<dyn DynLayer> {
+        let host = SimHost::without_record(Pace::AtOnce, 0);
+        let storage = host.add_file(self.file.clone());
+        match self.format {
+            "raw" => Arc::new(pollster::block_on(Raw::open(storage)).unwrap()),
+            _ => {
+                let options = OpenOptions::new(Access::ReadOnly);
+                let parts = Parts { storage, data: None, backing: None };
+                Arc::new(pollster::block_on(Image::open(parts, options)).unwrap())
+            }
+        }
+    }
+}
+
+/// An image and its surroundings, as bytes.
+#[derive(Clone)]
+pub(crate) struct Case {
+    pub(crate) kind: Kind,
+    pub(crate) image: SparseBytes,
+    pub(crate) data: Option<SparseBytes>,
+    pub(crate) backing: Option<Below>,
+}
+
+/// The same, ready to be opened any number of times.
+#[derive(Clone)]
+pub(crate) struct Files<S> {
+    pub(crate) image: S,
+    pub(crate) data: Option<S>,
+    pub(crate) backing: Option<Arc<dyn DynLayer>>,
+}
+
+impl Case {
+    pub(crate) fn model(&self) -> ModelDisk {
+        let guest = self.backing.as_ref().map(|below| below.guest.clone());
+        ModelDisk::new(self.kind.rules(), self.kind.size_bytes(), guest)
+    }
+
+    /// Puts image and data file on `host`, as files 0 and 1.
+    pub(crate) fn on(&self, host: &SimHost) -> Files<testkit::sim::SimStorage> {
+        Files {
+            image: host.add_file(self.image.clone()),
+            data: self.data.as_ref().map(|data| host.add_file(data.clone())),
+            backing: self.backing_layer(),
+        }
+    }
+
+    pub(crate) fn in_memory(&self) -> Files<Arc<MemoryStorage>> {
+        let memory = |bytes: &SparseBytes| Arc::new(MemoryStorage::from(&bytes.to_vec()[..]));
+        Files {
+            image: memory(&self.image),
+            data: self.data.as_ref().map(memory),
+            backing: self.backing_layer(),
+        }
+    }
+
+    pub(crate) fn backing_layer(&self) -> Option<Arc<dyn DynLayer>> {
+        self.backing.as_ref().map(Below::layer)
+    }
+
+    /// The same surroundings with other content.
+    pub(crate) fn with_content(&self, mut files: Vec<SparseBytes>) -> Self {
+        let data = self.data.as_ref().and_then(|_| files.pop());
+        let image = files.pop().expect("the image is file 0");
+        Self { image, data, ..self.clone() }
+    }
+
+    /// Writes all files for foreign tools; returns the image's path.
+    pub(crate) fn save(&self, folder: &Path) -> PathBuf {
+        if let Some(data) = &self.data {
+            data.save(&folder.join("data.raw"));
+        }
+        if let Some(below) = &self.backing {
+            below.file.save(&folder.join(below.name()));
+        }
+        let path = folder.join("image.qcow2");
+        self.image.save(&path);
+        path
+    }
+}
+
+impl<S: Storage + Clone> Files<S> {
+    pub(crate) async fn open(&self) -> lacuna::Result<Image<S>> {
+        let parts = Parts {
+            storage: self.image.clone(),
+            data: self.data.clone(),
+            backing: self.backing.clone(),
+        };
+        Image::open(parts, OpenOptions::new(Access::ReadWrite)).await
+    }
+}

@@ -1,0 +1,199 @@
+//! Operations done to an image, and what may be seen after them.
+
+use lacuna::block::{DiscardMode, Layer};
+use lacuna::buffer::Buffer;
+use lacuna::qcow2::check::{CheckOptions, CheckReport, check};
+use lacuna::qcow2::{Image, Shrink};
+use lacuna::storage::Storage;
+use lacuna::units::{GuestOffset, GuestRange};
+use testkit::foreign::{QEMU_IMG, QemuCheck, qemu_img_check};
+use testkit::sim::{Pace, SimHost};
+use testkit::{ModelDisk, Operation, SparseBytes, content};
+
+use crate::case::Case;
+
+/// Bytes compared at once.
+const STEP: u64 = 1 << 20;
+
+pub(crate) async fn read<L: Layer>(image: &L, range: GuestRange) -> lacuna::Result<Vec<u8>> {
+    let (result, bytes) = image.read(range.start, Buffer::new(range.len as usize)).await;
+    result.map(|()| bytes.to_vec())
+}
+
+/// Does one operation; what a read saw is returned.
+pub(crate) async fn perform<S: Storage>(
+    image: &Image<S>,
+    operation: Operation,
+) -> lacuna::Result<Vec<u8>> {
+    match operation {
+        Operation::Read(range) => return read(image, range).await,
+        Operation::Write { range, seed, flags } => {
+            let buffer = Buffer::from(&content(seed, range)[..]);
+            image.write(range.start, buffer, flags).await.0?;
+        }
+        Operation::WriteCompressed { range, seed } => {
+            let buffer = Buffer::from(&content(seed, range)[..]);
+            image.write_compressed(range.start, buffer).await.0?;
+        }
+        Operation::WriteZeroes { range, flags } => image.write_zeroes(range, flags).await?,
+        Operation::Discard { range, mode } => image.discard(range, mode).await?,
+        Operation::Flush => image.flush().await?,
+        Operation::Resize { size_bytes } => image.resize(size_bytes, Shrink::Allow).await?,
+        Operation::Reopen => {}
+    }
+    Ok(Vec::new())
+}
+
+/// Tells the model of an operation that is over.
+pub(crate) async fn settle<S: Storage>(
+    image: &Image<S>,
+    model: &mut ModelDisk,
+    operation: &Operation,
+) -> Result<(), String> {
+    if let Operation::Discard { range, mode } = *operation {
+        let seen = read(image, range).await.map_err(|error| error.to_string())?;
+        model.settle_discard(range, mode, &seen)?;
+    }
+    model.apply(operation);
+    Ok(())
+}
+
+/// All guest bytes of an image.
+pub(crate) async fn whole_content<L: Layer>(image: &L) -> lacuna::Result<SparseBytes> {
+    let mut seen = SparseBytes::default();
+    let (mut at, end) = (0, image.size_bytes());
+    while at < end {
+        let range = GuestRange::new(GuestOffset(at), (end - at).min(STEP));
+        seen.write(at, &read(image, range).await?);
+        at += range.len;
+    }
+    Ok(seen)
+}
+
+/// What each byte may be: as in one of several states of the disk.
+#[derive(Clone, Default)]
+pub(crate) struct Candidates(pub(crate) Vec<SparseBytes>);
+
+impl Candidates {
+    /// Adds what `operation` makes of the last state, begun or finished.
+    pub(crate) fn add(&mut self, model: &ModelDisk) {
+        self.0.push(model.content().clone());
+    }
+
+    /// Adds what a discard may leave: zeros, or the backing layer where the mapping goes.
+    pub(crate) fn add_discard(&mut self, range: GuestRange, mode: DiscardMode, case: &Case) {
+        let Some(last) = self.0.last() else { return };
+        let mut zeros = last.clone();
+        zeros.punch(range.start.0, range.end().0);
+        if let (DiscardMode::Full, Some(below)) = (mode, &case.backing) {
+            let mut shown = last.clone();
+            let bytes = below.guest.read_vec(range.start.0, range.len as usize);
+            shown.write(range.start.0, &bytes);
+            self.0.push(shown);
+        }
+        self.0.push(zeros);
+    }
+
+    /// Adds what shrinking may leave half-way: what is cut off is gone, the size not yet changed.
+    pub(crate) fn add_shrink(&mut self, size_bytes: u64, case: &Case) {
+        let Some(last) = self.0.last() else { return };
+        let old_len = last.len();
+        if size_bytes >= old_len {
+            return;
+        }
+        let mut shown = last.clone();
+        let from = size_bytes.next_multiple_of(case.kind.cluster_bytes()).min(old_len);
+        shown.punch(from, old_len);
+        self.0.push(shown.clone());
+        if let Some(below) = &case.backing {
+            let bytes = below.guest.read_vec(from, (old_len - from) as usize);
+            shown.write(from, &bytes);
+            self.0.push(shown);
+        }
+    }
+
+    /// Says which byte is as in none of the states.
+    pub(crate) fn judge(&self, seen: &SparseBytes) -> Result<(), String> {
+        if !self.0.iter().any(|state| state.len() == seen.len()) {
+            let sizes: Vec<u64> = self.0.iter().map(SparseBytes::len).collect();
+            return Err(format!(
+                "The disk has {:#x} bytes, expected one of {sizes:x?}",
+                seen.len()
+            ));
+        }
+        let mut at = 0;
+        while at < seen.len() {
+            let len = (seen.len() - at).min(4096) as usize;
+            let bytes = seen.read_vec(at, len);
+            let mut states = Vec::with_capacity(self.0.len());
+            let is_whole = self.0.iter().any(|state| {
+                states.push(state.read_vec(at, len));
+                states.last() == Some(&bytes)
+            });
+            let good = |index: &usize| states.iter().any(|state| state[*index] == bytes[*index]);
+            if let Some(index) = (0..len).filter(|_| !is_whole).find(|index| !good(index)) {
+                let allowed: Vec<u8> = states.iter().map(|state| state[index]).collect();
+                return Err(format!(
+                    "Byte {:#x} is {:#x}, allowed are {allowed:x?}",
+                    at + index as u64,
+                    bytes[index]
+                ));
+            }
+            at += len as u64;
+        }
+        Ok(())
+    }
+}
+
+/// What our own check says of the image file of `case`.
+pub(crate) async fn own_check(case: &Case) -> CheckReport {
+    let storage = SimHost::without_record(Pace::AtOnce, 0).add_file(case.image.clone());
+    check(&storage, &CheckOptions::default(), &mut |_| {}).await.unwrap()
+}
+
+/// Leaks at worst, by our own check and, where `ask_qemu`, by QEMU's.
+pub(crate) async fn assert_safe(case: &Case, ask_qemu: bool) -> Result<(), String> {
+    let report = own_check(case).await;
+    if report.corruptions > 0 || report.check_errors > 0 {
+        return Err(format!("check: {report:x?}"));
+    }
+    if ask_qemu {
+        let found = qemu_check(case);
+        if !found.is_safe() || found.leaks != report.leaks {
+            return Err(format!("check: {report:x?}\nqemu-img check: {}", found.text));
+        }
+    }
+    Ok(())
+}
+
+/// Says whether refcounts are not to be believed before a repair.
+pub(crate) fn is_dirty(case: &Case) -> bool {
+    case.kind.version == 3 && case.image.read_vec(79, 1)[0] & 1 == 1
+}
+
+/// What qemu-img says of the files of `case`.
+pub(crate) fn qemu_check(case: &Case) -> QemuCheck {
+    let folder = tempfile::tempdir().unwrap();
+    qemu_img_check(&case.save(folder.path()))
+}
+
+/// Asserts that QEMU shows a guest the bytes of the model, and finds nothing to complain of.
+pub(crate) fn assert_qemu_agrees(case: &Case, model: &ModelDisk, story: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let image = case.save(folder.path());
+    let report = pollster::block_on(own_check(case));
+    assert!(report.is_clean(), "{story}: {report:x?}");
+    let found = qemu_img_check(&image);
+    assert!(found.is_clean(), "{story}: {}", found.text);
+    let raw = folder.path().join("model.raw");
+    model.content().save(&raw);
+    let words = ["compare", "-f", "qcow2", "-F", "raw"].map(std::ffi::OsStr::new);
+    let words = words.into_iter().chain([image.as_os_str(), raw.as_os_str()]);
+    let finished = QEMU_IMG.run_in(folder.path(), words);
+    assert!(
+        finished.code == 0,
+        "{story}: qemu-img compare: {}{}",
+        finished.stdout,
+        finished.stderr
+    );
+}

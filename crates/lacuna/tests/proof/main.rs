@@ -1,0 +1,12 @@
+//! The engine proved against a model, crashes, cancellation, failing hosts and QEMU.
+//!
+//! `LACUNA_SEED=n` replays one seed, `LACUNA_SEEDS=n` runs more of them, `LACUNA_LONG=1` goes
+//! through every combination instead of a spread of them.
+
+mod cancellation;
+mod case;
+mod crash;
+mod drive;
+mod faults;
+mod qemu_differential;
+mod random_operations;
