@@ -73,3 +73,8 @@ pub mod storage;
 pub mod units;
 
 pub use error::{Error, ErrorKind, Result};
+
+/// The example of the README, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
