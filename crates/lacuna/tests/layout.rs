@@ -164,7 +164,9 @@ fn writes_go_where_qemu_puts_them() {
 
 #[test]
 fn zeroed_clusters_are_reused_where_qemu_reuses_them() {
-    for options in ["compat=1.1", "compat=0.10", "cluster_size=4096", "extended_l2=on"] {
+    for options in
+        ["compat=1.1", "compat=0.10", "cluster_size=4096", "cluster_size=512", "extended_l2=on"]
+    {
         for seed in 1..4 {
             same_layout(options, 8 << 20, seed, true);
         }

@@ -1,7 +1,7 @@
 //! Requests under way: who may touch which guest clusters, and since when.
 //!
-//! * Exclusive (the mapping changes) conflicts with shared and exclusive; shared (data written in
-//!   place) conflicts with exclusive; reads conflict with nothing.
+//! * Whoever changes the map conflicts with all but reads; shared (data written in place) conflicts
+//!   with those; reads conflict with nothing.
 //! * Always: a freed host cluster is reused only when every request that began before it was
 //!   freed is over, since such a request may still move its bytes (D.1-58).
 //! * Always: what a request reserved and never linked goes back when its last hold is dropped.
@@ -14,9 +14,14 @@ use crate::units::{GuestRange, HostRange};
 /// How a request touches its clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Touch {
+    /// Reads guest bytes.
     Read,
+    /// Writes guest bytes where they lie.
     Shared,
+    /// Moves guest bytes and changes the map.
     Exclusive,
+    /// Changes the map and moves no bytes: excludes others, but keeps no cluster from reuse.
+    Map,
 }
 
 /// A request's place in the list.
@@ -69,7 +74,9 @@ impl InFlight {
     pub(super) fn conflicts(&self, touch: Touch, clusters: GuestRange) -> bool {
         let excludes = |other: &Entry| match (touch, other.touch) {
             (Touch::Read, _) | (_, Touch::Read) | (Touch::Shared, Touch::Shared) => false,
-            (Touch::Exclusive, _) | (_, Touch::Exclusive) => other.clusters.overlaps(&clusters),
+            (Touch::Exclusive | Touch::Map, _) | (_, Touch::Exclusive | Touch::Map) => {
+                other.clusters.overlaps(&clusters)
+            }
         };
         self.entries.iter().flatten().any(excludes)
     }
@@ -129,9 +136,9 @@ impl InFlight {
         Moment(self.now)
     }
 
-    /// Says whether every request that began before `moment` is over.
+    /// Says whether every request that began before `moment` and moves bytes is over.
     pub(super) fn all_began_after(&self, moment: Moment) -> bool {
-        self.entries.iter().flatten().all(|entry| entry.began > moment)
+        self.entries.iter().flatten().all(|entry| entry.began > moment || entry.touch == Touch::Map)
     }
 }
 

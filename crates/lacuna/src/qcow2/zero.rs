@@ -220,9 +220,7 @@ impl<S: Storage> Image<S> {
     async fn exclude_others(&self, range: GuestRange) -> Result<Hold> {
         let clusters = self.geometry().cover_clusters(range);
         let token = self
-            .plan(|meta| {
-                Ok(meta.in_flight.begin(Touch::Exclusive, clusters).map_err(Need::Turn)?)
-            })
+            .plan(|meta| Ok(meta.in_flight.begin(Touch::Map, clusters).map_err(Need::Turn)?))
             .await?;
         Ok(self.hold(token))
     }
