@@ -66,6 +66,8 @@ pub mod blocking;
 pub mod buffer;
 pub mod chain;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod job;
 pub mod qcow2;
 pub mod raw;

@@ -6,6 +6,7 @@
 mod builder;
 mod executor;
 pub mod foreign;
+pub mod fuzz;
 mod model;
 mod operations;
 mod random;

@@ -10,7 +10,7 @@
 
 mod bitmaps;
 pub mod check;
-mod codec;
+pub(crate) mod codec;
 mod create;
 mod flush;
 pub mod format;

@@ -4,8 +4,9 @@ use super::format::{L2Entry, SubclusterBitmap, SubclusterState};
 use super::in_flight::{Token, Touch};
 use super::mapping::{DataPlace, Mapping, OnWrite};
 use super::meta::Meta;
-use super::need::{Need, Planned};
+use super::need::{Need, Planned, Stop};
 use super::quarantine::FreedBy;
+use crate::Error;
 use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 
 /// The leading part of a write, and how it is done.
@@ -94,10 +95,19 @@ fn in_place(meta: &mut Meta, guest: GuestRange, host: HostOffset) -> Planned<Wri
 fn check_host(meta: &Meta, host: HostRange) -> Planned<()> {
     match meta.decoder.place {
         DataPlace::External => Ok(()),
-        DataPlace::ImageFile => {
-            meta.structures.check(host, None).map_err(super::need::Stop::Corrupt)
-        }
+        DataPlace::ImageFile => meta.structures.check(host, None).map_err(Stop::Corrupt),
     }
+}
+
+/// What was reserved beyond everything ever written was lost with the file's end (D.1-46).
+fn check_reserved(meta: &Meta, host: HostOffset, guest: GuestOffset) -> Planned<()> {
+    if meta.decoder.place == DataPlace::External || host < meta.zero_from {
+        return Ok(());
+    }
+    Err(Stop::Corrupt(Error::corrupt(format!(
+        "Guest offset {guest} has host offset {host} reserved, beyond the end of the file at {}",
+        meta.zero_from
+    ))))
 }
 
 fn link(meta: &mut Meta, range: GuestRange, behind: Option<HostOffset>) -> Planned<WritePiece> {
@@ -112,7 +122,10 @@ fn link(meta: &mut Meta, range: GuestRange, behind: Option<HostOffset>) -> Plann
         return Err(Need::Turn(meta.in_flight.wait()).into());
     }
     let place = match piece.reserved {
-        Some(host) => NewPlace { host, clusters: clusters.len, reads_zero: false },
+        Some(host) => {
+            check_reserved(meta, host, clusters.start)?;
+            NewPlace { host, clusters: clusters.len, reads_zero: false }
+        }
         None => new_clusters(meta, clusters, behind)?,
     };
     let token = meta.in_flight.begin(Touch::Exclusive, clusters).map_err(Need::Turn)?;
