@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use lacuna::qcow2::check::{CheckOptions, CheckReport, FindingKind, Harm, Repair, check};
+use lacuna::qcow2::check::{CheckOptions, CheckReport, Finding, FindingKind, Harm, Repair, check};
 use lacuna::storage::Storage;
 use testkit::SparseBytes;
 use testkit::sim::{Pace, SimHost, crash};
@@ -15,17 +15,24 @@ fn run<S: Storage>(storage: &S, repair: Repair) -> CheckReport {
     pollster::block_on(check(storage, &CheckOptions { repair }, &mut |_| {})).unwrap()
 }
 
-/// The host clusters that somebody could overwrite by mistake, and whatever else is harmful.
-fn harm(report: &CheckReport, cluster_bits: u32) -> BTreeSet<String> {
-    let harmful = report.findings.iter().filter(|finding| finding.harm() == Harm::Harmful);
-    let place = |kind: &FindingKind| match kind {
+/// What is in danger: host clusters that somebody could overwrite by mistake, and whatever else is
+/// harmful, by its place. (Not by what is there: a repair changes flags.)
+pub(crate) fn harm(report: &CheckReport, cluster_bits: u32) -> BTreeSet<String> {
+    // A table that is not aligned is never used, whatever it seems to say.
+    let is_used =
+        |finding: &&Finding| finding.location().is_none_or(|at| at.0 % (1 << cluster_bits) == 0);
+    let is_harm = |finding: &&Finding| finding.harm() == Harm::Harmful && !finding.repaired;
+    let place = |finding: &Finding| match &finding.kind {
         FindingKind::RefcountMismatch { cluster, .. } => format!("cluster {}", cluster.0),
         FindingKind::CopiedData { entry, .. } | FindingKind::CopiedTable { entry, .. } => {
             format!("cluster {}", (entry & 0x00ff_ffff_ffff_fe00) >> cluster_bits)
         }
-        other => format!("{other:?}"),
+        other => {
+            let text = format!("{other:?}");
+            format!("{} {:?}", text.split(' ').next().unwrap_or_default(), finding.location())
+        }
     };
-    harmful.map(|finding| place(&finding.kind)).collect()
+    report.findings.iter().filter(is_harm).filter(is_used).map(place).collect()
 }
 
 /// Returns how many states were looked at.

@@ -3,17 +3,17 @@
 //!
 //! `LACUNA_SEED=17` replays one run, `LACUNA_SEEDS=5000` runs that many.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 
 use lacuna::block::Layer;
 use lacuna::buffer::Buffer;
-use lacuna::qcow2::check::{CheckReport, Finding, FindingKind, Harm, Repair};
+use lacuna::qcow2::check::{CheckReport, FindingKind, Repair};
 use lacuna::qcow2::{Access, Image as Qcow2, OpenOptions, Parts};
 use lacuna::storage::MemoryStorage;
 use lacuna::units::{GuestOffset, HostOffset};
 use testkit::{Random, seeds};
 
+use crate::crash::harm;
 use crate::images::{Image, counts};
 
 const KINDS: &[(&str, &[&str])] = &[
@@ -136,22 +136,6 @@ fn brief(report: &CheckReport) -> String {
     format!("{:?}\n{}\n", counts(report), lines.join("\n"))
 }
 
-/// The harmful findings, told apart by what they endanger.
-fn harm(report: &CheckReport, cluster_bytes: u64) -> BTreeSet<String> {
-    // A table that is not aligned is never used, whatever it seems to say.
-    let is_used = |finding: &Finding| finding.location().is_none_or(|at| at.0 % cluster_bytes == 0);
-    let is_harm = |finding: &&Finding| {
-        finding.harm() == Harm::Harmful && !finding.repaired && is_used(finding)
-    };
-    let key = |finding: &Finding| {
-        let name = format!("{:?}", finding.kind);
-        let name = name.split(' ').next().unwrap_or_default().to_owned();
-        // By where it is, not by what is there: a repair changes flags.
-        format!("{name} {:?}", finding.location())
-    };
-    report.findings.iter().filter(is_harm).map(key).collect()
-}
-
 #[test]
 fn random_damage_is_counted_as_qemu_counts_it_and_repair_makes_nothing_worse() {
     let images: Vec<_> = KINDS
@@ -197,10 +181,8 @@ fn random_damage_is_counted_as_qemu_counts_it_and_repair_makes_nothing_worse() {
             brief(&ours),
             brief(&again)
         );
-        let worse: Vec<_> = {
-            let cluster_bytes = 1 << healthy[23];
-            harm(&again, cluster_bytes).difference(&harm(&ours, cluster_bytes)).cloned().collect()
-        };
+        let bits = healthy[23].into();
+        let worse: Vec<_> = harm(&again, bits).difference(&harm(&ours, bits)).cloned().collect();
         assert!(worse.is_empty(), "{story}: new harm {worse:#?} in {}", brief(&ours));
         let theirs = image.qemu_check();
         if comparable {
