@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use lacuna::block::Layer;
 use lacuna::buffer::Buffer;
-use lacuna::qcow2::check::{CheckReport, FindingKind, Repair};
+use lacuna::qcow2::check::{CheckOptions, CheckReport, FindingKind, Repair, check};
 use lacuna::qcow2::{Access, Image as Qcow2, OpenOptions, Parts};
 use lacuna::storage::MemoryStorage;
 use lacuna::units::{GuestOffset, HostOffset};
@@ -153,8 +153,9 @@ fn random_damage_is_counted_as_qemu_counts_it_and_repair_makes_nothing_worse() {
         let story = format!("seed {seed}: {options} {commands:?} flipped {flips:x?}");
         println!("{story}");
         let (ours, theirs) = (image.check(Repair::None), image.qemu_check());
-        // QEMU does not open images with bitmaps it does not like.
+        // QEMU does not open images with bitmaps it does not like; a cut list may hide what is ours.
         let comparable = theirs.has_checked()
+            && ours.findings_omitted == 0
             && !ours.findings.iter().any(|finding| is_ours_alone(&finding.kind));
         if comparable {
             assert_eq!(
@@ -205,5 +206,31 @@ fn random_damage_is_counted_as_qemu_counts_it_and_repair_makes_nothing_worse() {
         let second = image.check(Repair::All);
         let (second, expected) = (counts(&second)[1..].to_vec(), counts(&again)[1..].to_vec());
         assert_eq!(second, expected, "{story}: a second repair found more to do");
+    }
+}
+
+/// Anything may be in the file; there is an answer.
+#[test]
+fn any_bytes_get_an_answer() {
+    let images: Vec<_> = KINDS
+        .iter()
+        .map(|(options, commands)| Image::new(options, "64M", &commands[..1]))
+        .collect();
+    for seed in seeds(200) {
+        println!("seed {seed}");
+        let mut random = Random::new(seed);
+        let mut bytes = random.pick(&images).bytes();
+        let ranges = [24..112, 0..0x400, 0x10000..0x10010, 0x20000..0x20040, 0x30000..0x50000];
+        for _ in 0..1 + random.below(12) {
+            let range = random.pick(&ranges).clone();
+            let at = (range.start + random.index(range.len())).min(bytes.len() - 1);
+            bytes[at] = random.next() as u8;
+        }
+        for repair in [Repair::None, Repair::Leaks, Repair::All] {
+            let storage = MemoryStorage::from(bytes.as_slice());
+            let result = pollster::block_on(check(&storage, &CheckOptions { repair }, &mut |_| {}));
+            let is_known = |report: &CheckReport| report.image_end_offset.0 > 0;
+            assert!(result.as_ref().map_or(true, is_known), "seed {seed}: {result:?}");
+        }
     }
 }

@@ -62,6 +62,9 @@ pub(crate) async fn repair<S: Storage>(
     listener: Listener<'_>,
 ) -> Result<CheckReport> {
     let mut repaired = CheckReport::default();
+    if !survey.io_failed {
+        clear_unknown_bits(storage, &mut survey).await?;
+    }
     for round in 0..ROUNDS {
         listener(Progress { phase: Phase::Repair, done: round, total: ROUNDS });
         if survey.report.is_clean() || survey.io_failed {
@@ -92,7 +95,6 @@ pub(crate) async fn repair<S: Storage>(
 
 impl<S: Storage> Round<'_, S> {
     async fn all(&mut self) -> Result<()> {
-        self.clear_unknown_bits().await?;
         if self.survey.repairable_entries > 0 {
             // What such entries refer to does not count afterwards: look again first.
             self.repair_entries(Scope::NoFlags).await?;
@@ -120,27 +122,12 @@ impl<S: Storage> Round<'_, S> {
     async fn leaks(&mut self) -> Result<()> {
         let report = &self.survey.report;
         if report.leaks > 0 && self.survey.is_complete {
-            self.clear_unknown_bits().await?;
             self.lower().await?;
             self.punch().await;
         } else if report.check_errors == 0 && report.corruptions == self.survey.wrong_flags {
-            self.clear_unknown_bits().await?;
             self.repair_entries(Scope::All).await?;
         }
         Ok(())
-    }
-
-    /// A writer that does not know a feature must say so before it writes (B.12).
-    async fn clear_unknown_bits(&mut self) -> Result<()> {
-        let features = &mut self.survey.header.features;
-        let unknown = features.autoclear - AutoclearFeatures::all();
-        if unknown.is_empty() {
-            return Ok(());
-        }
-        features.autoclear &= AutoclearFeatures::all();
-        let (at, bytes) = features.header_update();
-        write(self.storage, at, &bytes).await?;
-        self.storage.flush().await
     }
 
     async fn write(&mut self, at: HostOffset, bytes: &[u8]) -> Result<()> {
@@ -190,6 +177,20 @@ impl<S: Storage> Round<'_, S> {
 
 async fn write<S: Storage>(storage: &S, at: HostOffset, bytes: &[u8]) -> Result<()> {
     storage.write_at(at, Buffer::from(bytes)).await.0
+}
+
+/// Clears the autoclear bits that are not known here: who opens an image for writing does so before
+/// anything else (B.12), whether anything is written later or not.
+async fn clear_unknown_bits<S: Storage>(storage: &S, survey: &mut Survey) -> Result<()> {
+    let features = &mut survey.header.features;
+    let unknown = features.autoclear - AutoclearFeatures::all();
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    features.autoclear &= AutoclearFeatures::all();
+    let (at, bytes) = features.header_update();
+    write(storage, at, &bytes).await?;
+    storage.flush().await
 }
 
 /// Clears the dirty and the corrupt bit where the last check found neither error nor corruption.
