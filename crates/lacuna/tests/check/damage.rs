@@ -3,6 +3,7 @@
 use lacuna::qcow2::check::{CheckReport, Repair};
 
 use crate::images::{Image, counts};
+use crate::repair::{lengthen_entry, shorten_entries};
 
 const COPIED: u64 = 1 << 63;
 
@@ -284,6 +285,11 @@ pub(crate) fn snapshot_cases() -> Vec<Case> {
         with_snapshots("snapshots and no refcounts", Nothing, |image| {
             image.poke_word(image.word(48), 0);
         }),
+        with_snapshots("snapshot entries incomplete", Nothing, shorten_entries),
+        Case {
+            qemu: Qemu::Differs,
+            ..with_snapshots("snapshot with too much extra data", Nothing, lengthen_entry)
+        },
         Case {
             options: "refcount_bits=1",
             commands: WRITES,

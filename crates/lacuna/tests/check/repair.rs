@@ -99,7 +99,7 @@ fn snapshots_and_bitmaps_survive_a_rebuild() {
 }
 
 /// Takes the extra data out of both entries of the snapshot table.
-fn shorten_entries(image: &Image) {
+pub(crate) fn shorten_entries(image: &Image) {
     let table = image.word(64) as usize;
     let bytes = image.bytes();
     let (mut at, mut short) = (table, Vec::new());
@@ -132,6 +132,40 @@ fn incomplete_snapshot_entries_are_completed_and_none_is_lost() {
     let report = image.check(Repair::All);
     assert!(report.is_clean(), "{:?}", report.findings);
     assert_eq!((report.corruptions_fixed, report.leaks_fixed), (2, 0));
+    assert_eq!(image.qemu_check().status, 0);
+    assert_eq!(snapshots(&image), listed);
+    image.io(&["!snapshot -a one @"]);
+    assert_eq!(&image.guest()[..1 << 20], &vec![1; 1 << 20]);
+    assert_eq!(image.qemu_check().status, 0);
+}
+
+/// Gives the first entry of the snapshot table 2000 bytes of extra data.
+pub(crate) fn lengthen_entry(image: &Image) {
+    let bytes = image.bytes();
+    let table = image.word(64) as usize;
+    let mut long = bytes[table..].to_vec();
+    let extra = u32::from_be_bytes(long[36..40].try_into().unwrap()) as usize;
+    long[36..40].copy_from_slice(&2000_u32.to_be_bytes());
+    long.splice(40 + extra..40 + extra, vec![7; 2000 - extra]);
+    image.set_bytes(&[&bytes[..table], &long].concat());
+}
+
+#[test]
+fn too_much_extra_data_is_cut_and_no_snapshot_is_lost() {
+    let commands =
+        ["write -P 1 0 1M", "!snapshot -c one @", "write -P 2 0 1M", "!snapshot -c two @"];
+    let image = Image::new("", "64M", &commands);
+    let listed = snapshots(&image);
+    lengthen_entry(&image);
+    let report = image.check(Repair::None);
+    assert_eq!(report.check_errors, 1, "{:?}", report.findings);
+    let qemu = image.qemu_check();
+    assert_eq!(qemu.status, 1);
+    let text = report.findings[0].qemu_text();
+    assert_eq!(text.lines().collect::<Vec<_>>(), qemu.lines[..2], "{qemu:?}");
+    let report = image.check(Repair::All);
+    assert!(report.is_clean(), "{:?}", report.findings);
+    assert_eq!(report.corruptions_fixed, 1);
     assert_eq!(image.qemu_check().status, 0);
     assert_eq!(snapshots(&image), listed);
     image.io(&["!snapshot -a one @"]);

@@ -6,6 +6,8 @@ use crate::units::HostOffset;
 const OVERFLOW_ADVICE: &str = "Use qemu-img amend to increase the refcount entry width or \
     qemu-img convert to create a clean copy if the image cannot be opened for writing";
 
+const EXTRA_ADVICE: &str = "You can force-remove this extra metadata with qemu-img check -r all";
+
 impl Finding {
     /// Returns the text that `qemu-img check` prints for this finding; more than one line with
     /// overflows. Where QEMU has no such finding, our text behind `ERROR`.
@@ -102,6 +104,13 @@ fn structure_text(kind: &FindingKind, verb: &str) -> Option<String> {
         FindingKind::RefcountUnreadable { cluster, .. } => {
             format!("Can't get refcount for cluster {}: Input/output error", cluster.0)
         }
+        FindingKind::SnapshotExtraTooLarge { index, bytes } if verb == "Repairing" => format!(
+            "Discarding too much extra metadata in snapshot table entry {index} ({bytes} > 1024)"
+        ),
+        FindingKind::SnapshotExtraTooLarge { index, .. } => format!(
+            "qemu-img: ERROR failed to read the snapshot table: Too much extra metadata in \
+             snapshot table entry {index}\n{EXTRA_ADVICE}"
+        ),
         FindingKind::SnapshotIncomplete { index } => {
             format!("{verb} snapshot table entry {index} is incomplete")
         }

@@ -1,6 +1,7 @@
-//! The snapshot table made complete: version 3 demands the 64-bit VM state size and the disk size.
+//! The snapshot table made right: version 3 demands the 64-bit VM state size and the disk size,
+//! and nobody reads entries with more than 1 KiB of extra data.
 //!
-//! The new table has every snapshot of the old one, in its order, and goes to fresh clusters; 12
+//! What is beyond that is the only thing that goes. The new table has every snapshot of the old one, in its order, and goes to fresh clusters; 12
 //! bytes of the header switch to it.
 
 use super::super::check::FindingKind;
@@ -69,6 +70,9 @@ impl<S: Storage> Round<'_, S> {
         self.quiet.push(first..last);
         for index in std::mem::take(&mut survey.snapshots.incomplete) {
             self.report.record_repaired(FindingKind::SnapshotIncomplete { index }, 1);
+        }
+        for (index, bytes) in std::mem::take(&mut survey.snapshots.too_large) {
+            self.report.record_repaired(FindingKind::SnapshotExtraTooLarge { index, bytes }, 1);
         }
         Ok(())
     }
