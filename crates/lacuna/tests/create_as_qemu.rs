@@ -5,9 +5,13 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use lacuna::ErrorKind;
+use lacuna::buffer::{Buffer, Hold};
 use lacuna::qcow2::format::{CompressionType, EntryWidth, Version};
 use lacuna::qcow2::{BackingName, CreateOptions, DataFileName, create};
-use lacuna::storage::{MemoryStorage, Storage};
+use lacuna::storage::{
+    Capabilities, Capability, HostExtent, MemoryStorage, Storage, Transfer, ZeroMode,
+};
+use lacuna::units::{HostOffset, HostRange};
 use pollster::block_on;
 
 /// Runs qemu-img in `folder`; a missing tool is a failure.
@@ -274,4 +278,66 @@ fn what_was_in_the_storage_before_is_gone() {
     let storage = MemoryStorage::from(&vec![0xff; 1 << 20][..]);
     block_on(create(&storage, &options(MIB, 65536))).unwrap();
     assert!(storage.to_vec() == made_by_qemu(&options(MIB, 65536)).unwrap());
+}
+
+/// Memory of a fixed length, as a block device is.
+struct Device(MemoryStorage);
+
+impl Storage for Device {
+    async fn read_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        self.0.read_at(offset, buffer).await
+    }
+
+    async fn write_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        self.0.write_at(offset, buffer).await
+    }
+
+    async fn write_zeroes_at(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        hold: Hold,
+    ) -> lacuna::Result<()> {
+        self.0.write_zeroes_at(range, mode, hold).await
+    }
+
+    async fn punch_hole_at(&self, range: HostRange, hold: Hold) -> lacuna::Result<()> {
+        self.0.punch_hole_at(range, hold).await
+    }
+
+    async fn allocate_at(&self, range: HostRange) -> lacuna::Result<()> {
+        self.0.allocate_at(range).await
+    }
+
+    async fn flush(&self) -> lacuna::Result<()> {
+        self.0.flush().await
+    }
+
+    async fn len(&self) -> lacuna::Result<u64> {
+        self.0.len().await
+    }
+
+    async fn set_len(&self, _: u64) -> lacuna::Result<()> {
+        Err(lacuna::Error::unsupported("A device has one length"))
+    }
+
+    async fn status_at(&self, range: HostRange) -> lacuna::Result<HostExtent> {
+        self.0.status_at(range).await
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { set_len: Capability::Unsupported, ..self.0.capabilities() }
+    }
+}
+
+#[test]
+fn on_a_device_the_image_is_the_same_and_the_rest_is_left_alone() {
+    let device = Device(MemoryStorage::from(&vec![0xff; 1 << 20][..]));
+    block_on(create(&device, &options(MIB, 65536))).unwrap();
+    let bytes = device.0.to_vec();
+    let mut expected = made_by_qemu(&options(MIB, 65536)).unwrap();
+    // The L1 table's cluster is zeroed to its end: what was there must not look like entries.
+    expected.resize(4 << 16, 0);
+    assert!(bytes[..4 << 16] == expected);
+    assert!(bytes[4 << 16..].iter().all(|byte| *byte == 0xff));
 }

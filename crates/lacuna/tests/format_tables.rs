@@ -4,9 +4,9 @@ use std::path::Path;
 use std::process::Command;
 
 use lacuna::qcow2::format::{
-    BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry, BitmapsExtension, EntryWidth,
-    Geometry, Header, L1Location, RefcountWidth, Snapshot, SnapshotTableDecoder, StoredName,
-    Version,
+    BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry, BitmapsExtension, CompressedRun,
+    EntryWidth, Geometry, Header, L1Entry, L1Location, L2Entry, RefcountTableEntry, RefcountWidth,
+    Snapshot, SnapshotTableDecoder, StoredName, SubclusterBitmap, SubclusterState, Version,
 };
 use lacuna::units::HostOffset;
 use proptest::collection::vec;
@@ -172,6 +172,61 @@ proptest! {
             let entry = BitmapTableEntry::new(cluster);
             prop_assert!(!entry.has_reserved_bits());
             prop_assert_eq!(entry.cluster(), cluster);
+        }
+    }
+
+    #[test]
+    fn table_pointers_survive_encoding(cluster in 1_u64..1 << 47) {
+        let host = HostOffset(cluster << 9);
+        let (l1, l2) = (L1Entry::new(host), L2Entry::standard(host));
+        prop_assert_eq!((l1.table(), l1.is_copied()), (Some(host), true));
+        prop_assert_eq!((l2.host(), l2.is_copied(), l2.is_compressed()), (Some(host), true, false));
+        prop_assert_eq!(l2.with_zero_flag().host(), Some(host));
+        prop_assert!(!l1.has_reserved_bits() && !l1.with_copied(false).is_copied());
+        let block = RefcountTableEntry::new(host);
+        prop_assert_eq!((block.block(), block.has_reserved_bits()), (Some(host), false));
+    }
+
+    #[test]
+    fn compressed_runs_survive_encoding_at_every_cluster_size(
+        bits in 9_u32..=21,
+        start in 1_u64..1 << 56,
+        len in 1_u64..1 << 21,
+    ) {
+        let geometry = Geometry::new(Version::V3, bits, 4, EntryWidth::Standard).unwrap();
+        let start = (start % CompressedRun::offset_limit(&geometry)).max(1);
+        let run = CompressedRun::new(HostOffset(start), len.min(geometry.cluster_bytes() - 1));
+        let entry = L2Entry::compressed(run, &geometry);
+        prop_assert_eq!(entry.compressed_run(&geometry), Some(run));
+        prop_assert!(entry.is_compressed() && !entry.is_copied());
+        prop_assert!(!entry.has_reserved_bits(&geometry));
+        // The whole stream, to the end of its last sector.
+        let range = run.range();
+        prop_assert_eq!(range.start, HostOffset(start));
+        prop_assert!(range.len >= len.min(geometry.cluster_bytes() - 1));
+        prop_assert_eq!(range.end().0 % 512, 0);
+    }
+
+    #[test]
+    fn subcluster_states_follow_a_model(changes in vec((0_u8..3, 0_u32..32, 1_u32..=32), 0..12)) {
+        let mut model = [SubclusterState::Unallocated; 32];
+        let mut bitmap = SubclusterBitmap::default();
+        for (what, from, len) in changes {
+            let to = (from + len).min(32);
+            let (state, changed) = match what {
+                0 => (SubclusterState::Data, bitmap.with_data(from, to)),
+                1 => (SubclusterState::Zero, bitmap.with_zero(from, to)),
+                _ => (SubclusterState::Unallocated, bitmap.with_unallocated(from, to)),
+            };
+            bitmap = changed;
+            model[from as usize..to as usize].fill(state);
+        }
+        prop_assert!(!bitmap.is_invalid());
+        for (index, state) in model.iter().enumerate() {
+            let (found, end) = bitmap.run(u32::try_from(index).unwrap());
+            prop_assert_eq!(found, *state);
+            let same = model[index..].iter().take_while(|other| *other == state).count();
+            prop_assert_eq!(end as usize, index + same);
         }
     }
 
