@@ -13,7 +13,7 @@ use pollster::block_on;
 use testkit::foreign::{QEMU_IMG, QEMU_IO, qemu_img_check};
 use testkit::{Random, seeds};
 
-const LAYOUTS: [&str; 8] = [
+const LAYOUTS: [&str; 10] = [
     "compat=0.10,cluster_size=512",
     "compat=0.10",
     "compat=1.1,cluster_size=4k",
@@ -22,6 +22,9 @@ const LAYOUTS: [&str; 8] = [
     "extended_l2=on,cluster_size=16k",
     "extended_l2=on",
     "compression_type=zstd,cluster_size=32k",
+    // Where guest data lies in a file of its own; its name is put in.
+    "cluster_size=8k,data_file=",
+    "extended_l2=on,cluster_size=32k,data_file=",
 ];
 
 struct Tower {
@@ -63,9 +66,12 @@ impl Tower {
             words.extend([OsStr::new("-b"), below.as_os_str(), "-F".as_ref()]);
             words.push(below_format.as_ref());
         }
-        let layout = *random.pick(&LAYOUTS);
+        let mut layout = random.pick(&LAYOUTS).to_string();
+        if layout.ends_with('=') {
+            layout += &path.with_extension("data").display().to_string();
+        }
         if self.top_format == "qcow2" {
-            words.extend([OsStr::new("-o"), layout.as_ref()]);
+            words.extend([OsStr::new("-o"), OsStr::new(&layout)]);
         }
         words.extend([path.as_os_str(), size.as_ref()]);
         QEMU_IMG.succeed(words);
@@ -106,7 +112,11 @@ impl Tower {
 
     fn open(&self, access: Access) -> Chain<FileStorage> {
         let format: Format = self.top_format.parse().unwrap();
-        let options = ChainOptions { backing: Allow::Named, ..ChainOptions::new(format, access) };
+        let options = ChainOptions {
+            backing: Allow::Named,
+            data_file: Allow::Named,
+            ..ChainOptions::new(format, access)
+        };
         let top = self.path(self.levels - 1);
         block_on(chain::open(&FileOpener::default(), &top, &options)).unwrap()
     }

@@ -4,6 +4,7 @@
 //! * A raw disk whose format was probed never becomes something else to the next probe
 //!   (CVE-2026-27211): writes that put a magic at its start are refused.
 
+use std::fmt;
 use std::sync::Arc;
 
 use super::policy::Format;
@@ -100,6 +101,15 @@ impl<S: Storage> Clone for Disk<S> {
             Self::Qcow2(image) => Self::Qcow2(image.clone()),
             Self::Raw(disk) => Self::Raw(RawDisk { raw: Arc::clone(&disk.raw), ..*disk }),
         }
+    }
+}
+
+impl<S: Storage> fmt::Debug for Disk<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk")
+            .field("format", &self.format())
+            .field("size_bytes", &self.size_bytes())
+            .finish_non_exhaustive()
     }
 }
 

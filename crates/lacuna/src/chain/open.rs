@@ -27,6 +27,7 @@ use crate::{Error, Result};
 /// assert_eq!(chain.levels().len(), 1);
 /// # Ok::<_, lacuna::Error>(())
 /// ```
+#[derive(Debug)]
 pub struct Chain<S: Storage> {
     disk: Disk<S>,
     levels: Vec<LevelFacts>,
