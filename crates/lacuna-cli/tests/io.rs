@@ -183,6 +183,27 @@ fn overlays_count_their_own_clusters_only() {
 }
 
 #[test]
+fn writes_to_a_snapshot_are_gone_at_the_end() {
+    let ours = Sandbox::ours();
+    ours.prepare("stock-img create -q -f qcow2 image 8M; stock-io -c 'write -P 1 0 64k' image");
+    let before = ours.bytes("image");
+    ours.prepare(
+        "mkdir temporary; TMPDIR=$PWD/temporary qemu-io -s -f qcow2 -c 'write -P 2 0 512' \
+         -c 'read -P 2 0 512' -c 'read -P 1 512 63k' image && rmdir temporary",
+    );
+    assert!(before == ours.bytes("image"));
+}
+
+#[test]
+fn a_killed_shell_leaves_a_sound_image() {
+    let ours = Sandbox::ours();
+    ours.prepare("stock-img create -q -f qcow2 image 8M");
+    let killed = ours.run("qemu-io -f qcow2 -c 'write -P 1 0 64k' -c flush -c 'sigraise 9' image");
+    assert_eq!(killed.code, Some(128 + 9), "{}", killed.text);
+    ours.prepare("stock-img check image && stock-io -r -f qcow2 -c 'read -P 1 0 64k' image");
+}
+
+#[test]
 fn asynchronous_requests_are_in_flight_together() {
     let ours = Sandbox::ours();
     ours.prepare("stock-img create -q -f qcow2 image 64M");

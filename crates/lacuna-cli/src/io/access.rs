@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use rustix::process::{Signal, getpid, kill_process};
+
 use super::commands::{self, COMMANDS, Command, Done, Failure};
 use super::session::Session;
 
@@ -30,5 +32,17 @@ pub(super) fn sleep(session: &mut Session<'_>, _: &Command, words: &[String]) ->
             Ok(())
         }
         Err(_) => session.fail(&format!("{text} is not a valid number\n")),
+    }
+}
+
+/// Sends a signal to the program itself: what a crash at this point leaves can be looked at then.
+pub(super) fn sigraise(session: &mut Session<'_>, _: &Command, words: &[String]) -> Done {
+    let [text] = words else { return Err(Failure::Usage) };
+    let Some(signal) = text.parse().ok().and_then(Signal::from_named_raw) else {
+        return session.fail(&format!("{text} is not a valid signal number\n"));
+    };
+    match kill_process(getpid(), signal) {
+        Ok(()) => Ok(()),
+        Err(error) => session.report(&error.to_string()),
     }
 }

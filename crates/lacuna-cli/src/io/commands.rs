@@ -251,6 +251,16 @@ pub(super) const COMMANDS: &[Command] = &[
         run: image::reopen,
     },
     Command {
+        name: "sigraise",
+        short: "",
+        words: (1, 1),
+        needs: Needs::Nothing,
+        usage: "signal",
+        summary: "raises a signal",
+        flags: &[],
+        run: access::sigraise,
+    },
+    Command {
         name: "sleep",
         short: "",
         words: (1, 1),

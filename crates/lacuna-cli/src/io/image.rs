@@ -22,15 +22,15 @@ use crate::verbs::{dump, specifics};
 pub(super) struct OpenFlags {
     pub(super) access: Access,
     pub(super) cache: CacheMode,
+    /// Whether writes go to a file of their own that is gone when the image is closed.
+    pub(super) snapshot: bool,
 }
 
 impl OpenFlags {
     /// Reads the options of the program.
     pub(super) fn of_program(parsed: &Parsed) -> CliResult<Self> {
-        for flag in ["snapshot", "copy-on-read"] {
-            if parsed.has(flag) {
-                return Err(CliError::new(format!("--{flag} is not supported yet")));
-            }
+        if parsed.has("copy-on-read") {
+            return Err(CliError::new("--copy-on-read is not supported yet"));
         }
         check_mode(parsed, "aio", &["threads", "native", "io_uring"])?;
         check_mode(parsed, "discard", &["ignore", "off", "unmap", "on"])?;
@@ -40,7 +40,8 @@ impl OpenFlags {
             None if parsed.has("nocache") => CacheMode::Direct,
             None => CacheMode::Buffered,
         };
-        Ok(Self { access: super::access(parsed.has("read-only")), cache })
+        let access = super::access(parsed.has("read-only"));
+        Ok(Self { access, cache, snapshot: parsed.has("snapshot") })
     }
 }
 
@@ -70,6 +71,7 @@ pub(super) fn open(session: &mut Session<'_>, command: &Command, words: &[String
     let opened = spec(&parsed, shown).and_then(|image| session.open(image, &flags));
     match opened {
         Ok(()) => Ok(()),
+        Err(error) if shown.is_empty() => session.report(&format!("can't open: {}", error.text())),
         Err(error) => session.report(&format!("can't open device {shown}: {}", error.text())),
     }
 }

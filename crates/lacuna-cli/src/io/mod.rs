@@ -7,6 +7,7 @@ mod access;
 mod allocation;
 mod commands;
 mod image;
+mod overlay;
 mod report;
 mod session;
 mod transfer;
@@ -34,7 +35,7 @@ pub(crate) const VERB: Verb = Verb {
         Flag::valued('c', "cmd", "COMMAND", "a command to execute; may be repeated"),
         Flag::valued('f', "format", "FMT", "format of the image; probed where not given"),
         Flag::switch('r', "read-only", "change nothing"),
-        Flag::switch('s', "snapshot", "not supported"),
+        Flag::switch('s', "snapshot", "write to a file of its own, gone at the end"),
         Flag::switch('n', "nocache", "go past the page cache, short for -t none"),
         Flag::switch('C', "copy-on-read", "not supported"),
         Flag::switch('m', "misalign", "accepted and ignored"),

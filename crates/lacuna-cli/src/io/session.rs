@@ -14,6 +14,7 @@ use pollster::block_on;
 
 use super::commands::{self, Command, Done, Failure, Needs};
 use super::image::OpenFlags;
+use super::overlay;
 use crate::args::{self, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
@@ -163,7 +164,13 @@ impl<'t> Session<'t> {
     /// Opens an image where none is open.
     pub(super) fn open(&mut self, image: ImageSpec, flags: &OpenFlags) -> CliResult<()> {
         let request = Request { image, access: flags.access, cache: flags.cache };
-        self.open_request(request)
+        if !flags.snapshot {
+            return self.open_request(request);
+        }
+        let overlay = overlay::make(self.tool, &request)?;
+        let opened = self.open_request(overlay.request());
+        overlay.forget()?;
+        opened
     }
 
     /// As [`open`](Self::open), for a request that was made before.

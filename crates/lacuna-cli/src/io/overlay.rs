@@ -1,0 +1,55 @@
+//! An overlay for `-s`: the image below is not changed, and what is written is gone at the end.
+
+use std::path::PathBuf;
+
+use lacuna::block::Layer;
+use lacuna::qcow2::{self, Access, BackingName, CreateOptions};
+use lacuna::storage::{Create, FileOptions, FileStorage};
+use pollster::block_on;
+
+use crate::error::{CliError, CliResult};
+use crate::persona::Tool;
+use crate::verbs::open::{self, Request};
+use crate::verbs::spec::ImageSpec;
+
+/// A file that nobody needs by name once it is open.
+pub(super) struct Overlay {
+    file: PathBuf,
+    image: ImageSpec,
+    base: Request,
+}
+
+/// Makes an empty overlay over the image of `request`.
+pub(super) fn make(tool: &Tool, request: &Request) -> CliResult<Overlay> {
+    let base = Request { access: Access::ReadOnly, ..request.clone() };
+    let chain = open::open_bare(tool, &base)?;
+    let format = chain.disk().format().name().to_owned();
+    let below = std::fs::canonicalize(&base.image.file)
+        .map_err(|error| CliError::new(open::of_host(&error)))?;
+    let name = below.to_string_lossy().into_owned();
+    let options = CreateOptions {
+        size_bytes: chain.disk().size_bytes(),
+        backing: Some(BackingName { name, format: Some(format) }),
+        ..CreateOptions::default()
+    };
+    let file = std::env::temp_dir().join(format!("lacuna-io-{}.qcow2", std::process::id()));
+    let exclusive = FileOptions { create: Create::Exclusive, ..FileOptions::read_write() };
+    let storage = FileStorage::open(&file, &exclusive)?;
+    block_on(qcow2::create(&storage, &options))?;
+    let image = ImageSpec::from_name(&file.to_string_lossy(), Some("qcow2"))?;
+    Ok(Overlay { file, image, base })
+}
+
+impl Overlay {
+    /// Returns how to open it.
+    pub(super) fn request(&self) -> Request {
+        let image = self.image.clone();
+        Request { image, access: Access::ReadWrite, cache: self.base.cache }
+    }
+
+    /// Removes its name; the content stays as long as it is open.
+    pub(super) fn forget(self) -> CliResult<()> {
+        std::fs::remove_file(&self.file)
+            .map_err(|error| CliError::new(format!("Removing the overlay: {error}")))
+    }
+}
