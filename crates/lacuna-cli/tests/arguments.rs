@@ -38,7 +38,7 @@ fn messages_and_exit_codes_of_our_own_name() {
         ("lacuna check raw", 63, "lacuna: This image format does not support checks"),
         ("lacuna compare image missing", 2, "Could not open 'missing'"),
         ("lacuna convert --progress=x image a", 1, "--progress expects nothing or 'json' not 'x'"),
-        ("lacuna convert image raw a", 1, "More than one source is not supported yet"),
+        ("lacuna convert -n -o size=1M image raw", 1, "-o has no effect when skipping image"),
         ("lacuna convert -l snap image a", 1, "--source-snapshot is not supported yet"),
         ("lacuna info --object secret,id=x image", 1, "--object is not supported"),
         ("lacuna map -f qcow2 raw", 1, "Could not open 'raw'"),

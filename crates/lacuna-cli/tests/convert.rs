@@ -32,6 +32,23 @@ fn plain_copies_have_the_bytes_of_the_stock_ones() {
 }
 
 #[test]
+fn several_sources_are_put_behind_each_other() {
+    let (stock, ours) = both(
+        "stock-img create -q -f qcow2 a 2M
+         stock-img create -q b 1000k
+         stock-io -f qcow2 -c 'write -P 1 0 64k' -c 'write -P 2 2032k 16k' a
+         stock-io -f raw -c 'write -P 3 0 16k' -c 'write -P 4 500k 16k' b
+         qemu-img convert a b a raw
+         qemu-img convert -O qcow2 a b a image
+         qemu-img convert -c -O qcow2 a b compressed
+         stock-img convert compressed compressed.raw
+         qemu-img convert -B a -F qcow2 -O qcow2 a b nothing
+         qemu-img convert -n -o size=1M a raw",
+    );
+    same_files(&stock, &ours, &["raw", "image", "compressed.raw"]);
+}
+
+#[test]
 fn compressed_copies_are_sound_and_equal() {
     let ours = Sandbox::ours();
     ours.prepare(CHAIN);

@@ -19,6 +19,8 @@ fn images_are_described_in_the_same_words_and_json() {
          qemu-img info --image-opts driver=qcow2,file.filename=base
          qemu-img info 'json:{\"driver\":\"qcow2\",\"file.filename\":\"base\"}'
          qemu-img info file:base
+         cp base base:1
+         qemu-img info file:base:1
          stock-img create -q raw 1000
          qemu-img info raw
          qemu-img info --output=json raw

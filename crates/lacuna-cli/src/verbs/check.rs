@@ -4,7 +4,9 @@
 //! only, 63 the format has nothing to check.
 
 use lacuna::chain::probe;
-use lacuna::qcow2::check::{self as engine, CheckOptions, CheckReport, Finding, Repair};
+use lacuna::qcow2::check::{
+    self as engine, CheckOptions, CheckReport, Finding, FindingKind, Repair,
+};
 use lacuna::storage::{FileAccess, FileOptions, FileStorage};
 use pollster::block_on;
 use serde_json::{Map, Value};
@@ -160,7 +162,10 @@ fn findings(tool: &Tool, report: &CheckReport) -> String {
     };
     let mut text = String::new();
     let was_repaired = |finding: &&Finding| finding.repaired;
-    for finding in report.findings.iter().filter(was_repaired) {
+    // Refcounts are repaired after all has been looked at, the rest on the way.
+    let is_refcount =
+        |finding: &&Finding| matches!(finding.kind, FindingKind::RefcountMismatch { .. });
+    for finding in report.findings.iter().filter(was_repaired).filter(is_refcount) {
         text += &line(&Finding { repaired: false, ..finding.clone() });
     }
     for finding in report.findings.iter().filter(was_repaired) {

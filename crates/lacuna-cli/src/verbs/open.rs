@@ -104,9 +104,12 @@ pub(crate) fn of_chain(format: chain::Format) -> Format {
 pub(crate) fn check_file(file: &str) -> CliResult<()> {
     let kind = std::fs::metadata(file)
         .map_err(|error| CliError::new(format!("Could not open '{file}': {}", of_host(&error))))?;
-    match kind.is_dir() {
-        true => Err(CliError::new(format!("'file' driver requires '{file}' to be a regular file"))),
-        false => Ok(()),
+    use std::os::unix::fs::FileTypeExt;
+    match kind.is_file() || kind.file_type().is_block_device() {
+        true => Ok(()),
+        false => {
+            Err(CliError::new(format!("'file' driver requires '{file}' to be a regular file")))
+        }
     }
 }
 
@@ -127,7 +130,8 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
     let text = match (error.raw_os_error(), qemu_words(file, spec)) {
         (Some(code), _) if named() => format!("Could not open '{file}': {}", host_words(code)),
         (None, Some(words)) if !tool.is_own() => words,
-        _ => sentence(error),
+        // The caller says which image it is about.
+        _ => sentence(error).trim_start_matches(&format!("Image {file}: ")).to_owned(),
     };
     let failure = CliError::new(text);
     match error.kind() {

@@ -23,7 +23,7 @@ impl ImageSpec {
     pub(crate) fn from_name(name: &str, format: Option<&str>) -> CliResult<Self> {
         let mut spec = match (name.strip_prefix("json:"), name.strip_prefix("file:")) {
             (Some(json), _) => Self::from_pairs(name, pairs_of_json(json)?)?,
-            (None, Some(file)) => Self::plain(name, file),
+            (None, Some(file)) => Self::plain(name, &without_protocol(file)),
             (None, None) => Self::plain(name, name),
         };
         spec.driver = format.map(str::to_owned).or(spec.driver);
@@ -79,16 +79,49 @@ impl ImageSpec {
     }
 }
 
+/// A name that would again look like a protocol is given a folder, as QEMU shows it.
+fn without_protocol(file: &str) -> String {
+    let looks_like_one = file.split('/').next().is_some_and(|first| first.contains(':'));
+    if looks_like_one { format!("./{file}") } else { file.to_owned() }
+}
+
 /// Flattens `{"driver": "qcow2", "file": {"filename": "a"}}` to dotted keys.
 fn pairs_of_json(json: &str) -> CliResult<Vec<(String, String)>> {
     let wrong = || CliError::new("Could not parse the JSON options");
-    let value: Value = serde_json::from_str(json).map_err(|_| wrong())?;
+    let value: Value = serde_json::from_str(&with_double_quotes(json)).map_err(|_| wrong())?;
     let mut pairs = Vec::new();
     flatten("", &value, &mut pairs);
     match value.is_object() {
         true => Ok(pairs),
         false => Err(wrong()),
     }
+}
+
+/// QEMU takes strings in single quotes as well.
+fn with_double_quotes(json: &str) -> String {
+    let mut quote = None;
+    let mut text = String::with_capacity(json.len());
+    let mut characters = json.chars();
+    while let Some(character) = characters.next() {
+        match (character, quote) {
+            ('\\', Some(_)) => match characters.next() {
+                Some('\'') => text.push('\''),
+                Some(escaped) => text.extend(['\\', escaped]),
+                None => text.push('\\'),
+            },
+            ('\'' | '"', None) => {
+                quote = Some(character);
+                text.push('"');
+            }
+            (_, Some(open)) if open == character => {
+                quote = None;
+                text.push('"');
+            }
+            ('"', Some(_)) => text.push_str("\\\""),
+            _ => text.push(character),
+        }
+    }
+    text
 }
 
 fn flatten(prefix: &str, value: &Value, pairs: &mut Vec<(String, String)>) {
@@ -122,10 +155,12 @@ mod tests {
     fn three_ways_to_name_one_image() {
         let json = r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"a,b"}}"#;
         let by_json = ImageSpec::from_name(json, None).unwrap();
+        let single = "json:{'driver':'qcow2','file.filename':'a,b'}";
+        let by_quotes = ImageSpec::from_name(single, None).unwrap();
         let by_options =
             ImageSpec::from_options("driver=qcow2,file.filename=a,,b,file.driver=file").unwrap();
         let by_name = ImageSpec::from_name("file:a,b", Some("qcow2")).unwrap();
-        for spec in [by_json, by_options, by_name] {
+        for spec in [by_json, by_quotes, by_options, by_name] {
             assert_eq!(spec.file, "a,b");
             assert_eq!(spec.format().unwrap(), Some(Format::Qcow2));
         }

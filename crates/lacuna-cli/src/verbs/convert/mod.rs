@@ -1,12 +1,16 @@
-//! `convert`: copies a disk into another image.
+//! `convert`: copies a disk, or several in a row, into another image.
+
+mod concat;
 
 use std::path::Path;
 
 use lacuna::block::Layer;
-use lacuna::job::{self, ConvertOptions, Encoding, Phase, TargetContent, WriteOrder};
+use lacuna::job::{self, ConvertOptions, Encoding, Phase, Progress, TargetContent, WriteOrder};
 use lacuna::qcow2::Access;
 use lacuna::storage::CacheMode;
 use pollster::block_on;
+
+use concat::Concat;
 
 use super::open::{self, FileChain, Request};
 use super::progress::Meter;
@@ -23,7 +27,7 @@ use crate::size::{self, SizeError};
 pub(super) const VERB: Verb = Verb {
     name: "convert",
     summary: "Copy a disk into a new image, whatever the formats",
-    operands: "SOURCE TARGET",
+    operands: "SOURCE... TARGET",
     flags: &[
         common::QUIET,
         common::PROGRESS,
@@ -59,10 +63,10 @@ pub(super) const VERB: Verb = Verb {
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let Some(wish) = Wish::new(parsed)? else { return help(parsed) };
-    let source = wish.open_source(tool, parsed)?;
-    let target = wish.open_target(tool, &source)?;
-    let content = wish.content(&source, &target);
-    let result = copy(tool, parsed, &wish, &source, target, content);
+    let sources = wish.open_sources(tool, parsed)?;
+    let target = wish.open_target(tool, &sources)?;
+    let content = wish.content(&sources, &target);
+    let result = copy(tool, parsed, &wish, &sources, target, content);
     if result.is_err() && wish.creates && tool.is_own() {
         // Half a copy looks like a whole one. QEMU's programs leave it, and scripts know that.
         drop(std::fs::remove_file(&wish.target_name));
@@ -83,7 +87,7 @@ fn unknown_format(name: &str) -> CliError {
 /// What the command line asks for, checked as far as that goes without opening anything.
 struct Wish {
     options: ConvertOptions,
-    source: Request,
+    sources: Vec<Request>,
     target_name: String,
     target_format: Option<Format>,
     target_cache: CacheMode,
@@ -104,7 +108,7 @@ impl Wish {
             Asked::Values(given) => given,
         };
         let options = convert_options(parsed)?;
-        let [source, target] = operands(parsed)?;
+        let (sources, target) = operands(parsed)?;
         let creates = !parsed.has("no-create");
         if parsed.has("target-is-zero") && creates {
             return Err(CliError::new("--target-is-zero requires use of -n flag"));
@@ -114,10 +118,16 @@ impl Wish {
             return Err(CliError::new("--target-image-opts requires use of -n flag"));
         }
         let cache = open::source_cache(parsed, "source-cache")?;
+        let sources: CliResult<Vec<Request>> =
+            sources.iter().map(|source| source_request(parsed, source, cache)).collect();
+        let sources = sources?;
+        if !creates && parsed.has("target-options") {
+            return Err(CliError::new("-o has no effect when skipping image creation"));
+        }
         let target_cache = parsed.last("target-cache").unwrap_or("unsafe");
         Ok(Some(Self {
             options,
-            source: source_request(parsed, source, cache)?,
+            sources,
             target_name: target.to_owned(),
             target_format: target_format(parsed)?,
             target_cache: open::cache_mode(target_cache)
@@ -131,19 +141,27 @@ impl Wish {
         }))
     }
 
-    fn open_source(&self, tool: &Tool, parsed: &Parsed) -> CliResult<FileChain> {
-        let chain = open::open(tool, &self.source)?;
+    fn open_sources(&self, tool: &Tool, parsed: &Parsed) -> CliResult<Vec<FileChain>> {
+        let chains: CliResult<Vec<FileChain>> =
+            self.sources.iter().map(|source| open::open(tool, source)).collect();
+        let chains = chains?;
+        if chains.len() > 1 && self.backing.is_some() {
+            return Err(CliError::new(
+                "Having a backing file for the target makes no sense when concatenating multiple \
+                 input images",
+            ));
+        }
         let is_raw = self.target_format.unwrap_or(Format::Raw) == Format::Raw;
         if parsed.has("compress") && is_raw && !self.target_image_opts {
             let text = "Compression not supported for this file format";
             return Err(CliError::new(text).with_hint("-O qcow2 makes a qcow2 image"));
         }
-        Ok(chain)
+        Ok(chains)
     }
 
-    fn open_target(&self, tool: &Tool, source: &FileChain) -> CliResult<FileChain> {
+    fn open_target(&self, tool: &Tool, sources: &[FileChain]) -> CliResult<FileChain> {
         if self.creates {
-            self.create(tool, source)?;
+            self.create(tool, sources)?;
         }
         let format = self.target_format.unwrap_or(Format::Raw);
         let image = match self.target_image_opts {
@@ -152,21 +170,21 @@ impl Wish {
         };
         let request = Request { image, access: Access::ReadWrite, cache: self.target_cache };
         let target = open::open(tool, &request)?;
-        match target.disk().size_bytes() < source.disk().size_bytes() {
+        match target.disk().size_bytes() < total(sources)? {
             true => Err(CliError::new("output file is smaller than input file")),
             false => Ok(target),
         }
     }
 
-    fn create(&self, tool: &Tool, source: &FileChain) -> CliResult<()> {
+    fn create(&self, tool: &Tool, sources: &[FileChain]) -> CliResult<()> {
         let format = self.target_format.unwrap_or(Format::Raw);
         let mut values = Values::new(format, &self.given)?;
         if values.text("size").is_none() {
-            values.set("size", source.disk().size_bytes().to_string());
+            values.set("size", total(sources)?.to_string());
         }
         self.set_backing(tool, &mut values, format)?;
         let context = format!("{}: error while converting {format}", self.target_name);
-        if same_file(&self.source.image.file, &self.target_name) {
+        if self.sources.iter().any(|source| same_file(&source.image.file, &self.target_name)) {
             return Err(CliError::new("Source and target are the same file").under(context));
         }
         let plan = create::Plan::checked(format, values, &self.target_name);
@@ -199,10 +217,11 @@ impl Wish {
     }
 
     /// Says what is known of the target's content.
-    fn content(&self, source: &FileChain, target: &FileChain) -> TargetContent {
+    fn content(&self, sources: &[FileChain], target: &FileChain) -> TargetContent {
         let below = |chain: &FileChain| chain.levels().get(1).map_or(0, |level| level.size_bytes);
         if self.creates && self.backing.is_some() {
-            TargetContent::Backing { source_bytes: below(source), target_bytes: below(target) }
+            let source_bytes = sources.first().map_or(0, below);
+            TargetContent::Backing { source_bytes, target_bytes: below(target) }
         } else if self.is_zero || (self.creates && target.levels().len() == 1) {
             TargetContent::Zero
         } else {
@@ -238,12 +257,18 @@ fn target_format(parsed: &Parsed) -> CliResult<Option<Format>> {
     Format::from_name(name).map(Some).ok_or_else(|| unknown_format(name))
 }
 
-fn operands(parsed: &Parsed) -> CliResult<[&str; 2]> {
+fn operands(parsed: &Parsed) -> CliResult<(&[String], &str)> {
     match &parsed.operands[..] {
         [] | [_] => Err(CliError::new("Must specify image file name")),
-        [source, target] => Ok([source, target]),
-        _ => Err(CliError::new("More than one source is not supported yet")),
+        [sources @ .., target] => Ok((sources, target)),
     }
+}
+
+/// Adds the sizes of the sources.
+fn total(sources: &[FileChain]) -> CliResult<u64> {
+    let sizes = sources.iter().map(|source| source.disk().size_bytes());
+    let total = sizes.into_iter().try_fold(0u64, u64::checked_add);
+    total.ok_or_else(|| CliError::new("The sources together are too large for a disk"))
 }
 
 /// Refuses what this verb does not do, rather than do something else.
@@ -311,19 +336,27 @@ fn copy(
     tool: &Tool,
     parsed: &Parsed,
     wish: &Wish,
-    source: &FileChain,
+    sources: &[FileChain],
     target: FileChain,
     content: TargetContent,
 ) -> CliResult<()> {
     let options = ConvertOptions { content, ..wish.options };
     let mut meter = Meter::new(tool, parsed, "convert")?;
-    let copied = block_on(job::convert(source.disk(), target.disk(), &options, &mut |progress| {
+    let mut report = |progress: Progress| {
         let phase = match progress.phase {
             Phase::Copy => "copy",
             Phase::Flush => "flush",
         };
         meter.update(phase, progress.done_bytes, progress.total_bytes);
-    }));
+    };
+    let copied = match sources {
+        [source] => block_on(job::convert(source.disk(), target.disk(), &options, &mut report)),
+        sources => {
+            let row = Concat::new(sources.iter().map(|source| source.disk().clone()))
+                .ok_or_else(|| CliError::new("The sources together are too large for a disk"))?;
+            block_on(job::convert(&row, target.disk(), &options, &mut report))
+        }
+    };
     let closed = copied.and_then(|_| block_on(target.into_disk().close()));
     meter.finish(closed.is_ok());
     closed.map_err(CliError::from)

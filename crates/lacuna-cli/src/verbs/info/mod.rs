@@ -7,7 +7,7 @@ mod describe;
 mod human;
 mod luks;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use lacuna::chain::{self, FileOpener, LevelInfo, Levels};
 use lacuna::storage::FileStorage;
@@ -60,12 +60,13 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 /// Describes the image and, if asked, those below it, in the shape of QEMU's JSON.
 fn described(tool: &Tool, request: &Request, levels: Levels) -> CliResult<Vec<Value>> {
     let spec = &request.image;
-    let found = inspected(tool, request, levels);
-    found
-        .map_err(|error| open::cannot_open(&spec.shown, error))?
-        .iter()
-        .map(describe::node)
-        .collect()
+    let mut found =
+        inspected(tool, request, levels).map_err(|error| open::cannot_open(&spec.shown, error))?;
+    if let Some(top) = found.first_mut() {
+        // As the user wrote it, not as it was resolved.
+        top.path = PathBuf::from(&spec.file);
+    }
+    found.iter().map(describe::node).collect()
 }
 
 fn inspected(
