@@ -325,6 +325,9 @@ pub(crate) fn snapshot_cases() -> Vec<Case> {
             let table = image.word(image.bitmap_directory());
             image.poke_word(table, image.word(image.l2(0)) & !COPIED);
         }),
+        with_bitmaps("bitmaps of a writer that knew none", Nothing, |image| {
+            image.poke_word(88, 0);
+        }),
         with_bitmaps("leak beside bitmaps", Nothing, |image| {
             image.poke_word(image.l2(0), 0);
         }),

@@ -166,6 +166,10 @@ impl Image {
     }
 }
 
+/// What opening an image with stale bitmaps says, without a line end.
+const ADVICE: &str =
+    "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix.";
+
 /// What `qemu-img check --output=json` says.
 #[derive(Debug)]
 pub(crate) struct QemuCheck {
@@ -184,7 +188,12 @@ impl QemuCheck {
         Self {
             status: output.status.code().unwrap_or(-1),
             json: String::from_utf8_lossy(&output.stdout).into_owned(),
-            lines: lines.lines().filter(|line| !line.is_empty()).map(str::to_owned).collect(),
+            lines: lines
+                .replace(ADVICE, "")
+                .lines()
+                .filter(|line| !line.is_empty() && !line.starts_with("qemu-img: warning: "))
+                .map(str::to_owned)
+                .collect(),
         }
     }
 

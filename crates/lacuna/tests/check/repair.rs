@@ -98,6 +98,48 @@ fn snapshots_and_bitmaps_survive_a_rebuild() {
     assert_eq!(&std::fs::read(raw).unwrap()[..1 << 20], &vec![1; 1 << 20]);
 }
 
+/// What `qemu-img info` says of the bitmaps.
+fn bitmaps(image: &Image) -> String {
+    let path = image.path();
+    let output = run("qemu-img", &["info", "--output=json", path.to_str().unwrap()]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let from = text.find("\"bitmaps\"").unwrap();
+    text[from..text[from..].find(']').unwrap() + from].to_owned()
+}
+
+#[test]
+fn bitmap_in_use_stays_listed_and_in_use() {
+    let image = Image::new("", "64M", &["write -P 1 0 1M", "!bitmap --add @ kept"]);
+    image.poke(image.bitmap_directory() + 12, &[0, 0, 0, 1]);
+    image.poke_word(image.l2(0), 0);
+    let listed = bitmaps(&image);
+    assert!(listed.contains("in-use"), "{listed}");
+    assert!(image.check(Repair::All).is_clean());
+    assert_eq!(bitmaps(&image), listed);
+}
+
+#[test]
+fn encrypted_images_are_checked_without_a_key() {
+    for (method, more) in [("luks", ",encrypt.iter-time=10"), ("aes", "")] {
+        let image = Image::new("", "64M", &[]);
+        let options = format!("encrypt.format={method},encrypt.key-secret=s{more}");
+        let path = image.path();
+        let path = path.to_str().unwrap();
+        let secret = "secret,id=s,data=lacuna";
+        let arguments =
+            ["create", "-q", "--object", secret, "-f", "qcow2", "-o", &options, path, "64M"];
+        let output = run("qemu-img", &arguments);
+        assert!(output.status.success(), "{output:?}");
+        let report = image.check(Repair::All);
+        assert!(report.is_clean(), "{method}: {:?}", report.findings);
+        image.poke_word(image.word(48), 0);
+        assert!(image.check(Repair::All).is_clean());
+        let file = format!("driver=qcow2,encrypt.key-secret=s,file.filename={path}");
+        let output = run("qemu-img", &["check", "--object", secret, "--image-opts", &file]);
+        assert!(output.status.success(), "{method}: {output:?}");
+    }
+}
+
 /// Takes the extra data out of both entries of the snapshot table.
 pub(crate) fn shorten_entries(image: &Image) {
     let table = image.word(64) as usize;
