@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lacuna::block::DynLayer;
-use lacuna::qcow2::{Access, Image, OpenOptions, Parts};
+use lacuna::qcow2::{Access, Image, OpenOptions, Parts, Placement};
 use lacuna::raw::Raw;
 use lacuna::storage::{MemoryStorage, Storage};
 use lacuna::units::{GuestOffset, GuestRange};
@@ -171,7 +171,34 @@ impl Kind {
             file.set_len(self.size_bytes());
             file
         });
-        Case { kind: *self, image: builder.build().bytes, data, backing }
+        let options = options(seed);
+        Case { kind: *self, image: builder.build().bytes, data, backing, options }
+    }
+
+    /// Makes an image whose internal snapshot "one" shares every cluster, and says what it holds.
+    pub(crate) fn build_with_snapshot(&self, seed: u64) -> (Case, SparseBytes) {
+        let mut random = Random::new(seed ^ 0x54_a9);
+        let (mut builder, mut guest) = (self.builder(), SparseBytes::default());
+        for cluster in 0..self.size_bytes() / self.cluster_bytes() {
+            let start = GuestOffset(cluster * self.cluster_bytes());
+            let bytes = content(random.next(), GuestRange::new(start, self.cluster_bytes()));
+            // The first few are there in any case.
+            match random.below(4) {
+                0 | 1 => {}
+                2 if cluster > 3 && self.version == 3 => {
+                    builder = builder.reserved_zero(cluster, &bytes);
+                    continue;
+                }
+                _ if cluster > 3 => continue,
+                _ => {}
+            }
+            guest.write(start.0, &bytes);
+            builder = builder.data(cluster, &bytes);
+        }
+        guest.set_len(self.size_bytes());
+        let image = builder.snapshot("one").build().bytes;
+        let options = options(seed);
+        (Case { kind: *self, image, data: None, backing: None, options }, guest)
     }
 
     /// Returns a builder for an image of this kind, without a backing file.
@@ -224,6 +251,17 @@ impl Kind {
     }
 }
 
+/// Some seeds have a cache that holds hardly a table, some QEMU's placement.
+fn options(seed: u64) -> OpenOptions {
+    let options = OpenOptions::new(Access::ReadWrite);
+    let mut random = Random::new(seed ^ 0x09_71);
+    let options = if random.one_in(2) { options.cache_bytes(1) } else { options };
+    match random.one_in(2) {
+        true => options,
+        false => options.placement(Placement::QemuCompatible),
+    }
+}
+
 /// A backing file.
 #[derive(Clone)]
 pub(crate) struct Below {
@@ -259,6 +297,7 @@ pub(crate) struct Case {
     pub(crate) image: SparseBytes,
     pub(crate) data: Option<SparseBytes>,
     pub(crate) backing: Option<Below>,
+    pub(crate) options: OpenOptions,
 }
 
 /// The same, ready to be opened any number of times.
@@ -267,9 +306,18 @@ pub(crate) struct Files<S> {
     pub(crate) image: S,
     pub(crate) data: Option<S>,
     pub(crate) backing: Option<Arc<dyn DynLayer>>,
+    pub(crate) options: OpenOptions,
 }
 
 impl Case {
+    /// The model of an image that shows the guest `content` from the start.
+    pub(crate) fn model_of(&self, content: &SparseBytes) -> ModelDisk {
+        let mut model = self.model();
+        let range = GuestRange::new(GuestOffset(0), content.len());
+        model.adopt(range, &content.to_vec());
+        model
+    }
+
     pub(crate) fn model(&self) -> ModelDisk {
         let guest = self.backing.as_ref().map(|below| below.guest.clone());
         ModelDisk::new(self.kind.rules(), self.kind.size_bytes(), guest)
@@ -281,6 +329,7 @@ impl Case {
             image: host.add_file(self.image.clone()),
             data: self.data.as_ref().map(|data| host.add_file(data.clone())),
             backing: self.backing_layer(),
+            options: self.options.clone(),
         }
     }
 
@@ -290,6 +339,7 @@ impl Case {
             image: memory(&self.image),
             data: self.data.as_ref().map(memory),
             backing: self.backing_layer(),
+            options: self.options.clone(),
         }
     }
 
@@ -325,6 +375,14 @@ impl<S: Storage + Clone> Files<S> {
             data: self.data.clone(),
             backing: self.backing.clone(),
         };
-        Image::open(parts, OpenOptions::new(Access::ReadWrite)).await
+        Image::open(parts, self.options.clone()).await
+    }
+}
+
+impl Files<Arc<MemoryStorage>> {
+    /// What the image file and the data file hold now.
+    pub(crate) fn content(&self) -> Vec<SparseBytes> {
+        let files = [Some(&self.image), self.data.as_ref()];
+        files.into_iter().flatten().map(|file| SparseBytes::from(&file.to_vec()[..])).collect()
     }
 }

@@ -51,10 +51,18 @@ fn discard(start: u64, len: u64) -> Operation {
 impl Recorded {
     /// Does `prepare` and closes the image, then records `script` on it.
     async fn of(case: &Case, prepare: &[Operation], script: &[Operation]) -> Result<Self, String> {
+        Self::of_model(case, case.model(), prepare, script).await
+    }
+
+    async fn of_model(
+        case: &Case,
+        mut model: ModelDisk,
+        prepare: &[Operation],
+        script: &[Operation],
+    ) -> Result<Self, String> {
         let fail = |error: lacuna::Error| error.to_string();
         let host = SimHost::new(Pace::AtOnce, 1);
         let files = case.on(&host);
-        let mut model = case.model();
         let image = files.open().await.map_err(fail)?;
         for operation in prepare {
             perform(&image, *operation).await.map_err(|e| format!("{operation:x?}: {e}"))?;
@@ -398,15 +406,6 @@ fn growing_refcount_structures_leaves_leaks_at_worst() {
     }
 }
 
-/// An image with internal snapshots that share all clusters of the active disk.
-fn with_snapshot(kind: Kind) -> Case {
-    let bytes =
-        |seed| testkit::content(seed, GuestRange::new(GuestOffset(0), kind.cluster_bytes()));
-    let builder =
-        (0..4).fold(kind.builder(), |builder, cluster| builder.data(cluster, &bytes(cluster)));
-    Case { image: builder.snapshot("one").build().bytes, ..kind.build(1) }
-}
-
 #[test]
 fn copying_clusters_shared_with_a_snapshot_leaves_leaks_at_worst() {
     let plain = Kind::plain(14);
@@ -420,7 +419,7 @@ fn copying_clusters_shared_with_a_snapshot_leaves_leaks_at_worst() {
         Kind { refcount_order: 6, ..small },
         Kind { lazy: true, ..small },
     ] {
-        let case = with_snapshot(kind);
+        let (case, guest) = kind.build_with_snapshot(1);
         let cluster = kind.cluster_bytes();
         let script = [
             write(100, 50, 11),
@@ -432,43 +431,9 @@ fn copying_clusters_shared_with_a_snapshot_leaves_leaks_at_worst() {
             write(2 * cluster + 9, 20, 13),
         ];
         let run = async {
-            // The model must know what the builder put there.
-            let mut whole = case.clone();
-            whole.backing = None;
-            let prepare: Vec<_> = Vec::new();
-            let recorded = Recorded::of_existing(&whole, &prepare, &script).await?;
+            let recorded = Recorded::of_model(&case, case.model_of(&guest), &[], &script).await?;
             recorded.crash_everywhere(1).await
         };
         pollster::block_on(run).unwrap_or_else(|error| panic!("{kind:?}: {error}"));
-    }
-}
-
-impl Recorded {
-    /// As [`of`](Self::of), for an image that holds data already: its own bytes are the model.
-    async fn of_existing(
-        case: &Case,
-        prepare: &[Operation],
-        script: &[Operation],
-    ) -> Result<Self, String> {
-        let fail = |error: lacuna::Error| error.to_string();
-        let host = SimHost::new(Pace::AtOnce, 1);
-        let files = case.on(&host);
-        let image = files.open().await.map_err(fail)?;
-        let mut model = case.model();
-        let seen = whole_content(&image).await.map_err(fail)?;
-        let range = GuestRange::new(GuestOffset(0), seen.len());
-        model.adopt(range, &seen.to_vec());
-        for operation in prepare {
-            perform(&image, *operation).await.map_err(fail)?;
-            settle(&image, &mut model, operation).await?;
-        }
-        image.close().await.map_err(fail)?;
-        host.start_record();
-        let regrow = script.iter().any(|it| matches!(it, Operation::Resize { .. }));
-        let (snapshots, durable) = (Vec::new(), Vec::new());
-        let mut recorded = Self { case: case.clone(), host, snapshots, durable, regrow };
-        recorded.see(&model);
-        recorded.run(&files, model, script).await?;
-        Ok(recorded)
     }
 }

@@ -92,9 +92,7 @@ fn by_engine(case: &Case, model: &mut ModelDisk, todo: &[Operation]) -> Result<C
         model.verify(&image).await?;
         image.close().await.map_err(|error| error.to_string())
     })?;
-    let mut content = vec![SparseBytes::from(&files.image.to_vec()[..])];
-    content.extend(files.data.iter().map(|data| SparseBytes::from(&data.to_vec()[..])));
-    Ok(case.with_content(content))
+    Ok(case.with_content(files.content()))
 }
 
 #[test]

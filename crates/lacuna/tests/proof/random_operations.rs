@@ -1,16 +1,18 @@
 //! Random operations on every kind of image: engine against model.
 
+use std::ffi::OsStr;
 use std::sync::Arc;
 
 use lacuna::block::DiscardMode;
 use lacuna::qcow2::Image;
 use lacuna::storage::Storage;
+use testkit::foreign::QEMU_IMG;
 use testkit::sim::{Pace, SimHost};
 use testkit::{
-    DropPoint, Executor, ModelDisk, Operation, Operations, Random, SparseBytes, Task, seeds,
+    DropPoint, Executor, Menu, ModelDisk, Operation, Operations, Random, SparseBytes, Task, seeds,
 };
 
-use crate::case::{Case, Files, Kind};
+use crate::case::{Case, Files, Kind, Store};
 use crate::drive::{Candidates, assert_qemu_agrees, perform, settle, whole_content};
 
 /// Operations in one sequential run.
@@ -39,13 +41,11 @@ async fn step<S: Storage + Clone>(
 }
 
 async fn sequence<S: Storage + Clone>(
-    case: &Case,
+    mut model: ModelDisk,
     files: &Files<S>,
-    seed: u64,
+    mut operations: Operations,
 ) -> Result<ModelDisk, String> {
-    let mut model = case.model();
     let mut image = files.open().await.map_err(|error| format!("Opening: {error}"))?;
-    let mut operations = Operations::new(seed, case.kind.menu());
     for index in 0..STEPS {
         let operation = operations.next(model.size_bytes());
         if std::env::var_os("LACUNA_TRACE").is_some() {
@@ -70,15 +70,59 @@ fn sequential_operations_on_memory_agree_with_the_model_and_qemu() {
     for seed in seeds(1) {
         for (number, kind) in Kind::for_this_run() {
             let story = format!("LACUNA_SEED={seed} LACUNA_KIND={number}, {kind:?}");
+            let seed = seed * 1000 + number;
             let case = kind.build(seed);
             let files = case.in_memory();
-            let run = sequence(&case, &files, seed * 1000 + number);
+            let operations = Operations::new(seed, kind.menu());
+            let run = sequence(case.model(), &files, operations);
             let model = pollster::block_on(run).unwrap_or_else(|error| panic!("{story}: {error}"));
-            let mut content = vec![SparseBytes::from(&files.image.to_vec()[..])];
-            content.extend(files.data.iter().map(|data| SparseBytes::from(&data.to_vec()[..])));
-            assert_qemu_agrees(&case.with_content(content), &model, &story);
+            assert_qemu_agrees(&case.with_content(files.content()), &model, &story);
         }
     }
+}
+
+#[test]
+fn internal_snapshots_keep_their_data_through_random_operations() {
+    let plain = Kind::plain(9);
+    let kinds = [
+        plain,
+        Kind { version: 2, ..plain },
+        Kind { lazy: true, ..plain },
+        Kind { refcount_order: 1, ..plain },
+        Kind { refcount_order: 6, store: Store::Zstd, ..plain },
+        Kind { extended: true, ..Kind::plain(14) },
+        Kind { extended: true, refcount_order: 2, ..Kind::plain(16) },
+        Kind { version: 2, ..Kind::plain(12) },
+    ];
+    for seed in seeds(3) {
+        for (number, kind) in (0..).zip(kinds) {
+            let story = format!("LACUNA_SEED={seed}, {kind:?}");
+            let seed = seed * 1000 + number;
+            let (case, before) = kind.build_with_snapshot(seed);
+            let files = case.in_memory();
+            // Version 2 does not store the size of a snapshot, so that of the disk must stay.
+            let resize_up_to = kind.menu().resize_up_to.filter(|_| kind.version == 3);
+            let operations = Operations::new(seed, Menu { resize_up_to, ..kind.menu() });
+            let run = sequence(case.model_of(&before), &files, operations);
+            let model = pollster::block_on(run).unwrap_or_else(|error| panic!("{story}: {error}"));
+            let after = case.with_content(files.content());
+            assert_qemu_agrees(&after, &model, &story);
+            let allowed = Candidates(vec![before]);
+            let judged = allowed.judge(&snapshot_content(&after));
+            judged.unwrap_or_else(|error| panic!("{story}: the snapshot has changed: {error}"));
+        }
+    }
+}
+
+/// What QEMU reads once it has gone back to snapshot "one".
+fn snapshot_content(case: &Case) -> SparseBytes {
+    let folder = tempfile::tempdir().unwrap();
+    let (image, raw) = (case.save(folder.path()), folder.path().join("snapshot.raw"));
+    let words = ["snapshot", "-a", "one"].map(OsStr::new);
+    QEMU_IMG.succeed(words.into_iter().chain([image.as_os_str()]));
+    let words = ["convert", "-f", "qcow2", "-O", "raw"].map(OsStr::new);
+    QEMU_IMG.succeed(words.into_iter().chain([image.as_os_str(), raw.as_os_str()]));
+    SparseBytes::load(&raw)
 }
 
 /// Operations that may be in flight together: those that change bytes do not overlap.
