@@ -6,7 +6,7 @@ use lacuna::block::{DiscardMode, Layer, WriteFlags, ZeroFlags};
 use lacuna::qcow2::Image;
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::sim::{Pace, SimHost, SimStorage, crash};
-use testkit::{ModelDisk, Operation, seeds};
+use testkit::{ModelDisk, Operation, Random, seeds};
 
 use crate::case::{Backing, Case, Files, Kind, Store};
 use crate::drive::{Candidates, assert_safe, is_dirty, perform, read, settle, whole_content};
@@ -24,9 +24,9 @@ struct Snapshot {
 }
 
 /// One recorded run, with what may be seen after a crash in it.
-struct Recorded {
-    case: Case,
-    host: SimHost,
+pub(crate) struct Recorded {
+    pub(crate) case: Case,
+    pub(crate) host: SimHost,
     snapshots: Vec<Snapshot>,
     /// For each mark: index of the first snapshot that may still be seen after it.
     durable: Vec<usize>,
@@ -49,6 +49,12 @@ fn discard(start: u64, len: u64) -> Operation {
 }
 
 impl Recorded {
+    /// Begins with nothing that may be seen.
+    pub(crate) fn start(case: &Case, host: SimHost) -> Self {
+        let (snapshots, durable) = (Vec::new(), Vec::new());
+        Self { case: case.clone(), host, snapshots, durable, regrow: false }
+    }
+
     /// Does `prepare` and closes the image, then records `script` on it.
     async fn of(case: &Case, prepare: &[Operation], script: &[Operation]) -> Result<Self, String> {
         Self::of_model(case, case.model(), prepare, script).await
@@ -71,15 +77,14 @@ impl Recorded {
         image.close().await.map_err(fail)?;
         host.start_record();
 
-        let regrow = script.iter().any(|it| matches!(it, Operation::Resize { .. }));
-        let (snapshots, durable) = (Vec::new(), Vec::new());
-        let mut recorded = Self { case: case.clone(), host, snapshots, durable, regrow };
+        let mut recorded = Self::start(case, host);
+        recorded.regrow = script.iter().any(|it| matches!(it, Operation::Resize { .. }));
         recorded.see(&model);
         recorded.run(&files, model, script).await?;
         Ok(recorded)
     }
 
-    fn see(&mut self, model: &ModelDisk) {
+    pub(crate) fn see(&mut self, model: &ModelDisk) {
         let event = self.host.record().1.len();
         self.snapshots.push(Snapshot { event, content: model.content().clone() });
     }
@@ -113,7 +118,7 @@ impl Recorded {
         Ok(())
     }
 
-    fn foresee(&mut self, model: &ModelDisk, operation: &Operation) {
+    pub(crate) fn foresee(&mut self, model: &ModelDisk, operation: &Operation) {
         let mut states = Candidates(vec![model.content().clone()]);
         if let Operation::Discard { range, mode } = *operation {
             states.add_discard(range, mode, &self.case);
@@ -130,7 +135,7 @@ impl Recorded {
     }
 
     /// A flush returned: nothing older than the last snapshot may be seen any more.
-    fn acknowledge(&mut self) {
+    pub(crate) fn acknowledge(&mut self) {
         self.host.mark(self.durable.len() as u64);
         self.durable.push(self.snapshots.len() - 1);
     }
@@ -149,10 +154,22 @@ impl Recorded {
         Candidates(states)
     }
 
-    /// Looks at every state; returns how many there were.
+    /// Looks at every moment; returns how many states there were.
     async fn crash_everywhere(&self, seed: u64) -> Result<usize, String> {
-        let mut count = 0;
+        self.crash_at(seed, |_| true).await
+    }
+
+    /// Looks at the moments that are chosen.
+    pub(crate) async fn crash_at(
+        &self,
+        seed: u64,
+        mut is_chosen: impl FnMut(&mut Random) -> bool,
+    ) -> Result<usize, String> {
+        let (mut count, mut random) = (0, Random::new(seed));
         for point in crash::points(&self.host) {
+            if !is_chosen(&mut random) {
+                continue;
+            }
             let allowed = self.allowed(&point);
             for state in point.states(seed, STATES) {
                 count += 1;
@@ -214,7 +231,7 @@ async fn assert_growth_is_zero(image: &Image<SimStorage>) -> Result<(), String> 
 }
 
 /// Kinds of images that a write path is crashed on.
-fn kinds(cluster_bits: u32) -> Vec<Kind> {
+pub(crate) fn kinds(cluster_bits: u32) -> Vec<Kind> {
     let plain = Kind::plain(cluster_bits);
     let mut kinds = vec![
         plain,

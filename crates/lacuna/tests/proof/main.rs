@@ -6,6 +6,7 @@
 mod cancellation;
 mod case;
 mod crash;
+mod crash_random;
 mod drive;
 mod faults;
 mod qemu_differential;

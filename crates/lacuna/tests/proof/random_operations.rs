@@ -126,7 +126,11 @@ fn snapshot_content(case: &Case) -> SparseBytes {
 }
 
 /// Operations that may be in flight together: those that change bytes do not overlap.
-fn round(operations: &mut Operations, random: &mut Random, size_bytes: u64) -> Vec<Operation> {
+pub(crate) fn round(
+    operations: &mut Operations,
+    random: &mut Random,
+    size_bytes: u64,
+) -> Vec<Operation> {
     let mut chosen: Vec<Operation> = Vec::new();
     for _ in 0..1 + random.below(7) {
         let next = operations.next(size_bytes);
