@@ -121,13 +121,26 @@ fn what_cannot_be_converted_is_refused_in_the_same_words() {
 }
 
 #[test]
-fn a_disk_is_never_converted_onto_itself() {
+fn a_chain_is_never_converted_onto_one_of_its_files() {
     let ours = Sandbox::ours();
     ours.prepare(CHAIN);
+    ours.prepare("stock-img create -q -f qcow2 -o data_file=data split 1M; cp data kept");
+    for line in ["-O qcow2 top base", "-n -O qcow2 top ./base", "split data"] {
+        let refused = ours.run(&format!("lacuna convert {line}"));
+        assert_eq!(refused.code, Some(1), "{line}: {}", refused.text);
+    }
+    let refused = ours.run("lacuna convert -B base -F qcow2 -O qcow2 split ../work/base");
+    assert!(refused.text.contains("part of its own backing chain"), "{}", refused.text);
+    assert!(ours.bytes("kept") == ours.bytes("data"));
+    ours.prepare("stock-io -r -c 'read -P 1 0 512k' top");
     let before = ours.bytes("base");
     let refused = ours.run("ln base other; lacuna convert -O qcow2 base other");
     assert_eq!(refused.code, Some(1));
-    assert!(refused.text.contains("Source and target are the same file"), "{}", refused.text);
+    assert!(
+        refused.text.contains("The target is the source, or a file the source lies in"),
+        "{}",
+        refused.text
+    );
     assert!(before == ours.bytes("base"));
 }
 

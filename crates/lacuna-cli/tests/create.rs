@@ -120,3 +120,21 @@ fn preallocation_that_is_not_offered_is_refused_before_anything_is_made() {
     assert!(refused.text.contains("Preallocation mode 'metadata' is not supported yet"));
     assert!(!ours.path("a").exists());
 }
+
+#[test]
+fn an_image_is_never_made_over_its_own_backing_chain() {
+    let ours = Sandbox::ours();
+    ours.prepare(
+        "stock-img create -q -f qcow2 base 1M; stock-img create -q -f qcow2 -b base -F qcow2 top
+         ln base link",
+    );
+    let before = ours.bytes("base");
+    for line in ["-b base -F qcow2 ./base", "-b base -F qcow2 link", "-b top -F qcow2 link"] {
+        let refused = ours.run(&format!("lacuna create -f qcow2 {line}"));
+        assert_eq!(refused.code, Some(1), "{line}");
+        assert!(refused.text.contains("part of its own backing chain"), "{}", refused.text);
+    }
+    assert!(before == ours.bytes("base"));
+    let refused = ours.run("lacuna create -f qcow2 -o data_file=../work/one one 1M");
+    assert!(refused.text.contains("its own data file"), "{}", refused.text);
+}

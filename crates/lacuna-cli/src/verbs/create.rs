@@ -210,6 +210,9 @@ impl Plan {
         let storage = self.replace(&self.file)?;
         if let Some(data) = &options.data_file {
             let path = beside(&self.file, &data.name);
+            if open::same_file(&self.file, &path) {
+                return Err(CliError::new("The image cannot be its own data file"));
+            }
             let data = self.replace(&path)?;
             block_on(data.set_len(options.size_bytes)).map_err(|error| resize_failed(&error))?;
         }
@@ -293,16 +296,15 @@ fn backing_size(tool: &Tool, file: &str, values: &Values) -> CliResult<Option<u6
     }
     let path = beside(Path::new(file), name).to_string_lossy().into_owned();
     let spec = ImageSpec::from_name(&path, values.text("backing_fmt"))?;
-    let size = opened_size(tool, spec).map_err(|error| {
+    let request = Request { image: spec, access: Access::ReadOnly, cache: CacheMode::Buffered };
+    let chain = open::open_bare(tool, &request).map_err(|error| {
         CliError::new(format!("{}\nCould not open backing image.", error.text()))
             .with_hint("-u makes the image without looking at the backing file; give a size then")
     })?;
-    Ok(Some(size))
-}
-
-fn opened_size(tool: &Tool, image: ImageSpec) -> CliResult<u64> {
-    let request = Request { image, access: Access::ReadOnly, cache: CacheMode::Buffered };
-    Ok(open::open_bare(tool, &request)?.disk().size_bytes())
+    if open::is_part_of(Path::new(file), &chain) {
+        return Err(CliError::new("The new image would be part of its own backing chain"));
+    }
+    Ok(Some(chain.disk().size_bytes()))
 }
 
 fn no_backing_format(file: &str, values: &Values, unsafely: bool) -> CliError {

@@ -157,6 +157,23 @@ fn qemu_words(file: &str, spec: &ImageSpec) -> Option<String> {
     (!(2..=3).contains(&version)).then(|| format!("Unsupported qcow2 version {version}"))
 }
 
+/// Says whether two names lead to one file.
+pub(crate) fn same_file(first: &Path, second: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (std::fs::metadata(first), std::fs::metadata(second)) {
+        (Ok(first), Ok(second)) => (first.dev(), first.ino()) == (second.dev(), second.ino()),
+        _ => false,
+    }
+}
+
+/// Says whether `file` is one of the files that a chain consists of.
+pub(crate) fn is_part_of(file: &Path, chain: &FileChain) -> bool {
+    chain.levels().iter().any(|level| {
+        let data = level.data_path.as_deref();
+        same_file(file, &level.path) || data.is_some_and(|data| same_file(file, data))
+    })
+}
+
 /// Reads a cache mode of QEMU; nothing where there is no such mode.
 pub(crate) fn cache_mode(name: &str) -> Option<CacheMode> {
     match name {

@@ -20,6 +20,7 @@ use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
 use crate::options::{self, Asked, Given, Values};
+use crate::output;
 use crate::persona::Tool;
 use crate::size::{self, SizeError};
 
@@ -64,14 +65,26 @@ pub(super) const VERB: Verb = Verb {
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let Some(wish) = Wish::new(parsed)? else { return help(parsed) };
     let sources = wish.open_sources(tool, parsed)?;
-    let target = wish.open_target(tool, &sources)?;
-    let content = wish.content(&sources, &target);
-    let result = copy(tool, parsed, &wish, &sources, target, content);
+    wish.check_target(&sources)?;
+    if wish.creates {
+        wish.create(tool, &sources)?;
+    }
+    let result = wish.open_target(tool, &sources).and_then(|target| {
+        let content = wish.content(&sources, &target);
+        copy(tool, parsed, &wish, &sources, target, content)
+    });
     if result.is_err() && wish.creates && tool.is_own() {
-        // Half a copy looks like a whole one. QEMU's programs leave it, and scripts know that.
-        drop(std::fs::remove_file(&wish.target_name));
+        remove_half(&wish.target_name);
     }
     result.map(|()| 0)
+}
+
+/// Half a copy looks like a whole one. QEMU's programs leave it, and scripts know that.
+fn remove_half(file: &str) {
+    let is_file = std::fs::symlink_metadata(file).is_ok_and(|found| found.is_file());
+    if is_file && let Err(error) = std::fs::remove_file(file) {
+        output::complain(&format!("{file} is incomplete and could not be removed: {error}\n"));
+    }
 }
 
 /// `-o help`.
@@ -160,9 +173,6 @@ impl Wish {
     }
 
     fn open_target(&self, tool: &Tool, sources: &[FileChain]) -> CliResult<FileChain> {
-        if self.creates {
-            self.create(tool, sources)?;
-        }
         let format = self.target_format.unwrap_or(Format::Raw);
         let image = match self.target_image_opts {
             true => ImageSpec::from_options(&self.target_name)?,
@@ -176,6 +186,16 @@ impl Wish {
         }
     }
 
+    /// Refuses to write to what is read from; nothing else guards it yet.
+    fn check_target(&self, sources: &[FileChain]) -> CliResult<()> {
+        let target = Path::new(&self.target_name);
+        match sources.iter().any(|chain| open::is_part_of(target, chain)) {
+            true => Err(CliError::new("The target is the source, or a file the source lies in")
+                .under(&self.target_name)),
+            false => Ok(()),
+        }
+    }
+
     fn create(&self, tool: &Tool, sources: &[FileChain]) -> CliResult<()> {
         let format = self.target_format.unwrap_or(Format::Raw);
         let mut values = Values::new(format, &self.given)?;
@@ -184,9 +204,6 @@ impl Wish {
         }
         self.set_backing(tool, &mut values, format)?;
         let context = format!("{}: error while converting {format}", self.target_name);
-        if self.sources.iter().any(|source| same_file(&source.image.file, &self.target_name)) {
-            return Err(CliError::new("Source and target are the same file").under(context));
-        }
         let plan = create::Plan::checked(format, values, &self.target_name);
         plan.make().map_err(|error| error.under(context))
     }
@@ -210,7 +227,11 @@ impl Wish {
             Path::new(&self.target_name).parent().unwrap_or_else(|| Path::new("")).join(name);
         let image = ImageSpec::from_name(&path.to_string_lossy(), Some(&backing_format))?;
         let access = Access::ReadOnly;
-        open::open(tool, &Request { image, access, cache: CacheMode::Buffered })?;
+        let chain = open::open(tool, &Request { image, access, cache: CacheMode::Buffered })?;
+        if open::is_part_of(Path::new(&self.target_name), &chain) {
+            return Err(CliError::new("The target is part of its own backing chain")
+                .under(&self.target_name));
+        }
         values.set("backing_file", name.clone());
         values.set("backing_fmt", backing_format);
         Ok(())
@@ -227,14 +248,6 @@ impl Wish {
         } else {
             TargetContent::Unknown
         }
-    }
-}
-
-fn same_file(first: &str, second: &str) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    match (std::fs::metadata(first), std::fs::metadata(second)) {
-        (Ok(first), Ok(second)) => (first.dev(), first.ino()) == (second.dev(), second.ino()),
-        _ => false,
     }
 }
 
