@@ -1,19 +1,7 @@
-//! Option strings, sizes and image options, mutated from seeds: parsers never panic.
+//! Option strings, sizes and image options, mutated from the fuzzer's corpus: parsers never panic.
 
-const SEEDS: [&str; 12] = [
-    "cluster_size=64k,size=1.5G,lazy_refcounts,compat=v3",
-    "data_file=a,,b,data_file_raw=on,refcount_bits=0x10",
-    "size=0x7fffffffffffffff",
-    "nolazy_refcounts,extended_l2=yes,compression_type=zstd",
-    "driver=qcow2,file.filename=a,,b,file.driver=file",
-    "{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"a\"}}",
-    "9223372036854775807",
-    "18446744073709551615E",
-    "0.99999999999999999999999999k",
-    "help,?,size=1M",
-    ",,,=,==,,no,nono=",
-    "size=-1,refcount_bits=-0777777777777777777777777",
-];
+use std::path::Path;
+
 const PIECES: [&str; 16] =
     [",", ",,", "=", "0x", ".", "-", "no", "k", "E", "é", "\0", " ", "{", "\"", "help", "99999999"];
 
@@ -29,8 +17,20 @@ impl Dice {
     }
 }
 
-fn mutated(dice: &mut Dice) -> String {
-    let mut text: Vec<char> = SEEDS[dice.below(SEEDS.len())].chars().collect();
+/// Reads the corpus, which is what the fuzzer starts from as well.
+fn seeds() -> Vec<String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/option_strings");
+    let mut paths: Vec<_> = std::fs::read_dir(&folder)
+        .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    paths.sort();
+    assert!(!paths.is_empty(), "no seeds in {}", folder.display());
+    paths.iter().map(|path| std::fs::read_to_string(path).unwrap()).collect()
+}
+
+fn mutated(seeds: &[String], dice: &mut Dice) -> String {
+    let mut text: Vec<char> = seeds[dice.below(seeds.len())].chars().collect();
     for _ in 0..=dice.below(6) {
         let at = dice.below(text.len() + 1);
         match dice.below(3) {
@@ -47,10 +47,11 @@ fn parsers_stand_mutated_text() {
     let seed = 0x1ac0_7a5e_ed00_0001;
     println!("seed {seed:#x}");
     let mut dice = Dice(seed);
-    for text in SEEDS {
+    let seeds = seeds();
+    for text in &seeds {
         lacuna_cli::parse_hostile(text);
     }
     for _ in 0..50_000 {
-        lacuna_cli::parse_hostile(&mutated(&mut dice));
+        lacuna_cli::parse_hostile(&mutated(&seeds, &mut dice));
     }
 }
