@@ -21,6 +21,8 @@ use super::table_cache::TableCache;
 use crate::Error;
 use crate::units::{HostCluster, HostOffset, HostRange};
 
+/// Host offsets have that many bits (B.11).
+const MAX_OFFSET_BITS: u32 = 56;
 const BLOCK_OFFSET_MASK: u64 = !0x1ff;
 
 /// How host clusters are chosen.
@@ -169,6 +171,11 @@ impl Refcounts {
             offset if !self.geometry.is_aligned(offset) => {
                 Err(Stop::Corrupt(Error::corrupt(format!(
                     "Refcount block offset {offset:#x} (table entry {index}) is not a multiple of the cluster size"
+                ))))
+            }
+            offset if offset >> MAX_OFFSET_BITS != 0 => {
+                Err(Stop::Corrupt(Error::corrupt(format!(
+                    "Refcount block offset {offset:#x} (table entry {index}) does not fit into {MAX_OFFSET_BITS} bits"
                 ))))
             }
             offset => Ok(Some(HostOffset(offset))),
