@@ -8,8 +8,8 @@ use lacuna::units::{GuestOffset, GuestRange};
 use testkit::sim::{Pace, SimHost, SimStorage};
 use testkit::{DropPoint, Executor, ModelDisk, Operation, SparseBytes};
 
-use crate::case::{Backing, Case, Kind, Store};
-use crate::drive::{Candidates, assert_qemu_agrees, perform, settle, whole_content};
+use crate::case::{Backing, Case, Files, Kind, Store};
+use crate::drive::{Candidates, assert_qemu_agrees, assert_safe, perform, settle, whole_content};
 
 /// More polls than any operation here takes.
 const MOST_POLLS: usize = 400;
@@ -56,6 +56,8 @@ struct Scene {
     executor: Executor<'static>,
     image: Image<SimStorage>,
     model: ModelDisk,
+    /// What was flushed before the last change.
+    flushed: SparseBytes,
 }
 
 impl Scene {
@@ -73,12 +75,16 @@ impl Scene {
         executor.block_on(async move { perform(&writer, fill).await }).unwrap();
         model.apply(&fill);
         // Something unflushed is under way when the operation begins.
-        let more =
-            Operation::Write { range: range(cluster, 9), seed: 78, flags: WriteFlags::empty() };
+        let more = Operation::Write {
+            range: range(16 * cluster + 3, 9),
+            seed: 78,
+            flags: WriteFlags::empty(),
+        };
         let writer = image.clone();
         executor.block_on(async move { perform(&writer, more).await }).unwrap();
+        let flushed = model.content().clone();
         model.apply(&more);
-        Self { case: case.clone(), host, executor, image, model }
+        Self { case: case.clone(), host, executor, image, model, flushed }
     }
 
     /// Says whether the operation was dropped (and not over before).
@@ -193,6 +199,93 @@ fn operations_dropped_at_any_await_leave_old_or_new_bytes_and_no_leak() {
         for seed in testkit::seeds(1) {
             let dropped = drop_everywhere(kind, seed);
             assert!(dropped > 50, "{kind:?}: only {dropped} awaits were reached");
+        }
+    }
+}
+
+/// Opens the image on the scene's host once more, as after the end of the first process.
+fn open_again(executor: &mut Executor<'static>, case: &Case, host: &SimHost) -> Image<SimStorage> {
+    let files = files_again(case, host);
+    executor.block_on(async move { files.open().await }).unwrap()
+}
+
+fn files_again(case: &Case, host: &SimHost) -> Files<SimStorage> {
+    Files {
+        image: host.open_file(0),
+        data: case.data.as_ref().map(|_| host.open_file(1)),
+        backing: case.backing_layer(),
+        options: case.options.clone(),
+    }
+}
+
+/// What was flushed is there, what was not may be; the image is sound.
+fn assert_sound_again(
+    mut executor: Executor<'static>,
+    case: &Case,
+    host: &SimHost,
+    allowed: &Candidates,
+) -> Result<(), String> {
+    let image = open_again(&mut executor, case, host);
+    let reader = image.clone();
+    let seen = executor.block_on(async move { whole_content(&reader).await });
+    allowed.judge(&seen.map_err(|error| error.to_string())?)?;
+    executor.block_on(image.close()).map_err(|error| error.to_string())?;
+    let mut content = vec![host.content(0)];
+    content.extend(case.data.as_ref().map(|_| host.content(1)));
+    pollster::block_on(assert_safe(&case.with_content(content), true))
+}
+
+fn kinds_to_reopen() -> [Kind; 5] {
+    let plain = Kind::plain(9);
+    [
+        plain,
+        Kind { version: 2, backing: Backing::RawShorter, ..plain },
+        Kind { lazy: true, ..plain },
+        Kind { store: Store::DataFile, lazy: true, ..plain },
+        Kind { extended: true, ..Kind::plain(14) },
+    ]
+}
+
+#[test]
+fn closing_dropped_at_any_await_is_like_a_crash_that_loses_nothing_flushed() {
+    for kind in kinds_to_reopen() {
+        let case = kind.build(1);
+        for polls in 1.. {
+            let Scene { host, mut executor, image, model, flushed, .. } = Scene::set(&case, 1);
+            let task = executor.spawn_until(DropPoint::AfterPoll(polls), image.close());
+            executor.settle().unwrap();
+            if task.take().is_some() {
+                assert!(polls > 3, "{kind:?}: closing was dropped {} times only", polls - 1);
+                break;
+            }
+            let story = format!("{kind:?}, close dropped after poll {polls}");
+            let allowed = Candidates(vec![flushed, model.content().clone()]);
+            let sound = assert_sound_again(executor, &case, &host, &allowed);
+            sound.unwrap_or_else(|error| panic!("{story}: {error}"));
+        }
+    }
+}
+
+#[test]
+fn opening_dropped_at_any_await_can_be_tried_again() {
+    for kind in kinds_to_reopen() {
+        let case = kind.build(1);
+        for polls in 1.. {
+            // The first image is only dropped, so that lazy refcounts leave a dirty image.
+            let Scene { host, mut executor, image, model, flushed, .. } = Scene::set(&case, 1);
+            drop(image);
+            executor.settle().unwrap();
+            let files = files_again(&case, &host);
+            let open = async move { files.open().await.map(drop) };
+            let task = executor.spawn_until(DropPoint::AfterPoll(polls), open);
+            executor.settle().unwrap();
+            if task.take().is_some() {
+                break;
+            }
+            let story = format!("{kind:?}, open dropped after poll {polls}");
+            let allowed = Candidates(vec![flushed, model.content().clone()]);
+            let sound = assert_sound_again(executor, &case, &host, &allowed);
+            sound.unwrap_or_else(|error| panic!("{story}: {error}"));
         }
     }
 }

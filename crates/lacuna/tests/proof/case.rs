@@ -119,6 +119,13 @@ impl Kind {
         1 << self.cluster_bits
     }
 
+    /// Returns the whole clusters around `range`.
+    pub(crate) fn cover(&self, range: GuestRange) -> GuestRange {
+        let start = range.start.0 / self.cluster_bytes() * self.cluster_bytes();
+        let end = range.end().0.next_multiple_of(self.cluster_bytes());
+        GuestRange::new(GuestOffset(start), end - start)
+    }
+
     /// A disk of a few L2 tables where they are small, and a last cluster that is not whole.
     pub(crate) fn size_bytes(&self) -> u64 {
         let clusters = match self.cluster_bits {
