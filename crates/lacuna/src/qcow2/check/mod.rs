@@ -11,6 +11,7 @@
 //! * Never: a check without repair writes.
 
 mod bitmaps;
+mod census;
 mod compare;
 pub(super) mod copied;
 mod finding;

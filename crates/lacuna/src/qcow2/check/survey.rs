@@ -1,6 +1,7 @@
 //! All that a check knows of an image: filled by the walk, judged by the comparison, used by the
 //! repair.
 
+use super::census::Census;
 use super::finding::{FindingClass, FindingKind};
 use super::read::read_vec;
 use super::refcounts::RefcountTable;
@@ -29,7 +30,7 @@ pub(crate) struct Survey {
     pub(crate) clusters: u64,
     pub(crate) references: References,
     /// Metadata that is not an L2 table, by cluster.
-    pub(crate) metadata: References,
+    pub(crate) metadata: Census,
     pub(crate) tables: Tables,
     /// The active L1 table.
     pub(crate) l1: Vec<u64>,
@@ -81,7 +82,7 @@ impl Survey {
             file_bytes,
             clusters,
             references: References::new(clusters + PAST_END),
-            metadata: References::new(clusters),
+            metadata: Census::new(clusters),
             tables: Tables::new(clusters),
             l1: Vec::new(),
             refcounts: RefcountTable::empty(geometry),
@@ -151,7 +152,7 @@ impl Survey {
             let first = self.geometry.host_cluster(region.start).0;
             let end = (region.start.0 + region.len).div_ceil(self.geometry.cluster_bytes());
             for cluster in first..end {
-                self.metadata.add(cluster, 1, Mark::None);
+                self.metadata.add(cluster);
             }
         }
         is_inside
