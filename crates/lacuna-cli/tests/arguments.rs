@@ -82,3 +82,22 @@ fn a_reader_that_goes_away_is_no_disaster() {
     assert!(got.text.contains("Writing to standard output"), "{}", got.text);
     assert!(got.text.ends_with("done\n") && !got.text.contains("panicked"), "{}", got.text);
 }
+
+#[test]
+fn backing_formats_are_guessed_only_where_the_user_says_so() {
+    let ours = Sandbox::ours();
+    // The extension with the backing format becomes one that nobody knows.
+    ours.prepare(
+        "stock-img create -q -f qcow2 base 1M; stock-img create -q -f qcow2 -b base -F qcow2 top
+         printf '\\x12' | dd of=top bs=1 seek=$((0x70)) conv=notrunc status=none",
+    );
+    for line in ["map top", "convert top raw", "compare top base", "io top -c map"] {
+        let refused = ours.run(&format!("lacuna {line}"));
+        assert_ne!(refused.code, Some(0), "{line}");
+        assert!(refused.text.contains("hint: --probe-backing"), "{line}: {}", refused.text);
+        let line = line.replacen(' ', " --probe-backing ", 1);
+        let allowed = ours.run(&format!("lacuna {line}"));
+        assert_eq!(allowed.code, Some(0), "{line}: {}", allowed.text);
+    }
+    ours.prepare("qemu-img map top");
+}

@@ -1,5 +1,6 @@
 //! Commands about the image as a whole: open, close, reopen, truncate, length, info.
 
+use lacuna::chain::UnnamedFormat;
 use lacuna::qcow2::format::Header;
 use lacuna::qcow2::{Access, Shrink};
 use lacuna::storage::{CacheMode, Storage};
@@ -13,7 +14,7 @@ use crate::args::Parsed;
 use crate::error::{CliError, CliResult, sentence};
 use crate::options::{self, Asked};
 use crate::output::io_size;
-use crate::verbs::open::cache_mode;
+use crate::verbs::open::{cache_mode, unnamed};
 use crate::verbs::spec::ImageSpec;
 use crate::verbs::{dump, specifics};
 
@@ -24,6 +25,7 @@ pub(super) struct OpenFlags {
     pub(super) cache: CacheMode,
     /// Whether writes go to a file of their own that is gone when the image is closed.
     pub(super) snapshot: bool,
+    pub(super) unnamed: UnnamedFormat,
 }
 
 impl OpenFlags {
@@ -41,7 +43,8 @@ impl OpenFlags {
             None => CacheMode::Buffered,
         };
         let access = super::access(parsed.has("read-only"));
-        Ok(Self { access, cache, snapshot: parsed.has("snapshot") })
+        let (snapshot, unnamed) = (parsed.has("snapshot"), unnamed(parsed));
+        Ok(Self { access, cache, snapshot, unnamed })
     }
 }
 

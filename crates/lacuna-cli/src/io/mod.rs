@@ -31,6 +31,7 @@ pub(crate) const VERB: Verb = Verb {
     operands: "[FILENAME]",
     flags: &[
         common::OBJECT,
+        common::PROBE_BACKING,
         common::IMAGE_OPTS,
         Flag::valued('c', "cmd", "COMMAND", "a command to execute; may be repeated"),
         Flag::valued('f', "format", "FMT", "format of the image; probed where not given"),

@@ -44,7 +44,7 @@ impl Overlay {
     /// Returns how to open it.
     pub(super) fn request(&self) -> Request {
         let image = self.image.clone();
-        Request { image, access: Access::ReadWrite, cache: self.base.cache }
+        Request { image, access: Access::ReadWrite, ..self.base.clone() }
     }
 
     /// Removes its name; the content stays as long as it is open.

@@ -163,7 +163,8 @@ impl<'t> Session<'t> {
 
     /// Opens an image where none is open.
     pub(super) fn open(&mut self, image: ImageSpec, flags: &OpenFlags) -> CliResult<()> {
-        let request = Request { image, access: flags.access, cache: flags.cache };
+        let (access, cache, unnamed) = (flags.access, flags.cache, flags.unnamed);
+        let request = Request { image, access, cache, unnamed };
         if !flags.snapshot {
             return self.open_request(request);
         }

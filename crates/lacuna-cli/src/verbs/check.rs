@@ -115,7 +115,9 @@ fn checked(
 fn failed(tool: &Tool, request: &Request, repair: Repair, error: &lacuna::Error) -> CliError {
     match error.kind() {
         lacuna::ErrorKind::Corrupt | lacuna::ErrorKind::Unsupported => {
-            open::cannot_open(&request.image.shown, open::reason(tool, &request.image, error))
+            let reason = open::reason(tool, &request.image, error);
+            // Without the hint to check it.
+            open::cannot_open(&request.image.shown, CliError::new(reason.text()))
         }
         _ if repair != Repair::None || !tool.is_own() => {
             CliError::new(format!("Check failed: {}", errno_words(error)))

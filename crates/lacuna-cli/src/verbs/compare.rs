@@ -34,6 +34,7 @@ pub(super) const VERB: Verb = Verb {
         common::CACHE,
         common::FORCE_SHARE,
         common::OBJECT,
+        common::PROBE_BACKING,
     ],
     example: "compare before.qcow2 after.qcow2",
     run,

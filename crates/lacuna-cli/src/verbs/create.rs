@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use lacuna::block::Layer;
+use lacuna::chain::UnnamedFormat;
 use lacuna::qcow2::format::{CompressionType, EntryWidth, Version};
 use lacuna::qcow2::{self, Access, BackingName, CreateOptions, DataFileName};
 use lacuna::storage::{CacheMode, FileOptions, FileStorage, Storage};
@@ -296,7 +297,9 @@ fn backing_size(tool: &Tool, file: &str, values: &Values) -> CliResult<Option<u6
     }
     let path = beside(Path::new(file), name).to_string_lossy().into_owned();
     let spec = ImageSpec::from_name(&path, values.text("backing_fmt"))?;
-    let request = Request { image: spec, access: Access::ReadOnly, cache: CacheMode::Buffered };
+    let (access, cache) = (Access::ReadOnly, CacheMode::Buffered);
+    let unnamed = UnnamedFormat::Refuse;
+    let request = Request { image: spec, access, cache, unnamed };
     let chain = open::open_bare(tool, &request).map_err(|error| {
         CliError::new(format!("{}\nCould not open backing image.", error.text()))
             .with_hint("-u makes the image without looking at the backing file; give a size then")

@@ -26,6 +26,7 @@ pub(super) const VERB: Verb = Verb {
         common::OUTPUT,
         common::FORCE_SHARE,
         common::OBJECT,
+        common::PROBE_BACKING,
     ],
     example: "map --output=json disk.qcow2",
     run,

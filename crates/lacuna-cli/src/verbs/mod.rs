@@ -73,6 +73,8 @@ pub(crate) mod common {
         Flag::valued('\0', "object", "OBJDEF", "not supported").long_only();
     pub(crate) const OUTPUT: Flag =
         Flag::valued('\0', "output", "human|json", "form of the output").long_only();
+    pub(crate) const PROBE_BACKING: Flag =
+        Flag::switch('\0', "probe-backing", "guess a backing format that is not named").long_only();
     pub(crate) const CACHE: Flag = Flag::valued('T', "cache", "MODE", "cache mode of the host");
     pub(crate) const PROGRESS: Flag =
         Flag::valued('p', "progress", "json", "show progress; =json as JSON lines on stderr")
@@ -131,7 +133,9 @@ fn offers(tool: &Tool, verb: &Verb) -> bool {
 }
 
 fn run_verb(tool: &Tool, verb: &Verb, arguments: &[String]) -> CliResult<u8> {
-    let table: Vec<Flag> = [HELP].iter().chain(verb.flags).copied().collect();
+    // Options of ours must not make shortened names of theirs ambiguous.
+    let is_offered = |flag: &&Flag| tool.is_own() || flag.long != common::PROBE_BACKING.long;
+    let table: Vec<Flag> = [HELP].iter().chain(verb.flags).filter(is_offered).copied().collect();
     let parsed = args::parse(&table, arguments)?;
     if parsed.has("help") {
         return help::verb(tool, verb);

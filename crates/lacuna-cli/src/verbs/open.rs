@@ -2,7 +2,8 @@
 //!
 //! * What an image names (backing file, data file) is followed: naming the image on the command
 //!   line is the user's consent. A backing file whose format the image leaves out is probed only
-//!   under QEMU's names, as those programs do; a guest may have written what a probe finds.
+//!   under QEMU's names, as those programs do, or with `--probe-backing`; a guest may have written
+//!   what a probe finds.
 
 use std::path::Path;
 
@@ -27,6 +28,8 @@ pub(crate) struct Request {
     pub(crate) image: ImageSpec,
     pub(crate) access: Access,
     pub(crate) cache: CacheMode,
+    /// Whether the user allows to guess the format of a backing file that the image leaves out.
+    pub(crate) unnamed: UnnamedFormat,
 }
 
 impl Request {
@@ -43,8 +46,14 @@ impl Request {
             false => ImageSpec::from_name(name, format),
         };
         let image = image.map_err(|error| cannot_open(name, error))?;
-        Ok(Self { image, access: Access::ReadOnly, cache: CacheMode::Buffered })
+        let cache = CacheMode::Buffered;
+        Ok(Self { image, access: Access::ReadOnly, cache, unnamed: unnamed(parsed) })
     }
+}
+
+/// Reads `--probe-backing`.
+pub(crate) fn unnamed(parsed: &Parsed) -> UnnamedFormat {
+    if parsed.has("probe-backing") { UnnamedFormat::Probe } else { UnnamedFormat::Refuse }
 }
 
 /// Opens an image with its backing chain.
@@ -73,7 +82,7 @@ pub(crate) fn options(tool: &Tool, request: &Request) -> CliResult<ChainOptions>
     options.data_file = Allow::Named;
     options.image = options.image.placement(tool.placement());
     options.unnamed_format = match tool.persona {
-        Persona::Lacuna => UnnamedFormat::Refuse,
+        Persona::Lacuna => request.unnamed,
         _ => UnnamedFormat::Probe,
     };
     Ok(options)
@@ -137,11 +146,18 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
     match error.kind() {
         ErrorKind::Busy => failure.with_hint("-U opens it for reading all the same"),
         ErrorKind::Corrupt => failure.with_hint("`lacuna check -r all IMAGE` may repair it"),
-        ErrorKind::InvalidRequest => failure.with_hint(
-            "`qemu-img rebase -u -b FILE -F FORMAT IMAGE` writes the format into the image",
-        ),
+        // What follows the semicolon is advice for callers of the library.
+        ErrorKind::InvalidRequest if error.message().contains("ChainOptions::") => {
+            CliError::new(text_before(failure.text())).with_hint(
+                "--probe-backing looks at its content; do that only where no guest could write it",
+            )
+        }
         _ => failure,
     }
+}
+
+fn text_before(text: &str) -> &str {
+    text.split_once(';').map_or(text, |(before, _)| before)
 }
 
 /// What QEMU says of a file that is no qcow2 image of a version it knows.

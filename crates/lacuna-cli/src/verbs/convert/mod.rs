@@ -5,6 +5,7 @@ mod concat;
 use std::path::Path;
 
 use lacuna::block::Layer;
+use lacuna::chain::UnnamedFormat;
 use lacuna::job::{self, ConvertOptions, Encoding, Phase, Progress, TargetContent, WriteOrder};
 use lacuna::qcow2::Access;
 use lacuna::storage::CacheMode;
@@ -57,6 +58,7 @@ pub(super) const VERB: Verb = Verb {
         Flag::switch('\0', "salvage", "not supported").long_only(),
         Flag::switch('W', "oob-writes", "write in any order"),
         common::OBJECT,
+        common::PROBE_BACKING,
     ],
     example: "convert -p -O qcow2 -c disk.raw disk.qcow2",
     run,
@@ -110,6 +112,7 @@ struct Wish {
     creates: bool,
     is_zero: bool,
     target_image_opts: bool,
+    unnamed: UnnamedFormat,
 }
 
 impl Wish {
@@ -151,6 +154,7 @@ impl Wish {
             creates,
             is_zero: parsed.has("target-is-zero"),
             target_image_opts,
+            unnamed: open::unnamed(parsed),
         }))
     }
 
@@ -178,7 +182,8 @@ impl Wish {
             true => ImageSpec::from_options(&self.target_name)?,
             false => ImageSpec::from_name(&self.target_name, Some(format.name()))?,
         };
-        let request = Request { image, access: Access::ReadWrite, cache: self.target_cache };
+        let (access, cache) = (Access::ReadWrite, self.target_cache);
+        let request = Request { image, access, cache, unnamed: self.unnamed };
         let target = open::open(tool, &request)?;
         match target.disk().size_bytes() < total(sources)? {
             true => Err(CliError::new("output file is smaller than input file")),
@@ -226,8 +231,8 @@ impl Wish {
         let path =
             Path::new(&self.target_name).parent().unwrap_or_else(|| Path::new("")).join(name);
         let image = ImageSpec::from_name(&path.to_string_lossy(), Some(&backing_format))?;
-        let access = Access::ReadOnly;
-        let chain = open::open(tool, &Request { image, access, cache: CacheMode::Buffered })?;
+        let (access, cache) = (Access::ReadOnly, CacheMode::Buffered);
+        let chain = open::open(tool, &Request { image, access, cache, unnamed: self.unnamed })?;
         if open::is_part_of(Path::new(&self.target_name), &chain) {
             return Err(CliError::new("The target is part of its own backing chain")
                 .under(&self.target_name));
@@ -262,7 +267,7 @@ fn source_request(parsed: &Parsed, source: &str, cache: CacheMode) -> CliResult<
         true => ImageSpec::from_options(source)?,
         false => ImageSpec::from_name(source, format)?,
     };
-    Ok(Request { image, access: Access::ReadOnly, cache })
+    Ok(Request { image, access: Access::ReadOnly, cache, unnamed: open::unnamed(parsed) })
 }
 
 fn target_format(parsed: &Parsed) -> CliResult<Option<Format>> {

@@ -35,6 +35,7 @@ pub(super) const VERB: Verb = Verb {
         Flag::switch('b', "backing-chain", "describe the backing files too"),
         common::FORCE_SHARE,
         common::OBJECT,
+        common::PROBE_BACKING,
         common::OUTPUT,
     ],
     example: "info --output=json disk.qcow2",
