@@ -62,6 +62,16 @@ impl Survey {
         let kind = FindingKind::RefcountUnreadable { cluster, text: error.to_string() };
         self.report.record(kind, clusters);
         self.io_failed |= error.kind() != crate::ErrorKind::Corrupt;
+        let most = self.geometry.refcount_max();
+        let used = self.references.iter_from(first);
+        let over: Vec<_> = used
+            .take_while(|(cluster, _)| *cluster < first + clusters)
+            .filter(|(_, count)| *count > most)
+            .collect();
+        for (cluster, count) in over {
+            let offset = self.host(cluster);
+            self.report.record(FindingKind::RefcountOverflow { offset }, count - most);
+        }
         None
     }
 
