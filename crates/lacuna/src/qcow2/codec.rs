@@ -20,11 +20,7 @@ use crate::{Error, Result};
 const WRITTEN_WINDOW_BITS: u8 = 12;
 
 thread_local! {
-    static DEFLATE: RefCell<Compress> = RefCell::new(Compress::new_with_window_bits(
-        Compression::default(),
-        false,
-        WRITTEN_WINDOW_BITS,
-    ));
+    static DEFLATE: RefCell<Compress> = RefCell::new(new_deflate());
     static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
     static ZSTD_WRITER: RefCell<Option<zstd::bulk::Compressor<'static>>> =
         const { RefCell::new(None) };
@@ -79,12 +75,20 @@ fn inflate(input: &[u8], output: &mut [u8]) -> Result<usize> {
     })
 }
 
+fn new_deflate() -> Compress {
+    Compress::new_with_window_bits(Compression::default(), false, WRITTEN_WINDOW_BITS)
+}
+
 fn deflate(input: &[u8], output: &mut [u8]) -> Option<usize> {
     DEFLATE.with_borrow_mut(|context| {
         context.reset();
-        let status = context.compress(input, output, FlushCompress::Finish);
-        let ended = matches!(status, Ok(Status::StreamEnd));
-        usize::try_from(context.total_out()).ok().filter(|_| ended)
+        if let Ok(Status::StreamEnd) = context.compress(input, output, FlushCompress::Finish) {
+            return usize::try_from(context.total_out()).ok();
+        }
+        // What found no room in the output goes on to take room in the context, whatever `reset`
+        // says (zlib-rs 0.6.8), until the next stream finds none and panics.
+        *context = new_deflate();
+        None
     })
 }
 
@@ -207,6 +211,25 @@ mod tests {
             assert_eq!(compress(kind, &input, &mut [0; 100]).unwrap(), None, "{kind:?}");
             // The context is sound afterwards.
             compressed(kind, &input);
+        }
+    }
+
+    #[test]
+    fn any_number_of_clusters_that_do_not_compress_leave_the_context_sound() {
+        let mut state = 1_u64;
+        let mut noise = vec![0; 16384];
+        noise.fill_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_be_bytes()[0]
+        });
+        for kind in BOTH {
+            for len in [512, 1024, 4096, 16384] {
+                let mut output = vec![0; len];
+                for _ in 0..300 {
+                    assert_eq!(compress(kind, &noise[..len], &mut output).unwrap(), None);
+                }
+                compressed(kind, &vec![5; len]);
+            }
         }
     }
 
