@@ -226,3 +226,22 @@ fn help_lists_every_command() {
         assert!(help.lines().any(|line| line.starts_with(command)), "{command}: {help}");
     }
 }
+
+#[test]
+fn zeros_over_part_of_a_cluster_zero_all_of_it_where_the_rest_reads_as_zeros() {
+    // What the requests cover is not zero below, what they leave of the unit is; but for the last.
+    let requests = "-c 'write -z 5k 2k' -c 'write -z 13k 2k' -c 'write -z 21k 2k' \
+                    -c 'write -z 27k 2k' -c 'write -z 30k 1k'";
+    let written = "-c 'write -P 17 5k 1k' -c 'write -P 17 14k 1k' -c 'write -P 17 21k 2k' \
+                   -c 'write -P 17 29k 1k'";
+    for unit in ["cluster_size=4k", "cluster_size=128k,extended_l2=on"] {
+        both(&format!(
+            "qemu-img create -q -f qcow2 -o cluster_size=512 base 64k
+             qemu-io -f qcow2 {written} base
+             qemu-img create -q -f qcow2 -o {unit} -b base -F qcow2 image
+             qemu-io -f qcow2 {requests} image
+             qemu-img map --output=json image
+             stock-img check image"
+        ));
+    }
+}

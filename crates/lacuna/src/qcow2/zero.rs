@@ -135,9 +135,11 @@ impl<S: Storage> Image<S> {
         let unit = self.geometry().subcluster_bytes();
         let start = part.start.0 / unit * unit;
         let whole = GuestRange::new(GuestOffset(start), unit);
-        let inside = GuestRange::new(whole.start, unit.min(self.size() - start));
+        let end = (start + unit).min(self.size());
+        let before = GuestRange::new(whole.start, part.start.0 - start);
+        let behind = GuestRange::new(part.end(), end - part.end().0);
         let hold = self.exclude_others(whole).await?;
-        if self.reads_zero(inside).await? {
+        if self.reads_zero(before).await? && self.reads_zero(behind).await? {
             return self.zero_units(whole, flags, hold).await;
         }
         drop(hold);
