@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Sandbox, both};
+use common::{Sandbox, both, both_in};
 
 #[test]
 fn wrong_command_lines_are_answered_like_the_stock_tool_does() {
@@ -100,4 +100,52 @@ fn backing_formats_are_guessed_only_where_the_user_says_so() {
         assert_eq!(allowed.code, Some(0), "{line}: {}", allowed.text);
     }
     ours.prepare("qemu-img map top");
+}
+
+#[test]
+fn a_name_that_is_no_text_is_refused_and_no_other_file_is_made() {
+    let ours = Sandbox::ours();
+    let got = ours.run(r"lacuna create -q -f qcow2 $'bad\xff.q' 1M; ls");
+    assert_eq!(got.text, "lacuna: The argument 'bad\u{fffd}.q' is not UTF-8 text\n");
+    assert_eq!(got.code, Some(0), "ls comes last");
+}
+
+#[test]
+fn errors_name_the_file_of_the_chain_that_is_missing() {
+    let (stock, ours) = (Sandbox::stock(), Sandbox::ours());
+    for sandbox in [&stock, &ours] {
+        sandbox.prepare(
+            "mkdir sub; stock-img create -q -f qcow2 base 1M; cp base sub;
+             stock-img create -q -f qcow2 -b base -F qcow2 sub/over; rm base sub/base;
+             stock-img create -q -f qcow2 -o data_file=data image 1M; rm data",
+        );
+    }
+    both_in(
+        &stock,
+        &ours,
+        "qemu-img map sub/over
+         qemu-io -c 'read 0 1' sub/over
+         qemu-img map image
+         qemu-img convert -O raw image raw
+         qemu-img compare image sub/over
+         qemu-img map missing",
+    );
+}
+
+#[test]
+fn encrypted_images_are_refused_by_the_name_of_their_cipher() {
+    let ours = Sandbox::ours();
+    let options = "encrypt.key-secret=s";
+    for (method, name) in [("aes", "AES"), ("luks,encrypt.iter-time=10", "LUKS")] {
+        ours.prepare(&format!(
+            "stock-img create -q --object secret,id=s,data=x -f qcow2 \
+             -o {options},encrypt.format={method} image 1M"
+        ));
+        for line in ["map image", "convert -O raw image raw", "compare image image", "io image"] {
+            let got = ours.run(&format!("lacuna {line} </dev/null"));
+            assert!(!ours.path("raw").exists(), "{line}");
+            assert_ne!(got.code, Some(0), "{line}: {}", got.text);
+            assert!(got.text.contains(&format!("encrypted ({name})")), "{line}: {}", got.text);
+        }
+    }
 }

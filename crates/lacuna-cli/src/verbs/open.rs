@@ -135,12 +135,10 @@ pub(crate) fn cannot_open(shown: &str, error: CliError) -> CliError {
 /// Turns the library's error about opening an image into ours.
 pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
     let file = &spec.file;
-    let named = || error.message().contains(file.as_str());
     let text = match (error.raw_os_error(), qemu_words(file, spec)) {
-        (Some(code), _) if named() => format!("Could not open '{file}': {}", host_words(code)),
+        (Some(code), _) => file_words(file, error.message(), code),
         (None, Some(words)) if !tool.is_own() => words,
-        // The caller says which image it is about.
-        _ => sentence(error).trim_start_matches(&format!("Image {file}: ")).to_owned(),
+        _ => sentence(error),
     };
     let failure = CliError::new(text);
     match error.kind() {
@@ -158,6 +156,19 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
 
 fn text_before(text: &str) -> &str {
     text.split_once(';').map_or(text, |(before, _)| before)
+}
+
+/// Says which file of a chain the host did not give: the image, its data file, or one below.
+fn file_words(file: &str, message: &str, code: i32) -> String {
+    let words = host_words(code);
+    let own = message.strip_prefix(&format!("Image {file}: "));
+    let doing = own.unwrap_or(message).rsplit(": ").next().unwrap_or_default();
+    let path = ["Opening ", "Looking for "].iter().find_map(|verb| doing.strip_prefix(verb));
+    match path {
+        None => format!("{message}: {words}"),
+        Some(path) if own.is_some() || path == file => format!("Could not open '{path}': {words}"),
+        Some(path) => format!("Could not open backing file: Could not open '{path}': {words}"),
+    }
 }
 
 /// What QEMU says of a file that is no qcow2 image of a version it knows.

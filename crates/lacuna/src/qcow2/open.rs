@@ -2,7 +2,9 @@
 
 use super::bitmaps::Bitmaps;
 use super::check::{self, CheckOptions, Repair};
-use super::format::{AutoclearFeatures, CompatibleFeatures, Header, IncompatibleFeatures, L1Entry};
+use super::format::{
+    AutoclearFeatures, CompatibleFeatures, Encryption, Header, IncompatibleFeatures, L1Entry,
+};
 use super::image::Image;
 use super::in_flight::InFlight;
 use super::mapping::{DataPlace, Decoder};
@@ -78,8 +80,12 @@ async fn read<S: Storage>(storage: &S, offset: HostOffset, len: u64) -> Result<B
 
 fn check_parts<S>(header: &Header, parts: &Parts<S>) -> Result<()> {
     if let Some(kind) = header.encryption() {
+        let method = match kind {
+            Encryption::Aes => "AES",
+            Encryption::Luks => "LUKS",
+        };
         return Err(Error::unsupported(format!(
-            "The image is encrypted ({kind:?}); encrypted images can be described but not opened"
+            "The image is encrypted ({method}); encrypted images can be described but not opened"
         )));
     }
     match (header.has_external_data_file(), parts.data.is_some()) {
