@@ -24,6 +24,8 @@ pub(super) struct TableCache {
     dirty: BTreeSet<u64>,
     /// Clusters whose content exists nowhere but here.
     fresh: BTreeSet<u64>,
+    /// Fresh tables on their way to storage, which may still hold what was there before.
+    fresh_written: BTreeSet<u64>,
     /// Counts completed write-backs: a load that overlapped one may hold old bytes.
     generation: u64,
 }
@@ -62,6 +64,7 @@ impl TableCache {
             hand: 0,
             dirty: BTreeSet::new(),
             fresh: BTreeSet::new(),
+            fresh_written: BTreeSet::new(),
             generation: 0,
         }
     }
@@ -96,7 +99,8 @@ impl TableCache {
         if let Some(slot) = self.by_offset.get(&offset.0) {
             return Some(*slot);
         }
-        if !self.fresh.contains(&(offset.0 & !(self.cluster_bytes - 1))) {
+        let table = offset.0 & !(self.cluster_bytes - 1);
+        if !self.fresh.contains(&table) && !self.fresh_written.contains(&table) {
             return None;
         }
         Some(self.place(offset, Arc::from(vec![0; self.slice_bytes as usize])))
@@ -158,6 +162,7 @@ impl TableCache {
     /// Drops all that is cached of a cluster that stopped being a table.
     pub(super) fn forget(&mut self, table: HostOffset) {
         self.fresh.remove(&table.0);
+        self.fresh_written.remove(&table.0);
         for offset in (table.0..table.0 + self.cluster_bytes).step_by(self.slice_bytes as usize) {
             self.dirty.remove(&offset);
             if let Some(index) = self.by_offset.remove(&offset) {
@@ -181,6 +186,7 @@ impl TableCache {
     /// Hands out all fresh tables, each whole. Until [`written`](Self::written) they stay cached.
     pub(super) fn take_fresh(&mut self) -> Vec<DirtySlice> {
         let fresh = std::mem::take(&mut self.fresh);
+        self.fresh_written.clone_from(&fresh);
         fresh.into_iter().map(|table| self.assemble(table)).collect()
     }
 
@@ -220,6 +226,7 @@ impl TableCache {
         let cached = |offset: &u64| self.by_offset.contains_key(offset);
         self.dirty.extend(unwritten.dirty.into_iter().filter(cached));
         self.fresh.extend(unwritten.fresh);
+        self.fresh_written.clear();
         for slot in &mut self.slots {
             slot.writing = false;
         }
@@ -228,6 +235,7 @@ impl TableCache {
     /// Takes note that everything handed out is in storage now.
     pub(super) fn written(&mut self) {
         self.generation += 1;
+        self.fresh_written.clear();
         for slot in &mut self.slots {
             slot.writing = false;
         }
