@@ -57,6 +57,19 @@ impl Hold {
     pub const fn none() -> Self {
         Self(None)
     }
+
+    /// Makes two holds of one: what it holds is released when both are gone.
+    pub(crate) fn shared(self) -> (Self, Self) {
+        let both = Arc::new(Both(self));
+        (Self::new(Arc::clone(&both) as Arc<dyn Release>, 0), Self::new(both, 0))
+    }
+}
+
+/// A hold that several share: the last to drop it releases it.
+struct Both(#[expect(dead_code, reason = "it is there to be dropped")] Hold);
+
+impl Release for Both {
+    fn release(&self, _token: u64) {}
 }
 
 impl Drop for Hold {

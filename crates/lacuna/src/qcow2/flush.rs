@@ -159,7 +159,10 @@ impl<S: Storage> Image<S> {
             }
         }
         for run in runs {
-            match self.0.storage.punch_hole_at(run, Hold::none()).await {
+            // A dropped punch stays with the driver: nothing is handed out before it is over (D.1-4).
+            self.0.meta.lock().in_flight.metadata_write_begins();
+            let hold = Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, METADATA);
+            match self.0.storage.punch_hole_at(run, hold).await {
                 // The map says what the guest reads; the space is only a wish (D.1-6).
                 Err(error) if error.kind() != ErrorKind::Unsupported => return Err(error),
                 _ => {}

@@ -1,7 +1,8 @@
 //! Requests under way: who may touch which guest clusters, and since when.
 //!
 //! * Whoever changes the map conflicts with all but reads; shared (data written in place) conflicts
-//!   with those; reads conflict with nothing.
+//!   with those, and with its like only over the same bytes, so that a dropped write that is still
+//!   with the driver does not land on a later one; reads conflict with nothing.
 //! * Always: a freed host cluster is reused only when every request that began before it was
 //!   freed is over, since such a request may still move its bytes (D.1-58).
 //! * Always: what a request reserved and never linked goes back when its last hold is dropped.
@@ -73,10 +74,8 @@ impl InFlight {
     /// Says whether such a request has to wait.
     pub(super) fn conflicts(&self, touch: Touch, clusters: GuestRange) -> bool {
         let excludes = |other: &Entry| match (touch, other.touch) {
-            (Touch::Read, _) | (_, Touch::Read) | (Touch::Shared, Touch::Shared) => false,
-            (Touch::Exclusive | Touch::Map, _) | (_, Touch::Exclusive | Touch::Map) => {
-                other.clusters.overlaps(&clusters)
-            }
+            (Touch::Read, _) | (_, Touch::Read) => false,
+            _ => other.clusters.overlaps(&clusters),
         };
         self.entries.iter().flatten().any(excludes)
     }
@@ -160,8 +159,9 @@ mod tests {
         assert!(list.begin(Touch::Read, range(9, 1)).is_ok());
         assert!(list.begin(Touch::Exclusive, range(10, 1)).is_ok());
         assert!(list.end(token).is_empty());
+        assert!(list.begin(Touch::Shared, range(8, 1)).is_ok());
         assert!(list.begin(Touch::Shared, range(9, 1)).is_ok());
-        assert!(list.begin(Touch::Shared, range(9, 1)).is_ok());
+        assert!(list.begin(Touch::Shared, range(9, 1)).is_err());
     }
 
     #[test]

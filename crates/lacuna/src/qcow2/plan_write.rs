@@ -75,6 +75,8 @@ pub(super) fn plan_write(
     range: GuestRange,
     behind: Option<HostOffset>,
 ) -> Planned<WritePiece> {
+    // Once more: the disk may have shrunk while this waited.
+    meta.check_bounds(range)?;
     meta.before_change(range)?;
     let run = meta.run(range)?;
     match run.mapping {
@@ -87,8 +89,7 @@ pub(super) fn plan_write(
 
 fn in_place(meta: &mut Meta, guest: GuestRange, host: HostOffset) -> Planned<WritePiece> {
     check_host(meta, HostRange::new(host, guest.len))?;
-    let clusters = meta.geometry().cover_clusters(guest);
-    let token = meta.in_flight.begin(Touch::Shared, clusters).map_err(Need::Turn)?;
+    let token = meta.in_flight.begin(Touch::Shared, guest).map_err(Need::Turn)?;
     Ok(WritePiece::InPlace { token, host, len: guest.len })
 }
 

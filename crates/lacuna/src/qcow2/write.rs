@@ -116,7 +116,8 @@ impl<S: Storage> Image<S> {
 
     async fn write_zero_bytes(&self, host: HostRange, hold: Hold) -> Result<Hold> {
         if host.len > SMALL_ZERO_BYTES {
-            self.data_storage().write_zeroes_at(host, ZeroMode::MayUnmap, Hold::none()).await?;
+            let (hold, with_driver) = hold.shared();
+            self.data_storage().write_zeroes_at(host, ZeroMode::MayUnmap, with_driver).await?;
             return Ok(hold);
         }
         let mut zeros = Buffer::zeroed(host.len as usize);
@@ -236,6 +237,7 @@ fn plan_stream(
     range: GuestRange,
     len: u64,
 ) -> Planned<(super::in_flight::Token, HostOffset)> {
+    meta.check_bounds(range)?;
     meta.before_change(range)?;
     meta.own_table(range.start)?;
     let clusters = meta.geometry().cover_clusters(range);

@@ -92,7 +92,9 @@ impl<S: Storage> Image<S> {
             false => ZeroMode::Allocate,
         };
         let host = HostRange::new(HostOffset(range.start.0), range.len);
-        self.data_storage().write_zeroes_at(host, mode, Hold::none()).await
+        self.plan(|meta| meta.before_change(range)).await?;
+        let hold = self.exclude_others(range).await?;
+        self.data_storage().write_zeroes_at(host, mode, hold).await
     }
 
     /// Zeros whole subclusters (or clusters) that `hold` keeps others away from.
@@ -209,7 +211,7 @@ impl<S: Storage> Image<S> {
         self.clear_held(range, intent).await
     }
 
-    async fn clear_held(&self, range: GuestRange, intent: Intent) -> Result<()> {
+    pub(super) async fn clear_held(&self, range: GuestRange, intent: Intent) -> Result<()> {
         let mut at = range.start;
         while at < range.end() {
             let rest = GuestRange::new(at, range.end() - at);
@@ -219,7 +221,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Waits until nothing else changes these clusters, and keeps it so while the hold lives.
-    async fn exclude_others(&self, range: GuestRange) -> Result<Hold> {
+    pub(super) async fn exclude_others(&self, range: GuestRange) -> Result<Hold> {
         let clusters = self.geometry().cover_clusters(range);
         let token = self
             .plan(|meta| Ok(meta.in_flight.begin(Touch::Map, clusters).map_err(Need::Turn)?))
