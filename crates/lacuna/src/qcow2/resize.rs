@@ -79,10 +79,11 @@ impl<S: Storage> Image<S> {
     }
 
     async fn grow(&self, old: u64, new: u64) -> Result<()> {
+        let added = GuestRange::new(GuestOffset(old), new - old);
+        self.plan(|meta| meta.before_change(added)).await?;
         if let Some(data) = &self.0.data {
             data.set_len(new).await?;
         }
-        let added = GuestRange::new(GuestOffset(old), new - old);
         let mut back = SizeBackOnDrop { image: self, old: Some(old) };
         self.plan(|meta| {
             meta.before_change(added)?;
@@ -110,7 +111,10 @@ impl<S: Storage> Image<S> {
         let cluster_bytes = self.geometry().cluster_bytes();
         let from = new.next_multiple_of(cluster_bytes);
         let to = old.next_multiple_of(cluster_bytes);
-        self.clear(GuestRange::new(GuestOffset(from), to - from), Intent::Forget).await?;
+        let cut = GuestRange::new(GuestOffset(from), to - from);
+        // Kept until the size is the new one, or a write could get in between.
+        let hold = self.exclude_others(cut).await?;
+        self.clear_held(cut, Intent::Forget).await?;
         let mut back = SizeBackOnDrop { image: self, old: Some(old) };
         self.plan(|meta| {
             meta.drop_tables(new)?;
@@ -118,6 +122,7 @@ impl<S: Storage> Image<S> {
             Ok(())
         })
         .await?;
+        drop(hold);
         // Were the smaller size there first, a later growth would show the old clusters again.
         self.flush_all().await?;
         self.commit_size(new).await?;
@@ -144,7 +149,10 @@ impl<S: Storage> Image<S> {
         if self.0.storage.len().await? <= end.0 {
             return Ok(());
         }
-        self.0.storage.set_len(end.0).await
+        self.0.storage.set_len(end.0).await?;
+        let mut meta = self.0.meta.lock();
+        meta.zero_from = meta.zero_from.min(end);
+        Ok(())
     }
 }
 
@@ -220,7 +228,6 @@ impl Meta {
         }
         let end = self.geometry().host_offset(HostCluster(end));
         self.refcounts.cut_at(end);
-        self.zero_from = self.zero_from.min(end);
         self.paused = true;
         Ok(end)
     }
