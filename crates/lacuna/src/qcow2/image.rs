@@ -153,8 +153,8 @@ impl<S: Storage> Image<S> {
     }
 
     /// Makes everything durable, brings refcounts and bitmaps up to date and clears the dirty
-    /// bit. Requests of other clones that still run fail or finish; nothing is lost, but they may
-    /// leave leaks.
+    /// bit. No clone can change the image afterwards; requests of other clones that still run fail
+    /// or finish; nothing is lost, but they may leave leaks.
     ///
     /// # Errors
     /// The first failure of a write or flush; the image is then as after a crash.
@@ -162,6 +162,8 @@ impl<S: Storage> Image<S> {
         if !self.0.meta.lock().writable {
             return Ok(());
         }
+        // From here on a change would be missing in bitmaps, or not be covered by the dirty bit.
+        self.0.meta.lock().closed = true;
         self.store_bitmaps().await?;
         self.write_back(Refcounting::Written).await?;
         // The first one freed clusters; their refcounts are dirty now.

@@ -89,6 +89,8 @@ pub(super) struct Meta {
     pub(super) loaded_table: Option<LoadedTable>,
     /// The file is being cut: changes wait.
     pub(super) paused: bool,
+    /// What is stored is final, for all clones.
+    pub(super) closed: bool,
     /// Why nothing more may be changed.
     pub(super) failed: Option<Error>,
 }
@@ -137,6 +139,9 @@ impl Meta {
                 ErrorKind::ReadOnly,
                 "The image was opened read-only",
             )));
+        }
+        if self.closed {
+            return Err(Stop::Fail(Error::invalid("The image was closed")));
         }
         if self.paused {
             return Err(Need::Turn(self.in_flight.wait()).into());

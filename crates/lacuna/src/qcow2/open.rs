@@ -196,6 +196,7 @@ async fn load_meta<S: Storage>(
         zero_from: HostOffset(file_bytes.next_multiple_of(geometry.cluster_bytes())),
         loaded_table: None,
         paused: false,
+        closed: false,
         failed: None,
     })
 }
