@@ -1,5 +1,8 @@
 //! Persistent bitmaps made by QEMU: never trusted where they miss a change.
 
+use lacuna::ErrorKind;
+use lacuna::block::WriteFlags;
+use lacuna::units::{GuestOffset, GuestRange};
 use testkit::foreign::{QEMU_IMG, qemu_io};
 use testkit::sim::{Pace, SimHost, crash};
 use testkit::{Menu, ModelDisk, Operation, Operations, SparseBytes, seeds};
@@ -175,6 +178,31 @@ fn no_crash_leaves_a_bitmap_that_misses_a_change_and_is_believed() {
             }
         }
     }
+}
+
+#[test]
+fn clones_that_outlive_a_close_cannot_change_what_bitmaps_miss() {
+    let case = image_with_bitmaps(Kind::plain(12), 1);
+    let host = SimHost::without_record(Pace::AtOnce, 1);
+    let write = |start| Operation::Write {
+        range: GuestRange::new(GuestOffset(start), 512),
+        seed: 1,
+        flags: WriteFlags::empty(),
+    };
+    let guest = pollster::block_on(async {
+        let image = case.on(&host).open().await.unwrap();
+        let other = image.clone();
+        perform(&other, write(0)).await.unwrap();
+        image.close().await.unwrap();
+        for start in [8192, 1 << 16] {
+            let refused = perform(&other, write(start)).await.unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::InvalidRequest);
+        }
+        whole_content(&other).await.unwrap()
+    });
+    let after = case.with_content(vec![host.content(0)]);
+    assert!(!stored(&after.image, 4096, "on").unwrap().in_use);
+    assert_covers(&after, &guest, "a clone after a close");
 }
 
 async fn examine(after: &Case, story: &str, ask_qemu: bool) {
