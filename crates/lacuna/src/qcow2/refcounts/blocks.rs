@@ -35,10 +35,10 @@ impl Refcounts {
         if own != index {
             self.read(HostCluster(block))?;
         }
+        self.end = self.end.max(block + 1);
         self.install_block(index, block);
         self.write(HostCluster(block), 1)?;
         self.single_cursor = self.single_cursor.max(block + 1);
-        self.end = self.end.max(block + 1);
         Ok(())
     }
 
@@ -73,6 +73,7 @@ impl Refcounts {
         let table_clusters = self.geometry.clusters_for(table_entries * 8);
         self.replaced.push(self.table_range());
         self.table.resize(table_entries as usize, 0);
+        self.end = self.end.max(start + blocks_new + table_clusters);
         for nth in 0..blocks_new {
             self.install_block(first_index + nth, start + nth);
         }
@@ -83,7 +84,6 @@ impl Refcounts {
         for cluster in start..start + blocks_new + table_clusters {
             self.write(HostCluster(cluster), 1)?;
         }
-        self.end = self.end.max(start + blocks_new + table_clusters);
         Ok(())
     }
 

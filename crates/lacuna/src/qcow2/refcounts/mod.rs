@@ -21,8 +21,6 @@ use super::table_cache::TableCache;
 use crate::Error;
 use crate::units::{HostCluster, HostOffset, HostRange};
 
-/// Host offsets have that many bits (B.11).
-const MAX_OFFSET_BITS: u32 = 56;
 const BLOCK_OFFSET_MASK: u64 = !0x1ff;
 
 /// How host clusters are chosen.
@@ -173,9 +171,11 @@ impl Refcounts {
                     "Refcount block offset {offset:#x} (table entry {index}) is not a multiple of the cluster size"
                 ))))
             }
-            offset if offset >> MAX_OFFSET_BITS != 0 => {
+            // It would read as zeros, as if all that it counts were free (D.1-46).
+            offset if HostOffset(offset) >= self.end() => {
                 Err(Stop::Corrupt(Error::corrupt(format!(
-                    "Refcount block offset {offset:#x} (table entry {index}) does not fit into {MAX_OFFSET_BITS} bits"
+                    "Refcount block offset {offset:#x} (table entry {index}) lies beyond the end of the file at {}",
+                    self.end()
                 ))))
             }
             offset => Ok(Some(HostOffset(offset))),
