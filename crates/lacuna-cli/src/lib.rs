@@ -11,6 +11,7 @@ mod args;
 mod demo;
 mod error;
 mod format;
+mod interrupt;
 mod io;
 mod options;
 mod output;

@@ -20,6 +20,7 @@ use super::{Verb, common, create};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
+use crate::interrupt::{RemoveOnSignal, remove_half};
 use crate::options::{self, Asked, Given, Values};
 use crate::output;
 use crate::persona::Tool;
@@ -71,22 +72,22 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     if wish.creates {
         wish.create(tool, &sources)?;
     }
+    // Half a copy looks like a whole one. QEMU's programs leave it, and scripts know that.
+    let removes_half = wish.creates && tool.is_own();
+    let watch = removes_half.then(|| RemoveOnSignal::new(&wish.target_name));
     let result = wish.open_target(tool, &sources).and_then(|target| {
         let content = wish.content(&sources, &target);
         copy(tool, parsed, &wish, &sources, target, content)
     });
-    if result.is_err() && wish.creates && tool.is_own() {
-        remove_half(&wish.target_name);
-    }
-    result.map(|()| 0)
-}
-
-/// Half a copy looks like a whole one. QEMU's programs leave it, and scripts know that.
-fn remove_half(file: &str) {
-    let is_file = std::fs::symlink_metadata(file).is_ok_and(|found| found.is_file());
-    if is_file && let Err(error) = std::fs::remove_file(file) {
+    drop(watch);
+    if result.is_err()
+        && removes_half
+        && let Err(error) = remove_half(&wish.target_name)
+    {
+        let file = &wish.target_name;
         output::complain(&format!("{file} is incomplete and could not be removed: {error}\n"));
     }
+    result.map(|()| 0)
 }
 
 /// `-o help`.
