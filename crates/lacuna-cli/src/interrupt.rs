@@ -38,14 +38,11 @@ fn set(file: Option<String>) {
 fn remove_and_exit() {
     let file = HALF_MADE.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
     if let Some(file) = file {
-        match remove_half(&file) {
-            Ok(()) => {
-                output::complain(&format!("Interrupted; {file} was incomplete and is removed\n"))
-            }
-            Err(error) => {
-                output::complain(&format!("Interrupted; {file} is incomplete: {error}\n"))
-            }
-        }
+        let outcome = match remove_half(&file) {
+            Ok(()) => format!("{file} was incomplete and is removed"),
+            Err(error) => format!("{file} is incomplete: {error}"),
+        };
+        output::complain(&format!("Interrupted; {outcome}\n"));
     }
     std::process::exit(INTERRUPTED);
 }

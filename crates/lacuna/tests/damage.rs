@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use lacuna::ErrorKind;
-use lacuna::block::{Layer, WriteFlags};
+use lacuna::block::{Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::format::{IncompatibleFeatures, Version};
 use lacuna::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, create, read_header};
 use lacuna::storage::{MemoryStorage, Storage};
-use lacuna::units::{GuestOffset, HostOffset};
+use lacuna::units::{GuestOffset, GuestRange, HostOffset};
 use lacuna::{Error, Result};
 use pollster::block_on;
 
@@ -110,6 +110,25 @@ fn entries_that_point_nowhere_sensible_fail_reads_and_mark_only_what_is_open_for
         }
         let image = open(&storage, Access::ReadWrite).unwrap();
         assert_corrupt(read(&image, 0), text);
+        assert!(is_marked(&storage));
+    }
+}
+
+#[test]
+fn no_change_goes_over_an_entry_that_points_into_another_cluster() {
+    for zeroes in [false, true] {
+        let storage = image(Version::V3);
+        // The second cluster's entry points into the first one's cluster.
+        poke(&storage, L2 + 8, &(DATA | 0x200).to_be_bytes());
+        let image = open(&storage, Access::ReadWrite).unwrap();
+        let range = GuestRange::new(GuestOffset(0), 2 << 16);
+        let result = if zeroes {
+            block_on(image.write_zeroes(range, ZeroFlags::MAY_UNMAP))
+        } else {
+            let bytes = Buffer::from(&[1; 2 << 16][..]);
+            block_on(image.write(range.start, bytes, WriteFlags::empty())).0
+        };
+        assert_corrupt(result, "no multiple of the cluster size");
         assert!(is_marked(&storage));
     }
 }

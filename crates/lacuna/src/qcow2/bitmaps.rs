@@ -13,7 +13,7 @@ use super::write_back::Refcounting;
 use crate::Result;
 use crate::buffer::Buffer;
 use crate::storage::Storage;
-use crate::units::{GuestRange, HostOffset};
+use crate::units::{GuestRange, HostOffset, HostRange};
 
 type Map<V> = std::collections::HashMap<u64, V, foldhash::fast::RandomState>;
 
@@ -154,7 +154,7 @@ impl<S: Storage> Image<S> {
         self.write_back(Refcounting::Written).await?;
         for (bitmap, table) in tracked.iter().zip(tables) {
             let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
-            self.write_bytes(bitmap.entry.table_offset, &bytes).await?;
+            self.write_bitmap(bitmap.entry.table_offset, &bytes).await?;
         }
         self.0.storage.flush().await?;
         self.write_bitmap_flags(BitmapFlags::empty()).await?;
@@ -176,6 +176,16 @@ impl<S: Storage> Image<S> {
         Ok(table)
     }
 
+    /// The image says where a bitmap lies, and may lie.
+    async fn write_bitmap(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
+        let range = HostRange::new(offset, bytes.len() as u64);
+        let checked = self.0.meta.lock().structures.check(range, None);
+        match checked {
+            Ok(()) => self.write_bytes(offset, bytes).await,
+            Err(error) => Err(self.mark_corrupt(error).await),
+        }
+    }
+
     async fn merge_chunk(&self, entry: BitmapTableEntry, chunk: &[u8]) -> Result<BitmapTableEntry> {
         let (offset, merged) = match entry.cluster() {
             BitmapCluster::AllOnes => return Ok(entry),
@@ -186,7 +196,7 @@ impl<S: Storage> Image<S> {
                 (offset, merged)
             }
         };
-        self.write_bytes(offset, &merged).await?;
+        self.write_bitmap(offset, &merged).await?;
         Ok(BitmapTableEntry::new(BitmapCluster::Data(offset)))
     }
 }

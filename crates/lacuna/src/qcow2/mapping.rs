@@ -80,6 +80,16 @@ impl Decoder {
         }
     }
 
+    /// Refuses an entry whose cluster starts within another: freeing it would free that one.
+    pub(super) fn check_alignment(&self, entry: L2Entry, guest: GuestOffset) -> Result<()> {
+        match self.host(entry) {
+            Some(host) if !self.geometry.is_aligned(host.0) => {
+                Err(corrupt(guest, entry, "points to no multiple of the cluster size"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Returns what the entry says of the byte at `guest`, and of how many bytes of the cluster
     /// from there on.
     pub(super) fn decode(&self, entry: L2Entry, guest: GuestOffset) -> Result<(Mapping, u64)> {
@@ -91,11 +101,8 @@ impl Decoder {
             }
             return Ok((Mapping::Compressed(run), rest));
         }
-        let host = self.host(entry);
-        if host.is_some_and(|host| !self.geometry.is_aligned(host.0)) {
-            return Err(corrupt(guest, entry, "points to no multiple of the cluster size"));
-        }
-        let host = host.map(|host| host + within);
+        self.check_alignment(entry, guest)?;
+        let host = self.host(entry).map(|host| host + within);
         match self.geometry.has_subclusters() {
             true => self.decode_subcluster(entry, guest, host),
             false => Ok((self.decode_standard(entry, guest, host)?, rest)),

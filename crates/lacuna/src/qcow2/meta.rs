@@ -29,13 +29,13 @@ pub(super) struct L1Table {
     pub(super) dirty: BTreeSet<usize>,
     /// The table lies at a new place that the header does not name yet.
     pub(super) moved: bool,
-    /// The old table, to be freed by the write-back that switches.
-    pub(super) replaced: Option<HostRange>,
+    /// Older tables, to be freed by the write-back that switches.
+    pub(super) replaced: Vec<HostRange>,
 }
 
 impl L1Table {
     pub(super) fn new(entries: Vec<L1Entry>, offset: HostOffset) -> Self {
-        Self { entries, offset, dirty: BTreeSet::new(), moved: false, replaced: None }
+        Self { entries, offset, dirty: BTreeSet::new(), moved: false, replaced: Vec::new() }
     }
 
     pub(super) fn set(&mut self, index: usize, entry: L1Entry) {
@@ -312,6 +312,16 @@ impl Meta {
         self.l1.set(index, L1Entry::new(table));
         let range = HostRange::new(table, self.geometry().cluster_bytes());
         self.structures.add(range, Structure::ActiveL2);
+    }
+
+    /// Returns the entry of a cluster that is about to change; unallocated where there is no table.
+    ///
+    /// # Errors
+    /// [`Stop::Corrupt`] where what it references could not be freed without harm.
+    pub(super) fn entry_to_change(&mut self, guest: GuestOffset) -> Planned<L2Entry> {
+        let entry = self.entry(guest)?.unwrap_or_default();
+        self.decoder.check_alignment(entry, guest).map_err(Stop::Corrupt)?;
+        Ok(entry)
     }
 
     /// Replaces the entry of a guest byte whose table is owned and whose slice was just read.

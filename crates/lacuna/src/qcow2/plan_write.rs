@@ -191,12 +191,12 @@ struct Collected {
 fn collect(meta: &mut Meta, range: GuestRange) -> Planned<Collected> {
     let cluster_bytes = meta.geometry().cluster_bytes();
     let first = meta.geometry().cover_clusters(GuestRange::new(range.start, 1)).start;
-    let first_entry = meta.entry(first)?.unwrap_or_default();
+    let first_entry = meta.entry_to_change(first)?;
     let reserved = reservation(meta, first_entry)?;
     let (mut last_entry, mut end) = (first_entry, first + cluster_bytes);
     let limit = meta.slice_end(first);
     while end < range.end() && end < limit {
-        let entry = meta.entry(end)?.unwrap_or_default();
+        let entry = meta.entry_to_change(end)?;
         let expected = reserved.map(|host| host + (end - first));
         if written_in_place(meta, entry) || reservation(meta, entry)? != expected {
             break;
@@ -279,7 +279,7 @@ pub(super) fn link_data(meta: &mut Meta, new: &NewData) -> Planned<()> {
     let clusters = meta.geometry().cover_clusters(new.guest);
     for start in (clusters.start.0..clusters.end().0).step_by(clusters_step(meta)) {
         let guest = GuestOffset(start);
-        let old = meta.entry(guest)?.unwrap_or_default();
+        let old = meta.entry_to_change(guest)?;
         let is_linked = meta.decoder.host(old) == Some(new.host_of(guest));
         if new.reused || !is_linked {
             meta.prepare_free(old)?;

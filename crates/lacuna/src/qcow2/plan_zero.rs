@@ -48,7 +48,7 @@ fn leaves_no_table(meta: &Meta, guest: GuestOffset, intent: Intent) -> Planned<b
 }
 
 fn clear_cluster(meta: &mut Meta, guest: GuestOffset, intent: Intent) -> Planned<()> {
-    let old = meta.entry(guest)?.unwrap_or_default();
+    let old = meta.entry_to_change(guest)?;
     let new = cleared(meta, old, intent);
     if new == old && meta.table(guest)?.is_some() {
         // 001-3: an entry that is in the target state is not dirtied.
@@ -104,7 +104,7 @@ pub(super) enum Subzeroed {
 pub(super) fn zero_subclusters(meta: &mut Meta, range: GuestRange) -> Planned<Subzeroed> {
     meta.before_change(range)?;
     let cluster = meta.geometry().cover_clusters(GuestRange::new(range.start, 1)).start;
-    let old = meta.entry(cluster)?.unwrap_or_default();
+    let old = meta.entry_to_change(cluster)?;
     if old.is_compressed() {
         return Ok(Subzeroed::NotPossible);
     }

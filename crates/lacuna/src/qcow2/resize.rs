@@ -195,7 +195,7 @@ impl Meta {
         let clusters = self.geometry().clusters_for(entries as u64 * 8);
         let new = self.allocate(clusters)?;
         let old = self.l1.range();
-        self.l1.replaced = (!old.is_empty()).then_some(old);
+        self.l1.replaced.extend((!old.is_empty()).then_some(old));
         self.l1.entries.resize(entries, L1Entry::UNALLOCATED);
         self.l1.offset = new;
         self.l1.moved = true;

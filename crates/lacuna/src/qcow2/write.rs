@@ -251,7 +251,7 @@ fn plan_stream(
 }
 
 fn link_stream(meta: &mut Meta, guest: GuestOffset, run: CompressedRun) -> Planned<()> {
-    let old = meta.entry(guest)?.unwrap_or_default();
+    let old = meta.entry_to_change(guest)?;
     meta.prepare_free(old)?;
     let entry = L2Entry::compressed(run, meta.geometry());
     meta.set_entry(guest, entry)?;

@@ -207,10 +207,10 @@ fn moved_l1(meta: &mut Meta, first: &mut Vec<Piece>, batch: &mut Vec<Freed>) -> 
     meta.l1.dirty.clear();
     let bytes = meta.l1.entries.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
     first.push(Piece { offset: meta.l1.offset, bytes });
-    if let Some(old) = meta.l1.replaced.take() {
+    for old in std::mem::take(&mut meta.l1.replaced) {
         batch.extend(freed_table(meta, old));
-        meta.structures.add(meta.l1.range(), Structure::ActiveL1);
     }
+    meta.structures.add(meta.l1.range(), Structure::ActiveL1);
     let entries = meta.l1.entries.len() as u32;
     Some(piece(L1Location { offset: meta.l1.offset, entries }.header_update()))
 }
