@@ -10,34 +10,24 @@ use lacuna::qcow2::{Access, Image, OpenOptions, Parts};
 use lacuna::storage::MemoryStorage;
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
+use testkit::Random;
 
 const THREADS: u64 = 4;
 const STRIPE: u64 = 1024;
 const DISK: u64 = 4 << 20;
 
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self, below: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % below
-    }
-}
-
 /// Writes and reads only the stripes of its own number, which lie in everybody's clusters.
 fn work(image: &Image<Arc<MemoryStorage>>, own: u64, seed: u64) -> Vec<u8> {
     let stripes = DISK / STRIPE / THREADS;
     let mut model = vec![0; stripes as usize];
-    let mut random = Random(seed * 1_000_003 + own + 1);
+    let mut random = Random::new(seed * 1_000_003 + own + 1);
     for _ in 0..800 {
-        let stripe = random.next(stripes);
+        let stripe = random.below(stripes);
         let start = GuestOffset((stripe * THREADS + own) * STRIPE);
         let range = GuestRange::new(start, STRIPE);
-        match random.next(10) {
+        match random.below(10) {
             0..=4 => {
-                let byte = 1 + random.next(255) as u8;
+                let byte = 1 + random.below(255) as u8;
                 let bytes = Buffer::from(&vec![byte; STRIPE as usize][..]);
                 block_on(image.write(start, bytes, WriteFlags::empty())).0.unwrap();
                 model[stripe as usize] = byte;
@@ -48,7 +38,7 @@ fn work(image: &Image<Arc<MemoryStorage>>, own: u64, seed: u64) -> Vec<u8> {
             }
             // Less than a cluster: keeps the content, but takes the same locks.
             7 => block_on(image.discard(range, DiscardMode::Guest)).unwrap(),
-            8 if random.next(8) == 0 => block_on(image.flush()).unwrap(),
+            8 if random.below(8) == 0 => block_on(image.flush()).unwrap(),
             _ => {
                 let (result, bytes) = block_on(image.read(start, Buffer::new(STRIPE as usize)));
                 result.unwrap();

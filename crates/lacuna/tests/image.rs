@@ -8,16 +8,7 @@ use lacuna::qcow2::{Access, Image, OpenOptions, Parts, Placement, Shrink};
 use lacuna::storage::MemoryStorage;
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
-
-struct Random(u64);
-impl Random {
-    fn next(&mut self, below: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % below
-    }
-}
+use testkit::Random;
 
 fn qemu_img(args: &[&str]) -> (i32, String) {
     let out = Command::new("qemu-img").args(args).output().expect("apt-get install qemu-utils");
@@ -35,7 +26,7 @@ fn run(options: &str, size: u64, seed: u64, placement: Placement) {
     assert_eq!(code, 0, "{text}");
     let storage = std::sync::Arc::new(MemoryStorage::from(&std::fs::read(path).unwrap()[..]));
     let mut model = vec![0u8; size as usize];
-    let mut random = Random(seed * 7919 + 13);
+    let mut random = Random::new(seed * 7919 + 13);
     for _session in 0..3 {
         let image = block_on(Image::open(
             Parts::alone(storage.clone()),
@@ -43,28 +34,31 @@ fn run(options: &str, size: u64, seed: u64, placement: Placement) {
         ))
         .unwrap();
         for step in 0..120 {
-            let len = match random.next(4) {
-                0 => 1 + random.next(600),
-                1 => 512 * (1 + random.next(64)),
-                _ => 1 + random.next(200_000),
+            let len = match random.below(4) {
+                0 => 1 + random.below(600),
+                1 => 512 * (1 + random.below(64)),
+                _ => 1 + random.below(200_000),
             }
             .min(size);
-            let start = match random.next(2) {
-                0 => random.next(size - len + 1),
-                _ => random.next(size - len + 1) / 4096 * 4096,
+            let start = match random.below(2) {
+                0 => random.below(size - len + 1),
+                _ => random.below(size - len + 1) / 4096 * 4096,
             };
             let range = GuestRange::new(GuestOffset(start), len);
             let (a, b) = (start as usize, (start + len) as usize);
-            match random.next(7) {
+            match random.below(7) {
                 0..=2 => {
-                    let byte = random.next(256) as u8;
+                    let byte = random.below(256) as u8;
                     let buffer = Buffer::from(&vec![byte; len as usize][..]);
                     block_on(image.write(range.start, buffer, WriteFlags::empty())).0.unwrap();
                     model[a..b].fill(byte);
                 }
                 3 => {
-                    let flags =
-                        if random.next(2) == 0 { ZeroFlags::MAY_UNMAP } else { ZeroFlags::empty() };
+                    let flags = if random.below(2) == 0 {
+                        ZeroFlags::MAY_UNMAP
+                    } else {
+                        ZeroFlags::empty()
+                    };
                     block_on(image.write_zeroes(range, flags)).unwrap();
                     model[a..b].fill(0);
                 }

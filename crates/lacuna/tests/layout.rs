@@ -8,6 +8,7 @@ use lacuna::qcow2::{Access, DiscardPolicy, Image, OpenOptions, Parts, Placement}
 use lacuna::storage::MemoryStorage;
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
+use testkit::Random;
 
 fn run(program: &str, args: &[String]) -> String {
     let out = Command::new(program)
@@ -25,16 +26,6 @@ fn run(program: &str, args: &[String]) -> String {
 
 fn strings(args: &[&str]) -> Vec<String> {
     args.iter().map(|arg| (*arg).to_owned()).collect()
-}
-
-struct Random(u64);
-impl Random {
-    fn next(&mut self, below: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % below
-    }
 }
 
 fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
@@ -62,14 +53,14 @@ enum Step {
 }
 
 fn steps(seed: u64, size: u64, count: usize, zeroes: bool) -> Vec<Step> {
-    let mut random = Random(seed * 2654435761 + 99);
+    let mut random = Random::new(seed * 2654435761 + 99);
     (0..count)
         .map(|_| {
-            let len = 512 * (1 + random.next(200));
-            let start = random.next((size - len) / 512) * 512;
-            match random.next(4) {
-                0 if zeroes => Step::Zero(start, len, random.next(2) == 0),
-                _ => Step::Write(start, len, 1 + random.next(255) as u8),
+            let len = 512 * (1 + random.below(200));
+            let start = random.below((size - len) / 512) * 512;
+            match random.below(4) {
+                0 if zeroes => Step::Zero(start, len, random.below(2) == 0),
+                _ => Step::Write(start, len, 1 + random.below(255) as u8),
             }
         })
         .collect()
