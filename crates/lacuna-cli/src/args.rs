@@ -18,6 +18,9 @@ pub(crate) struct Flag {
     pub(crate) value: Option<&'static str>,
     /// Whether the value may be left out; it must be attached with `=` then.
     pub(crate) optional: bool,
+    /// Whether it exists under our own name only. Options of ours must not make shortened names of
+    /// QEMU's ambiguous.
+    pub(crate) own: bool,
     /// One line of help.
     pub(crate) help: &'static str,
 }
@@ -25,7 +28,7 @@ pub(crate) struct Flag {
 impl Flag {
     /// Makes an option without value.
     pub(crate) const fn switch(short: char, long: &'static str, help: &'static str) -> Self {
-        Self { short: Some(short), long, value: None, optional: false, help }
+        Self { short: Some(short), long, value: None, optional: false, own: false, help }
     }
 
     /// Makes an option with a value.
@@ -35,7 +38,7 @@ impl Flag {
         value: &'static str,
         help: &'static str,
     ) -> Self {
-        Self { short: Some(short), long, value: Some(value), optional: false, help }
+        Self { short: Some(short), long, value: Some(value), optional: false, own: false, help }
     }
 
     /// Makes the value one that may be left out.
@@ -46,6 +49,11 @@ impl Flag {
     /// Takes the letter away.
     pub(crate) const fn long_only(self) -> Self {
         Self { short: None, ..self }
+    }
+
+    /// Keeps it to our own name.
+    pub(crate) const fn own(self) -> Self {
+        Self { own: true, ..self }
     }
 }
 
@@ -81,6 +89,22 @@ pub(crate) fn parse(table: &[Flag], arguments: &[String]) -> CliResult<Parsed> {
 /// As [`parse`], but the first operand ends the options: what follows belongs to a verb.
 pub(crate) fn parse_leading(table: &[Flag], arguments: &[String]) -> CliResult<Parsed> {
     scan(table, arguments, Operands::EndOptions)
+}
+
+/// Returns the value of the last `--NAME=VALUE` or `--NAME VALUE` before `--`, wherever it stands.
+///
+/// For what must be known before the options of a verb are: how to say that they are wrong.
+pub(crate) fn peek<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
+    let mut found = None;
+    let mut rest = arguments.iter().take_while(|argument| *argument != "--").peekable();
+    while let Some(argument) = rest.next() {
+        match argument.strip_prefix("--").and_then(|text| text.strip_prefix(name)) {
+            Some("") => found = rest.peek().map(|value| value.as_str()),
+            Some(value) => found = value.strip_prefix('=').or(found),
+            None => {}
+        }
+    }
+    found
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -125,7 +149,7 @@ fn long_option(
         Some((name, value)) => (name, Some(value.to_owned())),
         None => (text, None),
     };
-    let flag = find_long(table, name)?;
+    let flag = find_long(table, name, text)?;
     let long = flag.long;
     let value = match (flag.value, attached) {
         (None, None) => String::new(),
@@ -142,21 +166,61 @@ fn long_option(
     Ok((long, value))
 }
 
-/// Finds the option whose name is `name` or, if only one is meant, begins with it.
-fn find_long<'t>(table: &'t [Flag], name: &str) -> CliResult<&'t Flag> {
+/// Finds the option whose name is `name` or, if only one is meant, begins with it; `text` is what
+/// errors call it, its value included.
+fn find_long<'t>(table: &'t [Flag], name: &str, text: &str) -> CliResult<&'t Flag> {
     if let Some(exact) = table.iter().find(|flag| flag.long == name) {
         return Ok(exact);
     }
     let meant: Vec<&Flag> = table.iter().filter(|flag| flag.long.starts_with(name)).collect();
     match meant[..] {
-        [] => Err(CliError::option(format!("unrecognized option '--{name}'"))),
+        [] => Err(unknown_long(table, name, text)),
         [flag] => Ok(flag),
         _ => {
             let names: String = meant.iter().map(|flag| format!(" '--{}'", flag.long)).collect();
-            let text = format!("option '--{name}' is ambiguous; possibilities:{names}");
+            let text = format!("option '--{text}' is ambiguous; possibilities:{names}");
             Err(CliError::option(text))
         }
     }
+}
+
+fn unknown_long(table: &[Flag], name: &str, text: &str) -> CliError {
+    let error = CliError::option(format!("unrecognized option '--{text}'"));
+    match nearest(name, table.iter().map(|flag| flag.long)) {
+        Some(near) => error.with_hint(format!("--{near} is the nearest")),
+        None => error,
+    }
+}
+
+/// Returns the name that `word` was most likely meant to be.
+pub(crate) fn nearest<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    const LONGEST: usize = 40;
+    // A third of the letters may be wrong: more is another word.
+    let most = word.chars().count().div_ceil(3).min(3);
+    if word.len() > LONGEST {
+        return None;
+    }
+    let by_distance = names.map(|name| (distance(word, name), name));
+    by_distance.filter(|(distance, _)| *distance <= most).min().map(|(_, name)| name)
+}
+
+/// Counts the letters to insert, drop, change or swap with the next.
+fn distance(from: &str, to: &str) -> usize {
+    let (from, to): (Vec<char>, Vec<char>) = (from.chars().collect(), to.chars().collect());
+    let mut rows: Vec<Vec<usize>> = vec![(0..=to.len()).collect()];
+    for (i, letter) in from.iter().enumerate() {
+        let mut row = vec![i + 1];
+        for (j, other) in to.iter().enumerate() {
+            let changed = rows[i][j] + usize::from(letter != other);
+            let mut least = changed.min(rows[i][j + 1] + 1).min(row[j] + 1);
+            if i > 0 && j > 0 && from[i - 1] == *other && *letter == to[j - 1] {
+                least = least.min(rows[i - 1][j - 1] + 1);
+            }
+            row.push(least);
+        }
+        rows.push(row);
+    }
+    rows[from.len()][to.len()]
 }
 
 fn short_options(
@@ -244,7 +308,7 @@ mod tests {
     fn messages_are_those_of_getopt() {
         for (line, message) in [
             ("--bogus", "unrecognized option '--bogus'"),
-            ("--bogus=5", "unrecognized option '--bogus'"),
+            ("--bogus=5", "unrecognized option '--bogus=5'"),
             ("-Z", "invalid option -- 'Z'"),
             ("-q=4", "invalid option -- '='"),
             ("-f", "option requires an argument -- 'f'"),
@@ -252,6 +316,37 @@ mod tests {
             ("--opt", "option '--options' requires an argument"),
         ] {
             assert_eq!(text(line), message, "{line}");
+        }
+    }
+
+    #[test]
+    fn the_nearest_name_is_found_unless_it_is_far() {
+        let names = ["create", "convert", "compare", "check", "info", "map", "io"];
+        for (word, near) in [
+            ("creat", Some("create")),
+            ("chekc", Some("check")),
+            ("covnert", Some("convert")),
+            ("inof", Some("info")),
+            ("pam", None),
+            ("rebase", None),
+            ("", None),
+        ] {
+            assert_eq!(nearest(word, names.into_iter()), near, "{word}");
+        }
+    }
+
+    #[test]
+    fn a_value_is_seen_before_the_rest_is_understood() {
+        for (line, value) in [
+            ("--bogus --form=json create", Some("json")),
+            ("create a --form json", Some("json")),
+            ("--form=human create --form=json", Some("json")),
+            ("create -- --form=json", None),
+            ("create --former=json", None),
+            ("create --form", None),
+        ] {
+            let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            assert_eq!(peek(&words, "form"), value, "{line}");
         }
     }
 

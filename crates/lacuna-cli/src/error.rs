@@ -3,6 +3,7 @@
 use std::fmt;
 
 use lacuna::ErrorKind;
+use serde_json::{Value, json};
 
 use crate::persona::Tool;
 
@@ -15,8 +16,12 @@ pub(crate) struct CliError {
     text: String,
     code: u8,
     kind: Kind,
+    /// The class that the engine or the host gave it.
+    class: Option<ErrorKind>,
     /// Said under the program's own name only: the command or option that helps.
     hint: Option<String>,
+    /// What programs may want to know of it besides, for `--error-format=json`.
+    facts: Vec<(&'static str, Value)>,
     /// Ordinary output that was made before, printed after the error: programs in C that write to
     /// a pipe have it so, and scripts compare the two in one stream.
     output: String,
@@ -35,7 +40,15 @@ enum Kind {
 impl CliError {
     /// Makes a failure with exit code 1.
     pub(crate) fn new(text: impl Into<String>) -> Self {
-        Self { text: text.into(), code: 1, kind: Kind::Failure, hint: None, output: String::new() }
+        Self {
+            text: text.into(),
+            code: 1,
+            kind: Kind::Failure,
+            class: None,
+            hint: None,
+            facts: Vec::new(),
+            output: String::new(),
+        }
     }
 
     /// Makes a failure that is followed by the way to the help.
@@ -53,9 +66,23 @@ impl CliError {
         Self { code, ..self }
     }
 
+    /// Says which class of failure it is, where no error of the engine says so.
+    pub(crate) fn with_class(self, class: ErrorKind) -> Self {
+        Self { class: Some(class), ..self }
+    }
+
     /// Adds what would help.
     pub(crate) fn with_hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// Adds a fact for programs: `file`, `offset`, `holder_pid`. What is known already stays, since
+    /// whoever is nearer to the failure knows better.
+    pub(crate) fn with_fact(mut self, name: &'static str, value: impl Into<Value>) -> Self {
+        if self.facts.iter().all(|(known, _)| *known != name) {
+            self.facts.push((name, value.into()));
+        }
+        self
     }
 
     /// Adds ordinary output that is to follow the error.
@@ -83,7 +110,7 @@ impl CliError {
         &self.text
     }
 
-    /// Returns the lines for stderr.
+    /// Returns the lines for stderr, for people.
     pub(crate) fn render(&self, tool: &Tool, verb: &str) -> String {
         let mut lines = match self.kind {
             Kind::Option => format!("{}: {}\n", tool.invocation(verb), self.text),
@@ -98,6 +125,47 @@ impl CliError {
         }
         lines
     }
+
+    /// Returns the line for stderr, for programs. README and man pages describe its members.
+    pub(crate) fn json(&self, tool: &Tool, verb: &str) -> String {
+        let help = || format!("`{} --help` shows what there is", tool.invocation(verb));
+        let hint = self.hint.clone().or_else(|| (self.kind != Kind::Failure).then(help));
+        let mut line = json!({
+            "error": self.class_word(),
+            "message": self.text,
+            "hint": hint,
+            "verb": if verb.is_empty() { Value::Null } else { verb.into() },
+            "exit_code": self.code,
+        });
+        for (name, value) in &self.facts {
+            line[*name] = value.clone();
+        }
+        format!("{line}\n")
+    }
+
+    fn class_word(&self) -> &'static str {
+        match (self.kind, self.class) {
+            (Kind::Option | Kind::Usage, _) => "usage",
+            (Kind::Failure, None) => "failed",
+            (Kind::Failure, Some(class)) => word(class),
+        }
+    }
+}
+
+/// The name of a class in JSON.
+const fn word(class: ErrorKind) -> &'static str {
+    match class {
+        ErrorKind::Io => "io",
+        ErrorKind::Corrupt => "corrupt",
+        ErrorKind::Unsupported => "unsupported",
+        ErrorKind::OutOfBounds => "out_of_bounds",
+        ErrorKind::NotFound => "not_found",
+        ErrorKind::Busy => "busy",
+        ErrorKind::ReadOnly => "read_only",
+        ErrorKind::NoSpace => "no_space",
+        ErrorKind::InvalidRequest => "invalid_request",
+        _ => "failed",
+    }
 }
 
 impl From<lacuna::Error> for CliError {
@@ -108,7 +176,7 @@ impl From<lacuna::Error> for CliError {
             ErrorKind::NoSpace => Some("make room on the host, then run the command again"),
             _ => None,
         };
-        let failure = Self::new(sentence(&error));
+        let failure = Self::new(sentence(&error)).with_class(error.kind());
         hint.map_or_else(|| failure.clone(), |hint| failure.clone().with_hint(hint))
     }
 }

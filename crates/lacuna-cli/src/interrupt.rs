@@ -1,14 +1,17 @@
 //! Ctrl-C and termination during long work: what is half made goes, then the process.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, Once, PoisonError};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use crate::output;
+use crate::verbs::Form;
 
 /// The file that an interruption removes.
 static HALF_MADE: Mutex<Option<String>> = Mutex::new(None);
-
-/// What shells report for a process that Ctrl-C ended.
-const INTERRUPTED: i32 = 130;
+/// One thread waits for signals, however often somebody asks for it.
+static WATCHING: Once = Once::new();
 
 /// Removes a file when the process is interrupted while this lives.
 pub(crate) struct RemoveOnSignal(());
@@ -17,9 +20,7 @@ impl RemoveOnSignal {
     /// Watches from now on. Where signals cannot be caught, work goes on without.
     pub(crate) fn new(file: &str) -> Self {
         set(Some(file.to_owned()));
-        if let Err(error) = ctrlc::try_set_handler(remove_and_exit) {
-            output::complain(&format!("Interruptions cannot be caught: {error}\n"));
-        }
+        WATCHING.call_once(watch);
         Self(())
     }
 }
@@ -31,20 +32,47 @@ impl Drop for RemoveOnSignal {
 }
 
 fn set(file: Option<String>) {
-    *HALF_MADE.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = file;
+    *HALF_MADE.lock().unwrap_or_else(PoisonError::into_inner) = file;
 }
 
-/// Runs in a thread of its own, not in the signal handler.
-fn remove_and_exit() {
-    let file = HALF_MADE.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+/// Waits in a thread of its own: nothing is done within a signal handler.
+fn watch() {
+    match Signals::new([SIGHUP, SIGINT, SIGTERM]) {
+        Ok(mut signals) => drop(std::thread::spawn(move || {
+            if let Some(signal) = signals.forever().next() {
+                remove_and_exit(signal);
+            }
+        })),
+        Err(error) => output::warn(&format!("Interruptions cannot be caught: {error}")),
+    }
+}
+
+fn remove_and_exit(signal: i32) {
+    let file = HALF_MADE.lock().unwrap_or_else(PoisonError::into_inner).take();
+    // What shells report for a process that a signal ended.
+    let code = 128 + signal;
     if let Some(file) = file {
         let outcome = match remove_half(&file) {
             Ok(()) => format!("{file} was incomplete and is removed"),
-            Err(error) => format!("{file} is incomplete: {error}"),
+            Err(error) => format!("{file} is incomplete and could not be removed: {error}"),
         };
-        output::complain(&format!("Interrupted; {outcome}\n"));
+        say(&format!("Interrupted; {outcome}"), &file, code);
     }
-    std::process::exit(INTERRUPTED);
+    std::process::exit(code);
+}
+
+fn say(text: &str, file: &str, code: i32) {
+    output::complain(&match output::error_form() {
+        Form::Human => format!("{text}\n"),
+        Form::Json => {
+            let error = "interrupted";
+            let line = serde_json::json!({
+                "error": error, "message": text, "hint": null, "verb": null, "exit_code": code,
+                "file": file,
+            });
+            format!("{line}\n")
+        }
+    });
 }
 
 /// Removes a regular file; a device keeps what it has.

@@ -1,8 +1,23 @@
 //! Numbers and names as QEMU's tools print them.
 
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{CliError, CliResult};
+use crate::verbs::Form;
+
+/// How errors are said. Global, since an interruption has to know it too.
+static ERRORS_AS_JSON: AtomicBool = AtomicBool::new(false);
+
+/// Chooses how errors are said from now on.
+pub(crate) fn set_error_form(form: Form) {
+    ERRORS_AS_JSON.store(form == Form::Json, Ordering::Relaxed);
+}
+
+/// Returns how errors are said.
+pub(crate) fn error_form() -> Form {
+    if ERRORS_AS_JSON.load(Ordering::Relaxed) { Form::Json } else { Form::Human }
+}
 
 /// Writes to standard output and flushes it, so that it keeps its place among other output.
 ///
@@ -19,6 +34,15 @@ pub(crate) fn print(text: &str) -> CliResult<()> {
 /// Writes to standard error; where that is not possible there is nobody to tell.
 pub(crate) fn complain(text: &str) {
     drop(std::io::stderr().lock().write_all(text.as_bytes()));
+}
+
+/// Says something on standard error that is no error of the verb: a line of text, or of JSON where
+/// errors are said so.
+pub(crate) fn warn(text: &str) {
+    complain(&match error_form() {
+        Form::Human => format!("{text}\n"),
+        Form::Json => format!("{}\n", serde_json::json!({ "warning": text })),
+    });
 }
 
 /// Prints a size in bytes with three significant digits, as `info` has it: `1.26 MiB`.

@@ -10,6 +10,9 @@ fn wrong_command_lines_are_answered_like_the_stock_tool_does() {
         "qemu-img
          qemu-img foo
          qemu-img io
+         qemu-img help
+         qemu-img info --error-format=json x
+         qemu-img --error-format=json info x
          qemu-img --foo
          qemu-img -Z create
          qemu-img create -f qcow2 -q=4 a 1M
@@ -26,6 +29,15 @@ fn messages_and_exit_codes_of_our_own_name() {
     ours.prepare("stock-img create -q -f qcow2 image 1M; stock-img create -q raw 1M");
     let table = [
         ("lacuna bogus", 1, "lacuna: Command not found: bogus\nTry 'lacuna --help'"),
+        ("lacuna creat", 1, "for more info\nhint: create is the nearest\n"),
+        ("lacuna help inof", 1, "Command not found: inof\n"),
+        ("lacuna amend", 1, "hint: amend is a verb of qemu-img that is not there yet\n"),
+        (
+            "lacuna map --formt=raw a",
+            1,
+            "'--formt=raw'\nTry 'lacuna map --help' for more info\nhint: --format",
+        ),
+        ("lacuna --error-format=xml map", 1, "--error-format expects 'human' or 'json' not 'xml'"),
         ("lacuna create -Z", 1, "lacuna create: invalid option -- 'Z'\nTry 'lacuna create --help'"),
         ("lacuna create a 1x", 1, "Invalid image size specified: '1x'.\nhint: sizes are like"),
         ("lacuna create -f foo a 1M", 1, "Unknown file format 'foo'\nhint: formats are"),
@@ -37,7 +49,11 @@ fn messages_and_exit_codes_of_our_own_name() {
         ("lacuna create -f qcow2 -b image a", 1, "Detected format of qcow2.\nhint: give -F qcow2"),
         ("lacuna check raw", 63, "lacuna: This image format does not support checks"),
         ("lacuna compare image missing", 2, "Could not open 'missing'"),
-        ("lacuna convert --progress=x image a", 1, "--progress expects nothing or 'json' not 'x'"),
+        (
+            "lacuna convert --progress=x image a",
+            1,
+            "--progress expects nothing, 'json' or 'none' not 'x'",
+        ),
         ("lacuna convert -n -o size=1M image raw", 1, "-o has no effect when skipping image"),
         ("lacuna convert -l snap image a", 1, "--source-snapshot is not supported yet"),
         ("lacuna info --object secret,id=x image", 1, "--object is not supported"),
@@ -57,22 +73,6 @@ fn hints_are_ours_alone() {
     let line = "create -f foo a 1M";
     assert!(ours.run(&format!("lacuna {line}")).text.contains("hint:"));
     assert!(!ours.run(&format!("qemu-img {line}")).text.contains("hint:"));
-}
-
-#[test]
-fn every_verb_has_help_with_an_example() {
-    let ours = Sandbox::ours();
-    let overview = ours.run("lacuna");
-    assert_eq!(overview.code, Some(0));
-    assert!(overview.text.lines().count() <= 24, "more than a screen: {}", overview.text);
-    for verb in ["check", "compare", "convert", "create", "info", "io", "map"] {
-        assert!(overview.text.contains(&format!("\n  {verb} ")), "{verb}");
-        for line in [format!("lacuna {verb} --help"), format!("lacuna help {verb}")] {
-            let help = ours.run(&line);
-            assert_eq!(help.code, Some(0));
-            assert!(help.text.contains(&format!("Example: lacuna {verb} ")), "{}", help.text);
-        }
-    }
 }
 
 #[test]

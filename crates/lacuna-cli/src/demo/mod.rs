@@ -25,7 +25,7 @@ use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::Tool;
-use crate::verbs::Verb;
+use crate::verbs::{Example, Task, Verb};
 
 use self::guest::{Content, STEPS, Step};
 use self::image::{Detection, GuestImage, Measured};
@@ -38,10 +38,12 @@ type DemoResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
 /// The verb.
 pub(crate) const VERB: Verb = Verb {
     name: "demo",
+    task: Task::Try,
     summary: "Show the main job on a file system made of the files at hand",
     operands: "",
     flags: &[Flag::valued('k', "keep", "DIR", "leave the images in this folder").long_only()],
-    example: "demo",
+    examples: &[Example { shows: "what zero detection is worth", line: "" }],
+    codes: &[],
     run,
 };
 

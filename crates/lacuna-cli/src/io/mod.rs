@@ -20,13 +20,14 @@ use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::{Persona, Tool};
-use crate::verbs::{Verb, common};
+use crate::verbs::{Example, ExitCode, Task, Verb, common};
 use image::OpenFlags;
 use session::Session;
 
 /// The verb.
 pub(crate) const VERB: Verb = Verb {
     name: "io",
+    task: Task::Try,
     summary: "Read and write a disk by hand, with qemu-io's commands",
     operands: "[FILENAME]",
     flags: &[
@@ -48,7 +49,17 @@ pub(crate) const VERB: Verb = Verb {
         common::FORCE_SHARE,
         Flag::switch('V', "version", "show the version"),
     ],
-    example: "-c 'write -P 7 0 64k' -c 'read -P 7 0 64k' disk.qcow2",
+    examples: &[
+        Example {
+            shows: "write a pattern and read it back",
+            line: "-c 'write -P 7 0 64k' -c 'read -P 7 0 64k' disk.qcow2",
+        },
+        Example { shows: "the commands that there are", line: "-c help" },
+    ],
+    codes: &[
+        ExitCode { code: 0, means: "every command succeeded" },
+        ExitCode { code: 1, means: "one did not; what it printed says why" },
+    ],
     run,
 };
 

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 
 use super::open::{self, Request};
 use super::progress::Meter;
-use super::{Form, Verb, common, form, one_image};
+use super::{Example, ExitCode, Form, Task, Verb, common, form, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult, errno_words};
 use crate::format::Format;
@@ -26,10 +26,12 @@ const NOT_CHECKABLE: u8 = 63;
 /// The verb.
 pub(super) const VERB: Verb = Verb {
     name: "check",
+    task: Task::Check,
     summary: "Check an image, and repair it on request",
     operands: "FILENAME",
     flags: &[
         common::QUIET,
+        common::PROGRESS.own(),
         common::FORMAT,
         common::IMAGE_OPTS,
         common::CACHE,
@@ -38,7 +40,21 @@ pub(super) const VERB: Verb = Verb {
         Flag::valued('r', "repair", "leaks|all", "repair leaked clusters only, or all"),
         common::OBJECT,
     ],
-    example: "check -r leaks disk.qcow2",
+    examples: &[
+        Example { shows: "look for damage and for wasted space", line: "disk.qcow2" },
+        Example { shows: "give back clusters that nothing uses", line: "-r leaks disk.qcow2" },
+        Example {
+            shows: "repair all that can be, as a program",
+            line: "-r all --output=json disk.qcow2",
+        },
+    ],
+    codes: &[
+        ExitCode { code: 0, means: "nothing is wrong, or not any more" },
+        ExitCode { code: 1, means: "the check could not be done" },
+        ExitCode { code: 2, means: "the image is corrupt" },
+        ExitCode { code: 3, means: "space is wasted, the data is fine" },
+        ExitCode { code: 63, means: "the format has nothing to check" },
+    ],
     run,
 };
 
@@ -61,8 +77,9 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         let text = "This image format does not support checks";
         return Err(CliError::new(text).with_code(NOT_CHECKABLE));
     }
-    let report = checked(tool, parsed, &storage, repair)
-        .map_err(|error| failed(tool, &request, repair, &error))?;
+    let meter = Meter::new(tool, parsed, "check")?.counting("tables");
+    let report =
+        checked(&storage, repair, meter).map_err(|error| failed(tool, &request, repair, &error))?;
     show(tool, &report, parsed.has("quiet"), form, &request)?;
     Ok(exit_code(&report))
 }
@@ -93,22 +110,22 @@ fn opened(tool: &Tool, request: &Request, repair: Repair) -> CliResult<FileStora
         .map_err(|error| open::cannot_open(shown, open::reason(tool, &request.image, &error)))
 }
 
-fn checked(
-    tool: &Tool,
-    parsed: &Parsed,
-    storage: &FileStorage,
-    repair: Repair,
-) -> lacuna::Result<CheckReport> {
-    let mut meter = match parsed.has("progress") {
-        true => Meter::new(tool, parsed, "check").unwrap_or(Meter::Silent),
-        false => Meter::Silent,
-    };
+fn checked(storage: &FileStorage, repair: Repair, mut meter: Meter) -> lacuna::Result<CheckReport> {
     let options = CheckOptions { repair };
     let report = block_on(engine::check(storage, &options, &mut |progress| {
-        meter.update("check", progress.done, progress.total);
+        meter.update(phase(progress.phase), progress.done, progress.total);
     }));
     meter.finish(report.is_ok());
     report
+}
+
+const fn phase(phase: engine::Phase) -> &'static str {
+    match phase {
+        engine::Phase::Walk => "references",
+        engine::Phase::Compare => "refcounts",
+        engine::Phase::Copied => "copied flags",
+        engine::Phase::Repair => "repair",
+    }
 }
 
 /// What keeps the check from beginning is a matter of opening; later it is the check that failed.

@@ -8,7 +8,7 @@ use pollster::block_on;
 
 use super::open::{self, Request};
 use super::progress::Meter;
-use super::{Verb, common};
+use super::{Example, ExitCode, Task, Verb, common};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
@@ -22,6 +22,7 @@ const NOT_READ: u8 = 4;
 /// The verb.
 pub(super) const VERB: Verb = Verb {
     name: "compare",
+    task: Task::Check,
     summary: "Compare what two disks contain",
     operands: "FILENAME1 FILENAME2",
     flags: &[
@@ -36,7 +37,20 @@ pub(super) const VERB: Verb = Verb {
         common::OBJECT,
         common::PROBE_BACKING,
     ],
-    example: "compare before.qcow2 after.qcow2",
+    examples: &[
+        Example { shows: "do two disks read the same?", line: "disk.qcow2 disk.raw" },
+        Example {
+            shows: "and are they of one size, allocated alike?",
+            line: "-s -p old.qcow2 new.qcow2",
+        },
+    ],
+    codes: &[
+        ExitCode { code: 0, means: "the same" },
+        ExitCode { code: 1, means: "not the same, or the command line makes no sense" },
+        ExitCode { code: 2, means: "an image could not be opened" },
+        ExitCode { code: 3, means: "an image could not be asked what it holds" },
+        ExitCode { code: 4, means: "an image could not be read" },
+    ],
     run,
 };
 

@@ -12,7 +12,7 @@ use pollster::block_on;
 
 use super::open::{self, Request};
 use super::spec::ImageSpec;
-use super::{Verb, common};
+use super::{Example, Task, Verb, common};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult, host_words, sentence};
 use crate::format::Format;
@@ -29,6 +29,7 @@ const MAX_L1_BYTES: u64 = 32 << 20;
 /// The verb.
 pub(super) const VERB: Verb = Verb {
     name: "create",
+    task: Task::Make,
     summary: "Make an empty image",
     operands: "FILENAME [SIZE]",
     flags: &[
@@ -40,7 +41,19 @@ pub(super) const VERB: Verb = Verb {
         Flag::switch('u', "backing-unsafe", "do not open the backing file"),
         common::OBJECT,
     ],
-    example: "create -f qcow2 -o cluster_size=128k disk.qcow2 20G",
+    examples: &[
+        Example { shows: "an empty disk of 20 GiB", line: "-f qcow2 new-disk.qcow2 20G" },
+        Example {
+            shows: "a disk that begins as another one",
+            line: "-f qcow2 -b base.qcow2 -F qcow2 top.qcow2",
+        },
+        Example {
+            shows: "subclusters in clusters of 128 KiB",
+            line: "-f qcow2 -o cluster_size=128k,extended_l2=on sub.qcow2 1T",
+        },
+        Example { shows: "the options that qcow2 has", line: "-f qcow2 -o help" },
+    ],
+    codes: &[],
     run,
 };
 

@@ -1,6 +1,6 @@
 //! What the program says of itself, made from the tables of the verbs.
 
-use super::Verb;
+use super::{ExitCode, Task, Verb};
 use crate::args::Flag;
 use crate::error::CliResult;
 use crate::output;
@@ -16,36 +16,100 @@ pub(crate) fn version(tool: &Tool) -> CliResult<u8> {
     output::print(&text).map(|()| 0)
 }
 
+/// Columns of a terminal that nobody has made wider.
+const COLUMNS: usize = 80;
+
+/// The exit codes of verbs that have no others.
+pub(super) const USUAL: [ExitCode; 2] = [
+    ExitCode { code: 0, means: "done" },
+    ExitCode { code: 1, means: "not done; standard error says why" },
+];
+
+/// The groups of the overview and what leads them.
+const TASKS: [(Task, &str); 5] = [
+    (Task::Make, "make"),
+    (Task::Look, "look"),
+    (Task::Check, "check"),
+    (Task::Change, "change"),
+    (Task::Try, "try"),
+];
+
 /// Prints what there is, on one screen.
 pub(super) fn overview(tool: &Tool, verbs: &[&Verb]) -> CliResult<u8> {
     let name = &tool.name;
     let mut text = format!(
-        "{name}: qcow2 images made, inspected, checked, repaired and converted\n\n\
-         Usage: {name} VERB [OPTIONS] ...\n\nVerbs:\n"
+        "{name}: disk images made, described, checked, repaired and copied\n\n\
+         Usage: {name} VERB [OPTIONS] ...\n\n"
     );
-    for verb in verbs.iter().filter(|verb| super::offers(tool, verb)) {
-        text += &format!("  {:<10}{}\n", verb.name, verb.summary);
+    for (task, title) in TASKS {
+        let group = verbs.iter().filter(|verb| verb.task == task && super::offers(tool, verb));
+        for (index, verb) in group.enumerate() {
+            let title = if index == 0 { title } else { "" };
+            text += &format!("  {title:<8}{:<10}{}\n", verb.name, verb.summary);
+        }
     }
-    text += &format!(
-        "\n`{name} VERB --help` shows the options of a verb and an example.\n\
-         Image formats: qcow2 raw\n"
-    );
+    text += "\n";
+    if tool.is_own() {
+        text += &format!(
+            "`{name} help VERB` shows the options, exit codes and examples of a verb.\n\
+             Programs may like --error-format=json, --progress=json and --output=json.\n"
+        );
+    }
+    // Scripts look for this line under the name qemu-img.
+    text += "Supported image formats: qcow2 raw\n";
     output::print(&text).map(|()| 0)
 }
 
-/// Prints the options of a verb and an example.
+/// Prints the options of a verb, its exit codes and examples.
 pub(super) fn verb(tool: &Tool, verb: &Verb) -> CliResult<u8> {
     let call = tool.invocation(verb.name);
-    let mut text =
-        format!("{}\n\nUsage: {call} [OPTIONS] {}\n\nOptions:\n", verb.summary, verb.operands);
-    for flag in [super::HELP].iter().chain(verb.flags) {
-        text += &format!("  {:<34}{}\n", spelled(flag), flag.help);
+    let usage = format!("Usage: {call} [OPTIONS] {}", verb.operands);
+    let mut text = format!("{}\n\n{}\n\nOptions:\n", verb.summary, usage.trim_end());
+    text += &options(&super::offered(tool, &[&super::EVERYWHERE, verb.flags]));
+    text += "\nExit codes:\n";
+    for code in codes(verb) {
+        text += &format!("  {:<4}{}\n", code.code, code.means);
     }
-    text += &format!("\nExample: {} {}\n", tool.invocation(verb.name), verb.example);
+    text += "\nExamples:\n";
+    for example in verb.examples {
+        let line = format!("{call} {}", example.line);
+        text += &format!("  # {}\n  {}\n", example.shows, line.trim_end());
+    }
     output::print(&text).map(|()| 0)
 }
 
-fn spelled(flag: &Flag) -> String {
+/// Lists options in two columns.
+fn options(flags: &[Flag]) -> String {
+    let width = flags.iter().map(|flag| spelled(flag).len()).max().unwrap_or(0) + 2;
+    let line = |flag: &Flag| {
+        let lines = wrapped(flag.help, COLUMNS.saturating_sub(width + 2));
+        let indent = format!("\n{:width$}", "", width = width + 2);
+        format!("  {:<width$}{}\n", spelled(flag), lines.join(&indent))
+    };
+    flags.iter().map(line).collect()
+}
+
+/// Breaks `text` between words so that no line is longer than `width`, unless one word is.
+fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let fits = lines.last().is_some_and(|line| line.len() + word.len() < width);
+        match lines.last_mut() {
+            Some(line) if line.is_empty() => line.push_str(word),
+            Some(line) if fits => *line += &format!(" {word}"),
+            _ => lines.push(word.to_owned()),
+        }
+    }
+    lines
+}
+
+/// Returns the exit codes of a verb in order.
+pub(super) fn codes(verb: &Verb) -> &'static [ExitCode] {
+    if verb.codes.is_empty() { &USUAL } else { verb.codes }
+}
+
+/// Returns how an option is written: `-f, --format FMT`.
+pub(super) fn spelled(flag: &Flag) -> String {
     let short = flag.short.map_or_else(|| "    ".to_owned(), |short| format!("-{short}, "));
     let value = match (flag.value, flag.optional) {
         (Some(value), true) => format!("[={value}]"),

@@ -6,7 +6,7 @@ use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
 
 use super::open::{self, FileChain, Request};
-use super::{Form, Verb, common, form, one_image};
+use super::{Example, Form, Task, Verb, common, form, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
@@ -16,6 +16,7 @@ use crate::size::{self, SizeError};
 /// The verb.
 pub(super) const VERB: Verb = Verb {
     name: "map",
+    task: Task::Look,
     summary: "Show where the parts of a disk lie",
     operands: "FILENAME",
     flags: &[
@@ -28,7 +29,14 @@ pub(super) const VERB: Verb = Verb {
         common::OBJECT,
         common::PROBE_BACKING,
     ],
-    example: "map --output=json disk.qcow2",
+    examples: &[
+        Example {
+            shows: "what is data, zero or a hole, for programs",
+            line: "--output=json disk.qcow2",
+        },
+        Example { shows: "where the first MiB lies", line: "-l 1M disk.qcow2" },
+    ],
+    codes: &[],
     run,
 };
 

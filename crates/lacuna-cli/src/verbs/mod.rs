@@ -23,18 +23,46 @@ use crate::io;
 use crate::output;
 use crate::persona::{Persona, Tool};
 
-/// A verb of the program.
+/// A verb of the program. Help, completions and man pages are made from this.
 pub(crate) struct Verb {
     pub(crate) name: &'static str,
+    /// What people are about when they look for it.
+    pub(crate) task: Task,
     /// One line: what it does.
     pub(crate) summary: &'static str,
     /// What follows the options.
     pub(crate) operands: &'static str,
     pub(crate) flags: &'static [Flag],
-    /// A command line that shows its use, without the program's name.
-    pub(crate) example: &'static str,
+    /// At least one; a test runs them all.
+    pub(crate) examples: &'static [Example],
+    /// Exit codes other than the [usual](help::USUAL) ones.
+    pub(crate) codes: &'static [ExitCode],
     /// Does it; gives the exit code.
     pub(crate) run: fn(&Tool, &Parsed) -> CliResult<u8>,
+}
+
+/// The groups of the overview, in its order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Task {
+    Make,
+    Look,
+    Check,
+    Change,
+    Try,
+}
+
+/// A command line that works.
+pub(crate) struct Example {
+    /// What it shows.
+    pub(crate) shows: &'static str,
+    /// What follows the verb. Files are those of the cast in `tests/help.rs`.
+    pub(crate) line: &'static str,
+}
+
+/// What an exit code means.
+pub(crate) struct ExitCode {
+    pub(crate) code: u8,
+    pub(crate) means: &'static str,
 }
 
 /// All verbs, in the order of the help.
@@ -50,13 +78,30 @@ const VERBS: [&Verb; 8] = [
 ];
 
 /// What may stand before the verb.
-const LEADING: [Flag; 3] = [
+const LEADING: [Flag; 4] = [
     HELP,
     Flag::switch('V', "version", "show the version"),
     Flag::valued('T', "trace", "TRACE", "accepted and ignored"),
+    ERROR_FORMAT,
 ];
 
+/// What every verb takes.
+const EVERYWHERE: [Flag; 2] = [HELP, ERROR_FORMAT];
+
 const HELP: Flag = Flag::switch('h', "help", "show this help");
+const ERROR_FORMAT: Flag =
+    Flag::valued('\0', "error-format", "human|json", "form of an error on stderr")
+        .long_only()
+        .own();
+
+/// Verbs that only we have.
+const OWN: [&str; 2] = [io::VERB.name, demo::VERB.name];
+
+/// Verbs of QEMU's program that users will look for, as long as they are not in [`VERBS`].
+const THEIRS: [&str; 15] = [
+    "amend", "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info",
+    "map", "measure", "rebase", "resize", "snapshot",
+];
 
 /// Options that several verbs share.
 pub(crate) mod common {
@@ -74,21 +119,29 @@ pub(crate) mod common {
     pub(crate) const OUTPUT: Flag =
         Flag::valued('\0', "output", "human|json", "form of the output").long_only();
     pub(crate) const PROBE_BACKING: Flag =
-        Flag::switch('\0', "probe-backing", "guess a backing format that is not named").long_only();
+        Flag::switch('\0', "probe-backing", "guess a backing format that is not named")
+            .long_only()
+            .own();
     pub(crate) const CACHE: Flag = Flag::valued('T', "cache", "MODE", "cache mode of the host");
     pub(crate) const PROGRESS: Flag =
-        Flag::valued('p', "progress", "json", "show progress; =json as JSON lines on stderr")
+        Flag::valued('p', "progress", "json|none", "show progress, for people or for programs")
             .optional();
 }
 
 /// Runs what the command line asks for and returns the exit code.
 pub(crate) fn run(tool: &Tool, arguments: &[String]) -> u8 {
+    // Errors in options come before options are known, so this one is looked for on its own.
+    let wish = args::peek(arguments, ERROR_FORMAT.long).filter(|_| tool.is_own());
+    output::set_error_form(if wish == Some("json") { Form::Json } else { Form::Human });
     let (verb, result) = match tool.persona {
         Persona::QemuIo => ("", run_verb(tool, &io::VERB, arguments)),
         _ => run_leading(tool, arguments),
     };
     result.unwrap_or_else(|error| {
-        output::complain(&error.render(tool, verb));
+        output::complain(&match output::error_form() {
+            Form::Human => error.render(tool, verb),
+            Form::Json => error.json(tool, verb),
+        });
         match output::print(error.output()) {
             Ok(()) => error.code(),
             Err(_) => 1,
@@ -98,10 +151,13 @@ pub(crate) fn run(tool: &Tool, arguments: &[String]) -> u8 {
 
 /// Goes through what stands before the verb.
 fn run_leading(tool: &Tool, arguments: &[String]) -> (&'static str, CliResult<u8>) {
-    let parsed = match args::parse_leading(&LEADING, arguments) {
+    let parsed = match args::parse_leading(&offered(tool, &[&LEADING]), arguments) {
         Ok(parsed) => parsed,
         Err(error) => return ("", Err(error)),
     };
+    if let Err(error) = check_error_format(&parsed) {
+        return ("", Err(error));
+    }
     if parsed.has("help") {
         return ("", help::overview(tool, &VERBS));
     }
@@ -116,27 +172,54 @@ fn run_leading(tool: &Tool, arguments: &[String]) -> (&'static str, CliResult<u8
 }
 
 fn named(tool: &Tool, name: &str, rest: &[String]) -> (&'static str, CliResult<u8>) {
-    match VERBS.iter().find(|verb| verb.name == name && offers(tool, verb)) {
-        Some(verb) => (verb.name, run_verb(tool, verb, rest)),
-        None if name == "help" && tool.is_own() => {
-            let verb = rest.first().and_then(|name| VERBS.iter().find(|verb| verb.name == name));
-            let shown = verb.map_or_else(|| help::overview(tool, &VERBS), |v| help::verb(tool, v));
-            ("", shown)
-        }
-        None => ("", Err(CliError::usage(format!("Command not found: {name}")))),
+    match find(tool, name) {
+        Ok(verb) => (verb.name, run_verb(tool, verb, rest)),
+        Err(_) if name == "help" && tool.is_own() => ("", help_on(tool, rest)),
+        Err(error) => ("", Err(error)),
     }
 }
 
-/// `qemu-img` has no verbs `io` and `demo`.
+/// Finds a verb by its name.
+fn find(tool: &Tool, name: &str) -> CliResult<&'static Verb> {
+    let offered = || VERBS.into_iter().filter(|verb| offers(tool, verb));
+    offered().find(|verb| verb.name == name).ok_or_else(|| {
+        let error = CliError::usage(format!("Command not found: {name}"));
+        let near = args::nearest(name, offered().map(|verb| verb.name));
+        match near {
+            _ if THEIRS.contains(&name) => {
+                error.with_hint(format!("{name} is a verb of qemu-img that is not there yet"))
+            }
+            Some(near) => error.with_hint(format!("{near} is the nearest")),
+            None => error,
+        }
+    })
+}
+
+/// `help [VERB]`; options are those that stand everywhere.
+fn help_on(tool: &Tool, rest: &[String]) -> CliResult<u8> {
+    let parsed = args::parse(&offered(tool, &[&EVERYWHERE]), rest)?;
+    check_error_format(&parsed)?;
+    match &parsed.operands[..] {
+        [] => help::overview(tool, &VERBS),
+        [name] if name == "help" => help::overview(tool, &VERBS),
+        [name] => help::verb(tool, find(tool, name)?),
+        _ => Err(CliError::usage("Expecting one verb")),
+    }
+}
+
+/// `qemu-img` has fewer verbs.
 fn offers(tool: &Tool, verb: &Verb) -> bool {
-    tool.is_own() || ![io::VERB.name, demo::VERB.name].contains(&verb.name)
+    tool.is_own() || !OWN.contains(&verb.name)
+}
+
+/// Returns those of some options that the name of the program comes with.
+fn offered(tool: &Tool, tables: &[&[Flag]]) -> Vec<Flag> {
+    tables.concat().into_iter().filter(|flag| tool.is_own() || !flag.own).collect()
 }
 
 fn run_verb(tool: &Tool, verb: &Verb, arguments: &[String]) -> CliResult<u8> {
-    // Options of ours must not make shortened names of theirs ambiguous.
-    let is_offered = |flag: &&Flag| tool.is_own() || flag.long != common::PROBE_BACKING.long;
-    let table: Vec<Flag> = [HELP].iter().chain(verb.flags).filter(is_offered).copied().collect();
-    let parsed = args::parse(&table, arguments)?;
+    let parsed = args::parse(&offered(tool, &[&EVERYWHERE, verb.flags]), arguments)?;
+    check_error_format(&parsed)?;
     if parsed.has("help") {
         return help::verb(tool, verb);
     }
@@ -144,6 +227,16 @@ fn run_verb(tool: &Tool, verb: &Verb, arguments: &[String]) -> CliResult<u8> {
         return Err(CliError::new("--object is not supported: no verb needs a secret yet"));
     }
     (verb.run)(tool, &parsed)
+}
+
+fn check_error_format(parsed: &Parsed) -> CliResult<()> {
+    match parsed.last(ERROR_FORMAT.long) {
+        None | Some("human" | "json") => Ok(()),
+        Some(other) => {
+            let text = format!("--error-format expects 'human' or 'json' not '{other}'");
+            Err(CliError::usage(text))
+        }
+    }
 }
 
 /// How a verb prints its result.

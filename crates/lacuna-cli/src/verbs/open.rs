@@ -111,8 +111,10 @@ pub(crate) fn of_chain(format: chain::Format) -> Format {
 
 /// Says in QEMU's words what is not there or is no file.
 pub(crate) fn check_file(file: &str) -> CliResult<()> {
-    let kind = std::fs::metadata(file)
-        .map_err(|error| CliError::new(format!("Could not open '{file}': {}", of_host(&error))))?;
+    let kind = std::fs::metadata(file).map_err(|error| {
+        let text = format!("Could not open '{file}': {}", of_host(&error));
+        CliError::new(text).with_class(Error::io(error, "").kind()).with_fact("file", file)
+    })?;
     use std::os::unix::fs::FileTypeExt;
     match kind.is_file() || kind.file_type().is_block_device() {
         true => Ok(()),
@@ -129,7 +131,7 @@ pub(crate) fn of_host(error: &std::io::Error) -> String {
 
 /// Wraps what kept an image from being opened.
 pub(crate) fn cannot_open(shown: &str, error: CliError) -> CliError {
-    error.under(format!("Could not open '{shown}'"))
+    error.under(format!("Could not open '{shown}'")).with_fact("file", shown)
 }
 
 /// Turns the library's error about opening an image into ours.
@@ -140,7 +142,7 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
         (None, Some(words)) if !tool.is_own() => words,
         _ => sentence(error),
     };
-    let failure = CliError::new(text);
+    let failure = CliError::new(text).with_class(error.kind());
     match error.kind() {
         ErrorKind::Busy => failure.with_hint("-U opens it for reading all the same"),
         ErrorKind::Corrupt => failure.with_hint("`lacuna check -r all IMAGE` may repair it"),

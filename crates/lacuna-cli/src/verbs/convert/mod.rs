@@ -16,7 +16,7 @@ use concat::Concat;
 use super::open::{self, FileChain, Request};
 use super::progress::Meter;
 use super::spec::ImageSpec;
-use super::{Verb, common, create};
+use super::{Example, Task, Verb, common, create};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
@@ -29,6 +29,7 @@ use crate::size::{self, SizeError};
 /// The verb.
 pub(super) const VERB: Verb = Verb {
     name: "convert",
+    task: Task::Make,
     summary: "Copy a disk into a new image, whatever the formats",
     operands: "SOURCE... TARGET",
     flags: &[
@@ -61,7 +62,21 @@ pub(super) const VERB: Verb = Verb {
         common::OBJECT,
         common::PROBE_BACKING,
     ],
-    example: "convert -p -O qcow2 -c disk.raw disk.qcow2",
+    examples: &[
+        Example {
+            shows: "a qcow2 image of a raw disk, compressed",
+            line: "-c -O qcow2 disk.raw copy.qcow2",
+        },
+        Example {
+            shows: "the other way, with progress for a program",
+            line: "--progress=json -O raw disk.qcow2 copy.raw",
+        },
+        Example {
+            shows: "only what differs from a backing file",
+            line: "-O qcow2 -B base.qcow2 -F qcow2 overlay.qcow2 thin.qcow2",
+        },
+    ],
+    codes: &[],
     run,
 };
 
@@ -85,7 +100,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         && let Err(error) = remove_half(&wish.target_name)
     {
         let file = &wish.target_name;
-        output::complain(&format!("{file} is incomplete and could not be removed: {error}\n"));
+        output::warn(&format!("{file} is incomplete and could not be removed: {error}"));
     }
     result.map(|()| 0)
 }

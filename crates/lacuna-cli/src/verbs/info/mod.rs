@@ -15,7 +15,7 @@ use pollster::block_on;
 use serde_json::Value;
 
 use super::open::{self, Request};
-use super::{Form, Verb, common, form, one_image};
+use super::{Example, Form, Task, Verb, common, form, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::CliResult;
 use crate::output;
@@ -27,6 +27,7 @@ pub(crate) use human::dump;
 /// The verb.
 pub(super) const VERB: Verb = Verb {
     name: "info",
+    task: Task::Look,
     summary: "Describe an image",
     operands: "FILENAME",
     flags: &[
@@ -38,7 +39,14 @@ pub(super) const VERB: Verb = Verb {
         common::PROBE_BACKING,
         common::OUTPUT,
     ],
-    example: "info --output=json disk.qcow2",
+    examples: &[
+        Example { shows: "size, format, backing file, snapshots", line: "disk.qcow2" },
+        Example {
+            shows: "an image and all it stands on, for programs",
+            line: "--backing-chain --output=json overlay.qcow2",
+        },
+    ],
+    codes: &[],
     run,
 };
 
