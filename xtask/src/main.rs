@@ -6,6 +6,7 @@
 //! * `licences.rs` — whether every dependency may be shipped
 //! * `harness.rs` — benchmarks and QEMU's iotests, which live outside of this repository
 //! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
+//! * `written.rs` — what the command writes of itself for packages
 //! * `run.rs` — starting programs
 
 mod ci;
@@ -15,6 +16,7 @@ mod licences;
 mod run;
 mod setup;
 mod tidy;
+mod written;
 
 use std::process::ExitCode;
 
@@ -28,6 +30,7 @@ usage: cargo xtask VERB [ARGUMENTS]
   test [FILTER...]            installs missing peers, then runs every test and doc example
   setup                       installs the foreign tools that the tests need (apt)
   tidy                        the rules of the house: module arrows, banned words, sizes
+  man, completions            the command's manual pages, completions of shells: target/VERB/
   licences                    whether the licence of every dependency allows shipping it
   bench    [--harness DIR] [ARGUMENTS...]   benchmarks against QEMU's tools (DIR/bench)
   iotests  [--harness DIR] [ARGUMENTS...]   QEMU's own tests (DIR/run-iotests)
@@ -56,6 +59,7 @@ fn dispatch(verb: &str, rest: &[String]) -> Outcome {
         "test" => ci::test(rest),
         "setup" => setup::peers(),
         "tidy" => tidy::workspace(),
+        "man" | "completions" => written::by_the_command(verb),
         "licences" | "deny" => licences::check(),
         "bench" => harness::bench(rest),
         "iotests" => harness::iotests(rest),

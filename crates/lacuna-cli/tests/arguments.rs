@@ -30,7 +30,11 @@ fn messages_and_exit_codes_of_our_own_name() {
     let table = [
         ("lacuna bogus", 1, "lacuna: Command not found: bogus\nTry 'lacuna --help'"),
         ("lacuna creat", 1, "for more info\nhint: create is the nearest\n"),
-        ("lacuna help inof", 1, "Command not found: inof\n"),
+        (
+            "lacuna help inof",
+            1,
+            "Command not found: inof\nTry 'lacuna help --help' for more info\nhint: info is",
+        ),
         ("lacuna amend", 1, "hint: amend is a verb of qemu-img that is not there yet\n"),
         (
             "lacuna map --formt=raw a",

@@ -1,10 +1,33 @@
 //! What the program says of itself, made from the tables of the verbs.
 
-use super::{ExitCode, Task, Verb};
-use crate::args::Flag;
-use crate::error::CliResult;
+use super::{Example, ExitCode, Task, Verb};
+use crate::args::{Flag, Parsed};
+use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::{Persona, Tool};
+
+/// The verb.
+pub(super) const VERB: Verb = Verb {
+    name: "help",
+    task: Task::About,
+    summary: "Explain a verb, or list them all",
+    operands: "[VERB]",
+    flags: &[],
+    examples: &[Example {
+        shows: "the options of convert, its exit codes, examples",
+        line: "convert",
+    }],
+    codes: &[],
+    run,
+};
+
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    match &parsed.operands[..] {
+        [] => overview(tool),
+        [name] => verb(tool, super::find(tool, name)?),
+        _ => Err(CliError::usage("Expecting one verb")),
+    }
+}
 
 /// Prints the version.
 pub(crate) fn version(tool: &Tool) -> CliResult<u8> {
@@ -35,14 +58,15 @@ const TASKS: [(Task, &str); 5] = [
 ];
 
 /// Prints what there is, on one screen.
-pub(super) fn overview(tool: &Tool, verbs: &[&Verb]) -> CliResult<u8> {
+pub(super) fn overview(tool: &Tool) -> CliResult<u8> {
     let name = &tool.name;
     let mut text = format!(
         "{name}: disk images made, described, checked, repaired and copied\n\n\
          Usage: {name} VERB [OPTIONS] ...\n\n"
     );
     for (task, title) in TASKS {
-        let group = verbs.iter().filter(|verb| verb.task == task && super::offers(tool, verb));
+        let group = super::VERBS.iter().filter(|verb| verb.task == task);
+        let group = group.filter(|verb| super::offers(tool, verb));
         for (index, verb) in group.enumerate() {
             let title = if index == 0 { title } else { "" };
             text += &format!("  {title:<8}{:<10}{}\n", verb.name, verb.summary);
@@ -52,6 +76,7 @@ pub(super) fn overview(tool: &Tool, verbs: &[&Verb]) -> CliResult<u8> {
     if tool.is_own() {
         text += &format!(
             "`{name} help VERB` shows the options, exit codes and examples of a verb.\n\
+             `{name} completions SHELL` and `{name} man VERB` print what shells and man want.\n\
              Programs may like --error-format=json, --progress=json and --output=json.\n"
         );
     }

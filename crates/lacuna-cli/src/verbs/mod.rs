@@ -2,12 +2,15 @@
 //!
 //! A new verb is a module with a [`Verb`] and a line in [`VERBS`].
 
+mod about;
 mod check;
 mod compare;
+mod completions;
 mod convert;
 mod create;
 mod help;
 mod info;
+mod man;
 mod map;
 pub(crate) mod open;
 mod progress;
@@ -49,6 +52,8 @@ pub(crate) enum Task {
     Check,
     Change,
     Try,
+    /// About the program itself: found by the help, so that the overview has room for work.
+    About,
 }
 
 /// A command line that works.
@@ -66,14 +71,17 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 8] = [
+const VERBS: [&Verb; 11] = [
     &check::VERB,
     &compare::VERB,
+    &completions::VERB,
     &convert::VERB,
     &create::VERB,
     &demo::VERB,
+    &help::VERB,
     &info::VERB,
     &io::VERB,
+    &man::VERB,
     &map::VERB,
 ];
 
@@ -95,7 +103,8 @@ const ERROR_FORMAT: Flag =
         .own();
 
 /// Verbs that only we have.
-const OWN: [&str; 2] = [io::VERB.name, demo::VERB.name];
+const OWN: [&str; 5] =
+    [completions::VERB.name, demo::VERB.name, help::VERB.name, io::VERB.name, man::VERB.name];
 
 /// Verbs of QEMU's program that users will look for, as long as they are not in [`VERBS`].
 const THEIRS: [&str; 15] = [
@@ -159,13 +168,13 @@ fn run_leading(tool: &Tool, arguments: &[String]) -> (&'static str, CliResult<u8
         return ("", Err(error));
     }
     if parsed.has("help") {
-        return ("", help::overview(tool, &VERBS));
+        return ("", help::overview(tool));
     }
     if parsed.has("version") {
         return ("", version(tool));
     }
     match parsed.operands.split_first() {
-        None if tool.is_own() => ("", help::overview(tool, &VERBS)),
+        None if tool.is_own() => ("", help::overview(tool)),
         None => ("", Err(CliError::usage("Not enough arguments"))),
         Some((name, rest)) => named(tool, name, rest),
     }
@@ -174,7 +183,6 @@ fn run_leading(tool: &Tool, arguments: &[String]) -> (&'static str, CliResult<u8
 fn named(tool: &Tool, name: &str, rest: &[String]) -> (&'static str, CliResult<u8>) {
     match find(tool, name) {
         Ok(verb) => (verb.name, run_verb(tool, verb, rest)),
-        Err(_) if name == "help" && tool.is_own() => ("", help_on(tool, rest)),
         Err(error) => ("", Err(error)),
     }
 }
@@ -193,18 +201,6 @@ fn find(tool: &Tool, name: &str) -> CliResult<&'static Verb> {
             None => error,
         }
     })
-}
-
-/// `help [VERB]`; options are those that stand everywhere.
-fn help_on(tool: &Tool, rest: &[String]) -> CliResult<u8> {
-    let parsed = args::parse(&offered(tool, &[&EVERYWHERE]), rest)?;
-    check_error_format(&parsed)?;
-    match &parsed.operands[..] {
-        [] => help::overview(tool, &VERBS),
-        [name] if name == "help" => help::overview(tool, &VERBS),
-        [name] => help::verb(tool, find(tool, name)?),
-        _ => Err(CliError::usage("Expecting one verb")),
-    }
 }
 
 /// `qemu-img` has fewer verbs.
