@@ -1,9 +1,9 @@
 //! A storage object seen as a guest disk.
 
 use crate::block::{AllocationDepth, DiscardMode, Extent, ExtentBuilder, ExtentStatus, Layer};
-use crate::block::{WriteFlags, ZeroFlags};
+use crate::block::{Preallocation, WriteFlags, ZeroFlags};
 use crate::buffer::{Buffer, Hold};
-use crate::storage::{HostStatus, Storage, Transfer, ZeroMode};
+use crate::storage::{HostStatus, Storage, Transfer, ZeroMode, reserve};
 use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
 
@@ -43,6 +43,28 @@ impl<S: Storage> Raw<S> {
         Ok(Self { storage, size_bytes })
     }
 
+    /// Makes the disk `size_bytes` long, with what is added preallocated, and sees it so.
+    ///
+    /// Nothing is durable yet. Dropped half-way or failed, `storage` may have any length in
+    /// between.
+    ///
+    /// # Errors
+    /// `InvalidRequest` where the disk is longer already, or for
+    /// [`Preallocation::Metadata`]: a raw disk has none. `NoSpace` where the host has no room.
+    ///
+    /// ```
+    /// use lacuna::block::{Layer, Preallocation};
+    /// use lacuna::{raw::Raw, storage::MemoryStorage};
+    ///
+    /// let grown = Raw::grow(MemoryStorage::new(), 1 << 20, Preallocation::Full);
+    /// assert_eq!(pollster::block_on(grown)?.size_bytes(), 1 << 20);
+    /// # Ok::<_, lacuna::Error>(())
+    /// ```
+    pub async fn grow(storage: S, size_bytes: u64, mode: Preallocation) -> Result<Self> {
+        grow(&storage, size_bytes, mode).await?;
+        Ok(Self { storage, size_bytes })
+    }
+
     /// Returns the storage below.
     pub const fn storage(&self) -> &S {
         &self.storage
@@ -67,6 +89,18 @@ impl<S: Storage> Raw<S> {
             )),
         }
     }
+}
+
+/// Makes a raw disk longer.
+pub(crate) async fn grow<S: Storage>(storage: &S, to: u64, mode: Preallocation) -> Result<()> {
+    let old = storage.len().await?;
+    let Some(added) = to.checked_sub(old) else {
+        return Err(Error::invalid(format!("The disk has {old} bytes already, more than {to}")));
+    };
+    if mode == Preallocation::Metadata {
+        return Err(Error::invalid("A raw disk has no metadata that could be preallocated"));
+    }
+    reserve(storage, HostRange::new(HostOffset(old), added), mode.of_data()).await
 }
 
 impl<S: Storage> Layer for Raw<S> {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use lacuna::ErrorKind;
+use lacuna::block::Preallocation;
 use lacuna::buffer::{Buffer, Hold};
 use lacuna::qcow2::format::{CompressionType, EntryWidth, Version};
 use lacuna::qcow2::{BackingName, CreateOptions, DataFileName, create};
@@ -50,7 +51,10 @@ fn spelled(options: &CreateOptions) -> String {
         let raw = if data.raw { "on" } else { "off" };
         write!(text, ",data_file={},data_file_raw={raw}", data.name).unwrap();
     }
-    text
+    if options.preallocation != Preallocation::Off {
+        write!(text, ",preallocation={:?}", options.preallocation).unwrap();
+    }
+    text.replace("=Metadata", "=metadata").replace("=Falloc", "=falloc").replace("=Full", "=full")
 }
 
 /// The image that qemu-img makes, or its complaint.
@@ -220,6 +224,74 @@ fn external_data_files() {
         refcount_bits: 64,
         ..options(140 * MIB, 512)
     });
+}
+
+const MODES: [Preallocation; 3] =
+    [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full];
+
+#[test]
+fn preallocated_images_of_every_cluster_size() {
+    for bits in 9..=21 {
+        for size in [0, (1 << bits) + 512, 4 * MIB] {
+            for preallocation in MODES {
+                let extended = bits >= 14 && size % 1024 == 512;
+                let entry_width =
+                    if extended { EntryWidth::Extended } else { EntryWidth::Standard };
+                let options = options(size, 1 << bits);
+                assert_same(&CreateOptions { preallocation, entry_width, ..options });
+            }
+        }
+    }
+}
+
+#[test]
+fn preallocated_images_whose_refcounts_need_blocks_and_tables_of_their_own() {
+    for refcount_bits in [1, 16, 64] {
+        for size in [MIB + 512, 21 * MIB] {
+            for preallocation in MODES {
+                let options = options(size, 512);
+                assert_same(&CreateOptions { preallocation, refcount_bits, ..options });
+            }
+        }
+    }
+    // More than one request of QEMU: 2 GiB, mapped only.
+    let preallocation = Preallocation::Metadata;
+    assert_same(&CreateOptions { preallocation, ..options(40 * MIB, 4096) });
+    assert_same(&CreateOptions { preallocation, refcount_bits: 64, ..options(90 * MIB, 1024) });
+}
+
+#[test]
+fn preallocation_of_random_images() {
+    for seed in testkit::seeds(20) {
+        println!("seed {seed}");
+        let mut random = testkit::Random::new(seed);
+        let cluster_bytes = 512 << random.below(9);
+        let version = if random.one_in(4) { Version::V2 } else { Version::V3 };
+        let extended = version == Version::V3 && cluster_bytes >= 16384 && random.one_in(2);
+        let entry_width = if extended { EntryWidth::Extended } else { EntryWidth::Standard };
+        let bits = if version == Version::V2 { 16 } else { 1 << random.below(7) };
+        let size = random.below(12 * MIB.min(cluster_bytes * 4096));
+        let data = version == Version::V3 && random.one_in(5);
+        assert_same(&CreateOptions {
+            version,
+            entry_width,
+            refcount_bits: bits,
+            data_file: data.then(|| DataFileName { name: "data".into(), raw: random.one_in(2) }),
+            preallocation: *random.pick(&MODES),
+            ..options(size, cluster_bytes)
+        });
+    }
+}
+
+#[test]
+fn preallocation_over_a_backing_file_needs_extended_entries() {
+    let backing = Some(BackingName { name: "base".into(), format: Some("raw".into()) });
+    for preallocation in MODES {
+        let options =
+            CreateOptions { preallocation, backing: backing.clone(), ..options(MIB, 65536) };
+        assert_same(&options);
+        assert_same(&CreateOptions { entry_width: EntryWidth::Extended, ..options });
+    }
 }
 
 #[test]

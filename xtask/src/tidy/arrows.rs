@@ -25,7 +25,8 @@ const AREAS: [Area; 14] = [
     Area { path: "storage", may_name: &["storage::sys"] },
     Area { path: "storage::sys", may_name: &["storage"] },
     // A transfer gives the buffer back whoever makes it: storage's word, used by layers as well.
-    Area { path: "block", may_name: &["storage::Transfer"] },
+    // So is how firmly space is set aside, which preallocation comes down to.
+    Area { path: "block", may_name: &["storage::Transfer", "storage::Reserve"] },
     // Waits for a layer on the calling thread.
     Area { path: "blocking", may_name: &["block", "storage::Transfer"] },
     Area { path: "raw", may_name: &["block", "storage"] },

@@ -2,12 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
-use lacuna::block::Layer;
+use lacuna::ErrorKind;
+use lacuna::block::{Layer, Preallocation};
 use lacuna::chain::UnnamedFormat;
 use lacuna::qcow2::format::{CompressionType, EntryWidth, Version};
 use lacuna::qcow2::{self, Access, BackingName, CreateOptions, DataFileName};
-use lacuna::storage::{CacheMode, FileOptions, FileStorage, Storage};
-use lacuna::units::{HostOffset, HostRange};
+use lacuna::raw::Raw;
+use lacuna::storage::{CacheMode, FileOptions, FileStorage};
 use pollster::block_on;
 
 use super::open::{self, Request};
@@ -16,6 +17,7 @@ use super::{Example, Task, Verb, common};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult, host_words, sentence};
 use crate::format::Format;
+use crate::interrupt::{RemoveOnSignal, remove_half};
 use crate::options::{self, Asked, Given, Values};
 use crate::output;
 use crate::persona::Tool;
@@ -166,6 +168,8 @@ impl Plan {
             let file = self.shown.replace(',', ",,");
             output::print(&format!("Formatting '{file}', fmt={format}{values}\n"))?;
         }
+        let is_long = self.values.text("preallocation").is_some();
+        let _watch = is_long.then(|| RemoveOnSignal::new(&self.file.to_string_lossy()));
         self.make()
     }
 
@@ -182,55 +186,84 @@ impl Plan {
     }
 
     fn make_raw(&self) -> CliResult<()> {
-        let mode = self.values.text("preallocation").unwrap_or("off");
-        if !matches!(mode, "off" | "falloc" | "full") {
-            return Err(CliError::new(format!("invalid parameter value: {mode}")));
+        let mode = match self.values.text("preallocation").map(preallocation).transpose() {
+            Ok(mode) => mode.unwrap_or_default(),
+            Err(name) => return Err(CliError::new(format!("invalid parameter value: {name}"))),
+        };
+        if mode == Preallocation::Metadata {
+            return Err(CliError::new("Unsupported preallocation mode: metadata"));
         }
         let size = self.size_bytes().checked_next_multiple_of(512);
         let size =
             size.filter(|size| i64::try_from(*size).is_ok()).ok_or_else(|| self.too_large())?;
         let storage = self.replace(&self.file)?;
-        block_on(storage.set_len(size)).map_err(|error| match error.raw_os_error() {
-            Some(EFBIG) => self.too_large(),
-            _ => resize_failed(&error),
-        })?;
-        match mode {
-            "off" => {}
-            "falloc" => block_on(storage.allocate_at(whole(size)))?,
-            _ => write_zeros(&storage, size)?,
-        }
-        Ok(())
+        let grown = block_on(Raw::grow(storage, size, mode));
+        grown.map(drop).map_err(|error| self.half_made(self.no_room(error, mode)))
     }
 
     fn too_large(&self) -> CliError {
         let format = self.format;
-        CliError::new(format!("The image size is too large for file format '{format}'"))
+        let advice = match format {
+            Format::Raw => "",
+            Format::Qcow2 => " (try using a larger cluster size)",
+        };
+        CliError::new(format!("The image size is too large for file format '{format}'{advice}"))
     }
 
     fn make_qcow2(&self) -> CliResult<()> {
         let options = self.create_options()?;
-        match self.values.text("preallocation").unwrap_or("off") {
-            "off" => {}
-            mode @ ("metadata" | "falloc" | "full") => {
-                return Err(CliError::new(format!(
-                    "Preallocation mode '{mode}' is not supported yet for qcow2; leave it off"
-                )));
-            }
-            mode => {
-                let text = format!("Parameter 'preallocation' does not accept value '{mode}'");
-                return Err(CliError::new(text));
-            }
-        }
         let storage = self.replace(&self.file)?;
+        self.fill_qcow2(&storage, &options).map_err(|error| self.half_made(error))
+    }
+
+    fn fill_qcow2(&self, storage: &FileStorage, options: &CreateOptions) -> CliResult<()> {
         if let Some(data) = &options.data_file {
-            let path = beside(&self.file, &data.name);
-            if open::same_file(&self.file, &path) {
-                return Err(CliError::new("The image cannot be its own data file"));
-            }
-            let data = self.replace(&path)?;
-            block_on(data.set_len(options.size_bytes)).map_err(|error| resize_failed(&error))?;
+            self.make_data_file(data, options)?;
         }
-        Ok(block_on(qcow2::create(&storage, &options))?)
+        let mode = options.preallocation;
+        block_on(qcow2::create(storage, options)).map_err(|error| match mode {
+            _ if error.raw_os_error() == Some(EFBIG) => self.too_large(),
+            Preallocation::Falloc | Preallocation::Full if error.kind() == ErrorKind::NoSpace => {
+                no_room(&error, mode)
+                    .under("Could not resize image: Failed to resize underlying file")
+            }
+            _ => error.into(),
+        })
+    }
+
+    fn make_data_file(&self, name: &DataFileName, options: &CreateOptions) -> CliResult<()> {
+        let path = beside(&self.file, &name.name);
+        if open::same_file(&self.file, &path) {
+            return Err(CliError::new("The image cannot be its own data file"));
+        }
+        let mode = match options.preallocation {
+            Preallocation::Metadata => Preallocation::Off,
+            mode => mode,
+        };
+        let grown = block_on(Raw::grow(self.replace(&path)?, options.size_bytes, mode));
+        grown.map(drop).map_err(|error| self.no_room(error, mode))
+    }
+
+    /// Removes what was made of an image that failed; says so where that is not possible.
+    fn half_made(&self, error: CliError) -> CliError {
+        let file = self.file.to_string_lossy();
+        match remove_half(&file) {
+            Ok(()) => error,
+            Err(why) => {
+                let why = open::of_host(&why);
+                CliError::new(format!("{}\n{file} is incomplete: {why}", error.text()))
+            }
+        }
+    }
+
+    /// Words what the host said about a file that was to grow to `size`.
+    fn no_room(&self, error: lacuna::Error, mode: Preallocation) -> CliError {
+        let words = no_room(&error, mode);
+        match (error.raw_os_error(), self.format) {
+            (Some(EFBIG), _) => self.too_large(),
+            (_, Format::Raw) => words,
+            (_, Format::Qcow2) => words.under("Could not resize image"),
+        }
     }
 
     fn replace(&self, path: &Path) -> CliResult<FileStorage> {
@@ -256,6 +289,12 @@ impl Plan {
             data_file: data_file(values)?,
             ..CreateOptions::default()
         };
+        if let Some(name) = values.text("preallocation") {
+            options.preallocation = preallocation(name).map_err(|name| {
+                CliError::new(format!("Parameter 'preallocation' does not accept value '{name}'"))
+                    .with_hint("kinds are off, metadata, falloc and full")
+            })?;
+        }
         if values.is_on("extended_l2") {
             options.entry_width = EntryWidth::Extended;
         }
@@ -265,22 +304,25 @@ impl Plan {
     }
 }
 
-fn whole(size: u64) -> HostRange {
-    HostRange::new(HostOffset(0), size)
+/// Says what kept a file from growing, by what was to be done with the space.
+pub(super) fn no_room(error: &lacuna::Error, mode: Preallocation) -> CliError {
+    let doing = match mode {
+        Preallocation::Off | Preallocation::Metadata => "Could not resize file",
+        Preallocation::Falloc => "Could not preallocate new data",
+        Preallocation::Full => "Could not write zeros for preallocation",
+    };
+    CliError::new(format!("{doing}: {}", crate::error::errno_words(error)))
 }
 
-/// Writes every byte, so that not even the host's metadata must change later.
-fn write_zeros(storage: &FileStorage, size: u64) -> CliResult<()> {
-    const STEP: u64 = 1 << 20;
-    for start in (0..size).step_by(STEP as usize) {
-        let zeros = lacuna::buffer::Buffer::zeroed(STEP.min(size - start) as usize);
-        block_on(storage.write_at(HostOffset(start), zeros)).0?;
+/// Reads the name of a kind of preallocation; gives it back where there is no such kind.
+pub(super) fn preallocation(name: &str) -> Result<Preallocation, &str> {
+    match name {
+        "off" => Ok(Preallocation::Off),
+        "metadata" => Ok(Preallocation::Metadata),
+        "falloc" => Ok(Preallocation::Falloc),
+        "full" => Ok(Preallocation::Full),
+        other => Err(other),
     }
-    Ok(block_on(storage.flush())?)
-}
-
-fn resize_failed(error: &lacuna::Error) -> CliError {
-    CliError::new(format!("Could not resize file: {}", crate::error::errno_words(error)))
 }
 
 /// Takes `-b` and `-F` over into the values.
@@ -413,7 +455,11 @@ fn check_combination(options: &CreateOptions) -> CliResult<()> {
     const NEWER: &str = "compatibility level 1.1 and above (use version=v3 or greater)";
     let is_old = options.version == Version::V2;
     let extended = options.entry_width == EntryWidth::Extended;
-    let problem = if is_old && options.lazy_refcounts {
+    let hides = options.backing.is_some() && !extended;
+    let problem = if hides && options.preallocation != Preallocation::Off {
+        "Backing file and preallocation can only be used at the same time if extended_l2 is on"
+            .to_owned()
+    } else if is_old && options.lazy_refcounts {
         format!("Lazy refcounts only supported with {NEWER}")
     } else if is_old && options.refcount_bits != 16 {
         "Different refcount widths than 16 bits require compatibility level 1.1 or above \

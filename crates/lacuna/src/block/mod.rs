@@ -3,9 +3,11 @@
 mod cursor;
 mod extent;
 mod layer;
+mod preallocation;
 mod zero;
 
 pub(crate) use cursor::{ExtentCursor, no_status};
 pub use extent::{AllocationDepth, Extent, ExtentBuilder, ExtentStatus};
 pub use layer::{BoxFuture, DiscardMode, DynLayer, Layer, WriteFlags, ZeroFlags};
+pub use preallocation::Preallocation;
 pub use zero::{first_nonzero, is_zero};

@@ -27,6 +27,7 @@ mod plan_write;
 mod plan_zero;
 mod quarantine;
 mod read;
+mod refcount_space;
 mod refcounts;
 mod repair;
 mod resize;

@@ -9,6 +9,7 @@
 #[cfg(target_os = "linux")]
 mod file;
 mod memory;
+mod reserve;
 mod shared;
 #[cfg(target_os = "linux")]
 mod sys;
@@ -18,6 +19,7 @@ use std::future::Future;
 #[cfg(target_os = "linux")]
 pub use file::{CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions, FileStorage};
 pub use memory::MemoryStorage;
+pub(crate) use reserve::{Reserve, reserve};
 
 use crate::Result;
 use crate::buffer::{Buffer, Hold};

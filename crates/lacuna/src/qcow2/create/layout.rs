@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 
 use super::super::format::{Geometry, MAX_REFCOUNT_TABLE_BYTES, RefcountTableEntry, RefcountWidth};
+use super::super::refcount_space::{RefcountSpace, Room};
 use crate::Result;
 use crate::units::{HostCluster, HostOffset};
 
@@ -51,6 +52,12 @@ impl UsedClusters {
             start = start.max(*end);
         }
         start
+    }
+
+    /// How many of `count` clusters from `start` on are free before the first in use.
+    fn free_from(&self, start: u64, count: u64) -> u64 {
+        let end = self.within(start, start + count).next();
+        end.unwrap_or(start + count) - start
     }
 
     fn within(&self, start: u64, end: u64) -> impl Iterator<Item = u64> {
@@ -112,6 +119,16 @@ impl Layout {
         }
     }
 
+    /// Takes up to `count` clusters from `start` on, as far as they are free, and returns how many.
+    pub(super) fn allocate_at(&mut self, start: u64, count: u64) -> Result<u64> {
+        loop {
+            let free = self.used.free_from(start, count);
+            if free == 0 || self.reference(start, free)? == Step::Done {
+                return Ok(free);
+            }
+        }
+    }
+
     /// Moves the cursor over the first gap, which stays unused as yet.
     fn claim(&mut self, count: u64) -> u64 {
         let start = self.used.first_gap(self.cursor, count);
@@ -148,33 +165,53 @@ impl Layout {
         }
         match self.blocks.get_mut(index) {
             Some(place) => *place = block,
-            None => self.move_table(index, block, cluster)?,
+            None => {
+                let start = (cluster + 1).max(block).div_ceil(per_block) * per_block;
+                self.move_table(start, 0, Room::ToGrow, Some((index, block)))?;
+            }
         }
         Ok(Step::StartOver)
     }
 
-    /// Replaces the refcount table by a larger one that knows block number `index` too.
-    fn move_table(&mut self, index: usize, block: u64, cluster: u64) -> Result<()> {
-        let per_block = self.geometry.refcount_block_entries();
-        let entries_per_cluster = self.geometry.cluster_bytes() / 8;
-        let first_new = (cluster + 1).max(block).div_ceil(per_block);
-        let start = first_new * per_block;
-        let total = self.blocks_for(start);
-        let entries = (total + total.div_ceil(2)).next_multiple_of(entries_per_cluster);
+    /// Moves the refcount table behind all clusters in use, and behind it as many blocks as it
+    /// takes to count `more` clusters after it. Returns the first of those.
+    pub(super) fn move_table_to_end(&mut self, more: u64) -> Result<u64> {
+        self.move_table(self.used.end(), more, Room::Exact, None)
+    }
+
+    /// Makes the refcount blocks that are missing from the one on that counts `start`, at
+    /// `start`, and a new table behind them that knows `block` as well, by its index. Returns the
+    /// cluster behind all that.
+    fn move_table(
+        &mut self,
+        start: u64,
+        more: u64,
+        room: Room,
+        block: Option<(usize, u64)>,
+    ) -> Result<u64> {
+        let per_table_cluster = self.geometry.cluster_bytes() / 8;
+        let total = RefcountSpace::counting(&self.geometry, start + more, room).blocks;
+        let spare = if room == Room::ToGrow { total.div_ceil(2) } else { 0 };
+        let entries = (total + spare).next_multiple_of(per_table_cluster);
         if entries * 8 > MAX_REFCOUNT_TABLE_BYTES {
             return Err(super::too_large());
         }
         let mut blocks = self.blocks.clone();
         blocks.resize(entries as usize, 0);
-        blocks[index] = block;
-        for (number, place) in (start..).zip(&mut blocks[first_new as usize..total as usize]) {
-            *place = number;
+        if let Some((index, block)) = block {
+            blocks[index] = block;
         }
-        let table_at = start + (total - first_new);
-        self.used.insert(start, table_at + entries / entries_per_cluster);
+        let first = start / self.geometry.refcount_block_entries();
+        let mut next = start;
+        for place in blocks[first as usize..total as usize].iter_mut().filter(|at| **at == 0) {
+            *place = next;
+            next += 1;
+        }
+        let end = next + entries / per_table_cluster;
+        self.used.insert(start, end);
         self.give_up_table();
-        (self.blocks, self.table_at) = (blocks, table_at);
-        Ok(())
+        (self.blocks, self.table_at) = (blocks, next);
+        Ok(end)
     }
 
     fn give_up_table(&mut self) {
@@ -182,27 +219,6 @@ impl Layout {
         self.old_tables.push(OldTable { at: HostCluster(self.table_at), entries });
         self.used.remove(self.table_at, self.table_at + self.table_clusters());
         self.cursor = self.cursor.min(self.table_at);
-    }
-
-    /// How many refcount blocks count `clusters` clusters, themselves, their table and some room
-    /// for it to grow.
-    fn blocks_for(&self, mut clusters: u64) -> u64 {
-        let per_block = self.geometry.refcount_block_entries();
-        let entries_per_cluster = self.geometry.cluster_bytes() / 8;
-        let (mut blocks, mut table, mut roomy) = (0, 0, false);
-        loop {
-            let before = (blocks, table);
-            blocks = (clusters + table + blocks).div_ceil(per_block);
-            table = u64::div_ceil(blocks, entries_per_cluster);
-            if (blocks, table) != before {
-                continue;
-            }
-            if roomy {
-                return blocks;
-            }
-            clusters += table.div_ceil(2);
-            roomy = true;
-        }
     }
 
     pub(super) const fn geometry(&self) -> &Geometry {

@@ -6,6 +6,7 @@
 
 mod layout;
 mod options;
+mod preallocate;
 
 use zerocopy::IntoBytes;
 use zerocopy::big_endian::U64;
@@ -13,23 +14,27 @@ use zerocopy::big_endian::U64;
 pub use options::{BackingName, CreateOptions, DataFileName};
 
 use self::layout::{Layout, OldTable};
-use super::format::{
-    EntryWidth, Geometry, Header, L1Entry, L1Location, L2Entry, RefcountTableLocation,
-};
+use self::preallocate::Allocated;
+use super::format::{Geometry, Header, L1Entry, L1Location, RefcountTableLocation};
+use crate::block::Preallocation;
 use crate::buffer::{Buffer, Hold};
-use crate::storage::{Capability, Storage, ZeroMode};
-use crate::units::{GuestOffset, HostCluster, HostOffset, HostRange};
+use crate::storage::{Capability, Reserve, Storage, ZeroMode, reserve};
+use crate::units::{HostOffset, HostRange};
 use crate::{Error, Result};
 
 /// Makes an empty image in `storage`; whatever was there is gone. Durable when it returns.
 ///
 /// The bytes are those of `qemu-img create -f qcow2` with the same options. The disk's size is
-/// rounded up to a multiple of 512 bytes, as QEMU does. With a raw data file every cluster is
-/// mapped to its own offset in that file; the caller makes the file and gives it the disk's size.
+/// rounded up to a multiple of 512 bytes, as QEMU does. With a raw data file, or a preallocated
+/// one, every cluster is mapped to its own offset in that file; the caller makes the file, gives
+/// it the disk's size and reserves its space ([`Raw::grow`](crate::raw::Raw::grow)).
+///
+/// Dropped half-way, it leaves something that is no image.
 ///
 /// # Errors
 /// `InvalidRequest` where options are out of their limits or exclude each other, `NoSpace` where
-/// names do not fit into the first cluster, otherwise what the storage says.
+/// names do not fit into the first cluster or preallocated data not onto the host, otherwise what
+/// the storage says.
 ///
 /// ```
 /// use lacuna::qcow2::format::Header;
@@ -46,6 +51,7 @@ pub async fn create<S: Storage>(storage: &S, options: &CreateOptions) -> Result<
     let image = EmptyImage::plan(options)?;
     let header = image.header.encode()?;
     empty(storage, image.layout.end()).await?;
+    image.reserve_data(storage).await?;
     image.write_tables(storage).await?;
     // The rest of the first cluster must be zeros too: no stray extension may follow.
     let mut cluster = Buffer::zeroed(bytes_of(image.layout.geometry()));
@@ -80,27 +86,28 @@ async fn empty<S: Storage>(storage: &S, end: HostOffset) -> Result<()> {
 struct EmptyImage {
     layout: Layout,
     header: Header,
-    /// One per L1 entry where all clusters are mapped, otherwise none.
-    l2_tables: Vec<HostCluster>,
+    allocated: Allocated,
+    preallocation: Preallocation,
 }
 
 impl EmptyImage {
     fn plan(options: &CreateOptions) -> Result<Self> {
         let mut header = options.header()?;
         let mut layout = Layout::new(header.geometry);
+        let preallocation = options.effective_preallocation();
         let entries = header.geometry.l1_entries_for(header.size_bytes);
         header.l1 = place_l1(&mut layout, entries)?;
-        let mut l2_tables = Vec::new();
-        if header.has_raw_external_data() {
-            for _ in 0..entries {
-                l2_tables.push(layout.allocate(1)?);
-            }
-        }
+        let clusters = header.geometry.clusters_for(header.size_bytes);
+        let allocated = match (&options.data_file, preallocation) {
+            (None, mode) => Allocated::in_image(&mut layout, clusters, mode)?,
+            (Some(_), Preallocation::Off) => Allocated::default(),
+            (Some(_), _) => Allocated::in_data_file(&mut layout, clusters)?,
+        };
         header.refcount_table = RefcountTableLocation {
             offset: header.geometry.host_offset(layout.table_at()),
             clusters: u32::try_from(layout.table_clusters()).map_err(|_| too_large())?,
         };
-        Ok(Self { layout, header, l2_tables })
+        Ok(Self { layout, header, allocated, preallocation })
     }
 
     async fn write_tables<S: Storage>(&self, storage: &S) -> Result<()> {
@@ -114,35 +121,41 @@ impl EmptyImage {
         }
         let table = self.layout.table_words();
         write_words(storage, self.header.refcount_table.offset, table).await?;
-        for (index, at) in self.l2_tables.iter().enumerate() {
-            let words = self.identity_l2(index as u64);
+        for (index, at) in self.allocated.l2_tables.iter().enumerate() {
+            let words = self.allocated.table_words(geometry, index as u64);
             write_words(storage, geometry.host_offset(*at), words).await?;
         }
-        let entries = self.l2_tables.iter().map(|at| L1Entry::new(geometry.host_offset(*at)).0);
+        let tables = self.allocated.l2_tables.iter();
+        let entries = tables.map(|at| L1Entry::new(geometry.host_offset(*at)).0);
         let entries = entries.chain(std::iter::repeat(0));
         let count = self.header.l1.entries as usize;
         write_words(storage, self.header.l1.offset, entries.take(count)).await
     }
 
-    /// The words of the L2 table that maps guest clusters to the same offsets of the data file.
-    fn identity_l2(&self, index: u64) -> impl Iterator<Item = u64> {
-        let geometry = *self.layout.geometry();
-        let start = index * geometry.l2_coverage_bytes();
-        let size_bytes = self.header.size_bytes;
-        let entry = move |slot: u64| {
-            let guest = GuestOffset(start + (slot << geometry.cluster_bits()));
-            if guest.0 < size_bytes {
-                L2Entry::standard(HostOffset(guest.0)).word
-            } else {
-                L2Entry::UNALLOCATED.word
-            }
-        };
-        // Extended entries: no subcluster is allocated yet, so the second word stays zero.
-        let words = match geometry.entry_width() {
-            EntryWidth::Standard => 1,
-            EntryWidth::Extended => 2,
-        };
-        (0..geometry.l2_entries()).flat_map(move |slot| [entry(slot), 0].into_iter().take(words))
+    /// Makes the image file hold its data clusters, as firmly as was asked for.
+    async fn reserve_data<S: Storage>(&self, storage: &S) -> Result<()> {
+        let range = self.allocated.data_range(self.layout.geometry());
+        if self.header.has_external_data_file() {
+            return Ok(());
+        }
+        match self.preallocation {
+            Preallocation::Metadata => self.show_data(storage, range).await,
+            mode => reserve(storage, range, mode.of_data()).await,
+        }
+    }
+
+    /// A mapped cluster past the end of the file would look like a lost one. QEMU writes the part
+    /// of the last unit that lies behind the end of the disk.
+    async fn show_data<S: Storage>(&self, storage: &S, range: HostRange) -> Result<()> {
+        let geometry = self.layout.geometry();
+        let used = geometry.within_cluster(self.header.size_bytes);
+        let unused = if used == 0 { 0 } else { geometry.cluster_bytes() - used };
+        let disk = HostRange::new(range.start, range.len - unused);
+        let rest = used.next_multiple_of(geometry.subcluster_bytes()) - used;
+        match rest {
+            0 => reserve(storage, disk, Reserve::Hole).await,
+            rest => write(storage, disk.end(), Buffer::zeroed(rest as usize)).await,
+        }
     }
 }
 

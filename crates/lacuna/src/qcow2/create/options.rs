@@ -4,6 +4,7 @@ use super::super::format::{
     AutoclearFeatures, CompatibleFeatures, CompressionType, EntryWidth, Geometry, Header,
     IncompatibleFeatures, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, StoredName, Version,
 };
+use crate::block::Preallocation;
 use crate::{Error, Result};
 
 /// Sizes of disks are multiples of this many bytes.
@@ -70,6 +71,9 @@ pub struct CreateOptions {
     pub backing: Option<BackingName>,
     /// Where guest data goes, if not into the image itself; needs version 3.
     pub data_file: Option<DataFileName>,
+    /// What is allocated at once. With a backing file it needs extended L2 entries; a raw data
+    /// file has its clusters mapped in any case.
+    pub preallocation: Preallocation,
 }
 
 impl Default for CreateOptions {
@@ -84,6 +88,7 @@ impl Default for CreateOptions {
             lazy_refcounts: false,
             backing: None,
             data_file: None,
+            preallocation: Preallocation::Off,
         }
     }
 }
@@ -120,6 +125,7 @@ impl CreateOptions {
     pub(super) fn header(&self) -> Result<Header> {
         let geometry = self.geometry()?;
         self.check_names()?;
+        self.check_preallocation()?;
         let mut header = Header::new(geometry, self.rounded_size(&geometry)?);
         header.compression = self.compression;
         if self.lazy_refcounts {
@@ -181,6 +187,24 @@ impl CreateOptions {
                  would lack what the backing file has",
             )),
             _ => Ok(()),
+        }
+    }
+
+    /// Returns what is allocated: a raw data file is mapped from the start.
+    pub(super) fn effective_preallocation(&self) -> Preallocation {
+        let raw = self.data_file.as_ref().is_some_and(|data| data.raw);
+        self.preallocation.max(if raw { Preallocation::Metadata } else { Preallocation::Off })
+    }
+
+    fn check_preallocation(&self) -> Result<()> {
+        let hides = self.backing.is_some() && self.entry_width == EntryWidth::Standard;
+        match self.preallocation {
+            Preallocation::Off => Ok(()),
+            _ if !hides => Ok(()),
+            _ => Err(Error::invalid(
+                "Preallocated clusters would hide the backing file; with extended L2 entries they \
+                 do not",
+            )),
         }
     }
 

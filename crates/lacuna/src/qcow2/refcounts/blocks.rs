@@ -7,6 +7,7 @@ use std::ops::Range;
 use super::Refcounts;
 use crate::qcow2::need::{Planned, Stop};
 use crate::qcow2::overlap::Structure;
+use crate::qcow2::refcount_space::{RefcountSpace, Room};
 use crate::units::{HostCluster, HostRange};
 use crate::{Error, ErrorKind};
 
@@ -59,7 +60,7 @@ impl Refcounts {
         let per_block = self.entries();
         let start = last_used.div_ceil(per_block).max(last_used / per_block + 1) * per_block;
         self.check_limit(start)?;
-        let blocks_total = self.blocks_with_table(start);
+        let blocks_total = RefcountSpace::counting(&self.geometry, start, Room::ToGrow).blocks;
         let table_entries = (blocks_total + blocks_total.div_ceil(2))
             .next_multiple_of(self.geometry.cluster_bytes() / 8);
         if table_entries * 8 > MAX_TABLE_BYTES {
@@ -85,26 +86,5 @@ impl Refcounts {
             self.write(HostCluster(cluster), 1)?;
         }
         Ok(())
-    }
-
-    /// Returns how many blocks describe `clusters` clusters plus those blocks and their table.
-    fn blocks_with_table(&self, clusters: u64) -> u64 {
-        let per_table_cluster = self.geometry.cluster_bytes() / 8;
-        let (mut clusters, mut blocks, mut table, mut last) = (clusters, 0, 0_u64, 0);
-        let mut generous = true;
-        loop {
-            blocks = (clusters + table + blocks).div_ceil(self.entries());
-            table = blocks.div_ceil(per_table_cluster);
-            let now = clusters + blocks + table;
-            if now == last && generous {
-                clusters += table.div_ceil(2);
-                generous = false;
-                last = 0;
-            } else if now == last {
-                return blocks;
-            } else {
-                last = now;
-            }
-        }
     }
 }
