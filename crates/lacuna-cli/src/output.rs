@@ -23,12 +23,77 @@ pub(crate) fn error_form() -> Form {
 ///
 /// A reader that went away ends the program as it would end one in C: quietly.
 pub(crate) fn print(text: &str) -> CliResult<()> {
+    print_bytes(text.as_bytes())
+}
+
+fn print_bytes(bytes: &[u8]) -> CliResult<()> {
     let mut stdout = std::io::stdout().lock();
-    let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
     written.map_err(|error| match error.kind() {
         std::io::ErrorKind::BrokenPipe => std::process::exit(141),
         _ => CliError::new(format!("Writing to standard output: {error}")),
     })
+}
+
+/// Output on its way to standard output: lines that are printed many at a time.
+pub(crate) struct Lines(Vec<u8>);
+
+impl Lines {
+    /// Bytes that are printed at once: enough to make the system calls cheap.
+    const FULL: usize = 64 << 10;
+
+    pub(crate) fn starting(text: &str) -> Self {
+        let mut bytes = Vec::with_capacity(Self::FULL + 1024);
+        bytes.extend_from_slice(text.as_bytes());
+        Self(bytes)
+    }
+
+    pub(crate) fn text(&mut self, text: &str) {
+        self.0.extend_from_slice(text.as_bytes());
+    }
+
+    pub(crate) fn decimal(&mut self, value: u64) {
+        self.digits(value, 10);
+    }
+
+    /// Appends C's `%#x`, in which zero has no prefix, filled up with spaces to 16 places.
+    pub(crate) fn hexadecimal(&mut self, value: u64) {
+        let end = self.0.len() + 16;
+        self.text(if value == 0 { "" } else { "0x" });
+        self.digits(value, 16);
+        self.0.resize(end.max(self.0.len()), b' ');
+    }
+
+    fn digits(&mut self, mut value: u64, base: u64) {
+        let mut digits = [0; 20];
+        let mut first = digits.len();
+        loop {
+            first -= 1;
+            digits[first] = b"0123456789abcdef"[(value % base) as usize];
+            value /= base;
+            if value == 0 {
+                break;
+            }
+        }
+        self.0.extend_from_slice(&digits[first..]);
+    }
+
+    /// Prints what there is, once that is much.
+    pub(crate) fn print_when_full(&mut self) -> CliResult<()> {
+        if self.0.len() < Self::FULL { Ok(()) } else { self.print() }
+    }
+
+    /// Returns what was not printed yet.
+    pub(crate) fn into_text(self) -> String {
+        String::from_utf8_lossy(&self.0).into_owned()
+    }
+
+    /// Prints what there is.
+    pub(crate) fn print(&mut self) -> CliResult<()> {
+        let printed = print_bytes(&self.0);
+        self.0.clear();
+        printed
+    }
 }
 
 /// Writes to standard error; where that is not possible there is nobody to tell.
@@ -215,6 +280,24 @@ mod tests {
         assert_eq!(date(951_782_399), "2000-02-28 23:59:59");
         assert_eq!(date(951_782_400), "2000-02-29 00:00:00");
         assert_eq!(date(1_795_244_782), "2026-11-21 07:06:22");
+    }
+
+    #[test]
+    fn numbers_of_lines_are_those_of_c() {
+        let mut lines = Lines::starting("");
+        for value in [0, 7, 0x10000, u64::MAX] {
+            lines.hexadecimal(value);
+            lines.decimal(value);
+            lines.text("|");
+        }
+        let expected: String = [0, 7, 0x10000, u64::MAX]
+            .iter()
+            .map(|&value: &u64| match value {
+                0 => format!("{:<16}0|", "0"),
+                _ => format!("{value:<#16x}{value}|"),
+            })
+            .collect();
+        assert_eq!(lines.into_text(), expected);
     }
 
     #[test]

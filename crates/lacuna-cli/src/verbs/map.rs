@@ -9,7 +9,7 @@ use super::open::{self, FileChain, Request};
 use super::{Example, Form, Task, Verb, common, form, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
-use crate::output;
+use crate::output::Lines;
 use crate::persona::Tool;
 use crate::size::{self, SizeError};
 
@@ -69,34 +69,28 @@ fn offset(parsed: &Parsed, flag: &str, shown: &str) -> CliResult<Option<u64>> {
 
 /// Lists what lies in files as it is; stops where something does not.
 fn human(chain: &FileChain, range: GuestRange) -> CliResult<u8> {
-    let mut lines = format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to");
-    let mut map = chain.map(range);
-    while let Some(run) = block_on(map.next())? {
-        if !is_data(&run) {
-            continue;
+    let mut lines =
+        Lines::starting(&format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to"));
+    block_on(async {
+        let mut map = chain.map(range);
+        while let Some(run) = map.next().await? {
+            if !is_data(&run) {
+                continue;
+            }
+            let Some(host) = run.status.host else {
+                let text = "File contains external, encrypted or compressed clusters.";
+                let error = CliError::new(text).with_hint("--output=json lists those as well");
+                return Err(error.with_output(lines.into_text()));
+            };
+            for value in [run.range.start.0, run.range.len, host.0] {
+                lines.hexadecimal(value);
+            }
+            lines.text(&chain.levels()[run.level].content_path().display().to_string());
+            lines.text("\n");
+            lines.print_when_full()?;
         }
-        let Some(host) = run.status.host else {
-            let text = "File contains external, encrypted or compressed clusters.";
-            let error = CliError::new(text).with_hint("--output=json lists those as well");
-            return Err(error.with_output(lines));
-        };
-        lines += &format!(
-            "{:<16}{:<16}{:<16}{}\n",
-            number(run.range.start.0),
-            number(run.range.len),
-            number(host.0),
-            chain.levels()[run.level].content_path().display()
-        );
-        if lines.len() > 1 << 12 {
-            output::print(&std::mem::take(&mut lines))?;
-        }
-    }
-    output::print(&lines).map(|()| 0)
-}
-
-/// Zero has no prefix, as in C's `%#x`.
-fn number(value: u64) -> String {
-    if value == 0 { "0".to_owned() } else { format!("{value:#x}") }
+        lines.print().map(|()| 0)
+    })
 }
 
 fn is_data(run: &MapRun) -> bool {
@@ -104,37 +98,48 @@ fn is_data(run: &MapRun) -> bool {
 }
 
 fn json(chain: &FileChain, range: GuestRange) -> CliResult<u8> {
-    let mut map = chain.map(range);
-    let mut lines = "[".to_owned();
-    let mut is_first = true;
-    while let Some(run) = block_on(map.next())? {
-        lines += if is_first { "" } else { ",\n" };
-        lines += &json_line(&run);
-        is_first = false;
-        if lines.len() > 1 << 16 {
-            output::print(&std::mem::take(&mut lines))?;
+    let mut lines = Lines::starting("[");
+    let walked: CliResult<bool> = block_on(async {
+        let mut map = chain.map(range);
+        let mut is_empty = true;
+        while let Some(run) = map.next().await? {
+            lines.text(if is_empty { "" } else { ",\n" });
+            json_line(&mut lines, &run);
+            lines.print_when_full()?;
+            is_empty = false;
         }
+        Ok(is_empty)
+    });
+    if walked? {
+        lines.text(&past_the_end(range.start));
     }
-    if is_first {
-        lines += &past_the_end(range.start);
-    }
-    output::print(&format!("{lines}]\n"))?;
-    Ok(0)
+    lines.text("]\n");
+    lines.print().map(|()| 0)
 }
 
-fn json_line(run: &MapRun) -> String {
-    let host = run.status.host.map_or_else(String::new, |host| format!(", \"offset\": {}", host.0));
-    format!(
-        "{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \
-         \"data\": {}, \"compressed\": {}{host}}}",
-        run.range.start.0,
-        run.range.len,
-        run.level,
-        run.is_present(),
-        run.status.reads_zero,
-        is_data(run),
-        run.status.is_compressed,
-    )
+/// One of a million lines: put together by hand, the formatting machinery costs several times the
+/// walk itself.
+fn json_line(lines: &mut Lines, run: &MapRun) {
+    let truth = |value: bool| if value { "true" } else { "false" };
+    lines.text("{ \"start\": ");
+    lines.decimal(run.range.start.0);
+    lines.text(", \"length\": ");
+    lines.decimal(run.range.len);
+    lines.text(", \"depth\": ");
+    lines.decimal(run.level as u64);
+    lines.text(", \"present\": ");
+    lines.text(truth(run.is_present()));
+    lines.text(", \"zero\": ");
+    lines.text(truth(run.status.reads_zero));
+    lines.text(", \"data\": ");
+    lines.text(truth(is_data(run)));
+    lines.text(", \"compressed\": ");
+    lines.text(truth(run.status.is_compressed));
+    if let Some(host) = run.status.host {
+        lines.text(", \"offset\": ");
+        lines.decimal(host.0);
+    }
+    lines.text("}");
 }
 
 /// A list without entries would be `[]`; scripts know one entry without length.
