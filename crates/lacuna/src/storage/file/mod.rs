@@ -11,6 +11,7 @@
 //! * Never: zero claimed from an answer that a write through this storage could have overtaken.
 
 mod bounce;
+mod conductor;
 mod open;
 mod options;
 mod range_lock;
@@ -25,10 +26,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use conductor::{Conductor, Runner};
 pub use options::{CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions};
 use range_lock::{LENGTH, Mode, RangeLock};
 
-use super::sys::{Bell, DirectAlignment, Kind, Pool, Ring, Task, file_len, uninterrupted};
+use super::sys::{Bell, DirectAlignment, Kind, Pool, Task, file_len, uninterrupted};
 use super::{Capabilities, HostExtent, Storage, Transfer, ZeroMode};
 use crate::buffer::{Buffer, Hold};
 use crate::units::{HostOffset, HostRange};
@@ -56,13 +58,6 @@ pub struct FileStorage {
     inner: Arc<Inner>,
 }
 
-/// Who makes the calls that may block.
-#[derive(Debug)]
-enum Runner {
-    Ring(Arc<Ring>),
-    Threads,
-}
-
 /// Things the host refused once and is not asked again.
 #[derive(Debug, Default)]
 struct Refusals {
@@ -80,8 +75,7 @@ struct Inner {
     access: FileAccess,
     /// Present with O_DIRECT.
     direct: Option<DirectAlignment>,
-    driver: Driver,
-    runner: Runner,
+    conductor: Conductor,
     pool: Arc<Pool>,
     /// Present with a foreign event loop.
     bell: Option<Bell>,
@@ -114,10 +108,11 @@ impl FileStorage {
         open::storage(OwnedFd::from(file), path, options, open::Makers::default())
     }
 
-    /// Returns who makes the calls that may block, and why not somebody better.
+    /// Returns who makes the calls that may block, and why not somebody better. With
+    /// [`DriverChoice::Auto`] that is decided here or at the first such call, whichever is earlier.
     #[must_use]
     pub fn driver(&self) -> &Driver {
-        &self.inner.driver
+        self.inner.conductor.driver()
     }
 
     /// Returns the path it was opened by.
@@ -153,7 +148,8 @@ impl FileStorage {
     /// # Errors
     /// What reading the eventfd gives.
     pub fn complete(&self) -> Result<usize> {
-        let (Some(bell), Runner::Ring(ring)) = (&self.inner.bell, &self.inner.runner) else {
+        let (Some(bell), Runner::Ring(ring)) = (&self.inner.bell, self.inner.conductor.runner())
+        else {
             return Ok(0);
         };
         // The counter first: what completes after this rings again.

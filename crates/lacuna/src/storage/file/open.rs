@@ -8,8 +8,9 @@ use std::sync::Arc;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{Mode as Permissions, OFlags, fcntl_getfl, fcntl_setfl};
 
+use super::conductor::{Conductor, Runner, refused};
 use super::options::{CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions};
-use super::{FileStorage, Inner, RangeLock, Refusals, Runner, is_refusal};
+use super::{FileStorage, Inner, RangeLock, Refusals, is_refusal};
 use crate::buffer::ALIGNMENT;
 use crate::storage::sys::{
     Bell, DirectAlignment, Kind, Pool, Ring, device_zeroes_natively, direct_alignment, file_len,
@@ -75,7 +76,7 @@ pub(super) fn storage(
         CacheMode::Buffered => None,
         CacheMode::Direct => Some(usable_alignment(&file, kind, &path)?),
     };
-    let (driver, runner, bell) = choose_driver(options.driver, &makers)?;
+    let (conductor, bell) = choose_driver(options.driver, &makers)?;
     let capabilities = capabilities(&file, kind, options.access, direct);
     let inner = Inner {
         file: Arc::new(file),
@@ -83,8 +84,7 @@ pub(super) fn storage(
         kind,
         access: options.access,
         direct,
-        driver,
-        runner,
+        conductor,
         pool: makers.pool,
         bell,
         capabilities,
@@ -115,25 +115,20 @@ fn no_direct(path: &Path, source: Option<io::Error>) -> Error {
     Error::unsupported(format!("{} cannot be opened past the page cache{reason}", path.display()))
 }
 
-fn choose_driver(choice: DriverChoice, makers: &Makers) -> Result<(Driver, Runner, Option<Bell>)> {
-    let refused = |error| Error::io(error, "The kernel refuses io_uring");
+fn choose_driver(choice: DriverChoice, makers: &Makers) -> Result<(Conductor, Option<Bell>)> {
     match choice {
-        DriverChoice::Threads => Ok((Driver::Threads { refusal: None }, Runner::Threads, None)),
+        DriverChoice::Auto => Ok((Conductor::undecided(makers.shared_ring), None)),
         DriverChoice::IoUring => {
             let ring = (makers.shared_ring)().map_err(refused)?;
-            Ok((Driver::IoUring, Runner::Ring(ring), None))
+            Ok((Conductor::decided(Driver::IoUring, Runner::Ring(ring)), None))
         }
-        DriverChoice::Auto => Ok(match (makers.shared_ring)() {
-            Ok(ring) => (Driver::IoUring, Runner::Ring(ring), None),
-            Err(error) => {
-                let refusal = Some(refused(error));
-                (Driver::Threads { refusal }, Runner::Threads, None)
-            }
-        }),
+        DriverChoice::Threads => {
+            Ok((Conductor::decided(Driver::Threads { refusal: None }, Runner::Threads), None))
+        }
         DriverChoice::External => {
             let ring = (makers.own_ring)().map_err(refused)?;
             let bell = make_bell(&ring).map_err(refused)?;
-            Ok((Driver::External, Runner::Ring(ring), Some(bell)))
+            Ok((Conductor::decided(Driver::External, Runner::Ring(ring)), Some(bell)))
         }
     }
 }

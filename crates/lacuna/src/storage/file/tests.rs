@@ -11,8 +11,7 @@ use std::task::{Context, Poll, Waker};
 use super::*;
 use crate::buffer::Release;
 use crate::storage::HostStatus;
-use crate::storage::sys::Attempt;
-use crate::storage::sys::{Direction, Rider};
+use crate::storage::sys::{Attempt, Direction, Rider, Ring};
 
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir().expect("a scratch folder can be made")
@@ -83,6 +82,26 @@ fn where_the_kernel_refuses_io_uring_auto_takes_threads_and_says_why() {
             assert_eq!(reason.raw_os_error(), Some(code));
         };
         std::thread::spawn(filtered).join().expect("the filtered thread is content");
+    }
+}
+
+#[test]
+fn reading_what_the_page_cache_has_makes_no_ring() {
+    static MADE: AtomicBool = AtomicBool::new(false);
+    fn make() -> io::Result<Arc<Ring>> {
+        MADE.store(true, Ordering::Relaxed);
+        Ring::new()
+    }
+    let folder = folder();
+    let makers = open::Makers { shared_ring: make, ..open::Makers::default() };
+    let path = folder.path().join("f");
+    let storage = open_with(&path, CacheMode::Buffered, makers).expect("opens");
+    pollster::block_on(async {
+        storage.write_at(HostOffset(0), Buffer::zeroed(8192)).await.0.expect("written");
+        storage.read_at(HostOffset(0), Buffer::new(8192)).await.0.expect("read");
+    });
+    if !remembered(&storage.inner.refusals.nowait) {
+        assert!(!MADE.load(Ordering::Relaxed), "a ring was made before there was need");
     }
 }
 

@@ -161,7 +161,7 @@ impl Inner {
 
     /// Makes the call until it is neither interrupted nor cancelled.
     pub(super) async fn drive(&self, mut attempt: Attempt) -> (io::Result<usize>, Attempt) {
-        if let Runner::Ring(ring) = &self.runner {
+        if let Runner::Ring(ring) = self.conductor.runner() {
             loop {
                 let result;
                 (result, attempt) = ring.submit(attempt).await;
