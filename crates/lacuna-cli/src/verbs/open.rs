@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use lacuna::chain::{self, Allow, Chain, ChainOptions, FileOpener, FormatChoice, UnnamedFormat};
-use lacuna::qcow2::Access;
+use lacuna::qcow2::{Access, ExtentDetail};
 use lacuna::storage::{CacheMode, FileOptions, FileStorage};
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
@@ -61,10 +61,22 @@ pub(crate) fn open(tool: &Tool, request: &Request) -> CliResult<FileChain> {
     open_bare(tool, request).map_err(|error| cannot_open(&request.image.shown, error))
 }
 
+/// As [`open`], for a verb that goes through all the content: extents tell of every zero that
+/// anybody knows of, so that it need not be read.
+pub(crate) fn open_for_content(tool: &Tool, request: &Request) -> CliResult<FileChain> {
+    open_in_detail(tool, request, ExtentDetail::Host)
+        .map_err(|error| cannot_open(&request.image.shown, error))
+}
+
 /// As [`open`]; the error does not say yet which image it is about.
 pub(crate) fn open_bare(tool: &Tool, request: &Request) -> CliResult<FileChain> {
+    open_in_detail(tool, request, ExtentDetail::Map)
+}
+
+fn open_in_detail(tool: &Tool, request: &Request, detail: ExtentDetail) -> CliResult<FileChain> {
     let spec = &request.image;
-    let options = options(tool, request)?;
+    let mut options = options(tool, request)?;
+    options.image = options.image.extent_detail(detail);
     check_file(&spec.file)?;
     let opener = FileOpener::new(file_options(request));
     let opened = block_on(chain::open(&opener, Path::new(&spec.file), &options));

@@ -13,7 +13,7 @@ use super::in_flight::Token;
 use super::mapping::DataPlace;
 use super::meta::{LoadedTable, Meta};
 use super::need::{Need, Planned, Stop};
-use super::options::DiscardPolicy;
+use super::options::{DiscardPolicy, ExtentDetail, OpenOptions, Parts};
 use super::write_back::{Piece, Refcounting};
 use crate::block::{BoxFuture, DynLayer};
 use crate::buffer::{Buffer, Hold, Release};
@@ -69,6 +69,7 @@ pub(super) struct Inner<S> {
     pub(super) header: Mutex<Header>,
     pub(super) meta: Mutex<Meta>,
     pub(super) discard: DiscardPolicy,
+    pub(super) detail: ExtentDetail,
     /// One write-back at a time.
     pub(super) turn: async_lock::Mutex<()>,
     /// How many flushes were asked for, and up to which one all is durable.
@@ -104,20 +105,19 @@ pub struct Counts {
 
 impl<S: Storage> Image<S> {
     pub(super) fn from_parts(
-        storage: S,
-        data: Option<S>,
-        backing: Option<Arc<dyn DynLayer>>,
+        parts: Parts<S>,
         header: Header,
         meta: Meta,
-        discard: DiscardPolicy,
+        options: &OpenOptions,
     ) -> Self {
         Self(Arc::new(Inner {
-            storage,
-            data,
-            backing,
+            storage: parts.storage,
+            data: parts.data,
+            backing: parts.backing,
             header: Mutex::new(header),
             meta: Mutex::new(meta),
-            discard,
+            discard: options.discard,
+            detail: options.detail,
             turn: async_lock::Mutex::new(()),
             flushes_asked: AtomicU64::new(0),
             flushes_done: AtomicU64::new(0),

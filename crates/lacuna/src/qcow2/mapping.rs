@@ -1,8 +1,18 @@
 //! What an L2 entry says of the guest bytes it covers (B.4, B.6, B.7).
 
 use super::format::{CompressedRun, Geometry, L2Entry, SubclusterState, Version};
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
 use crate::{Error, Result};
+
+/// No cluster lies at or beyond this offset: entries have no more bits for it.
+const HOST_END: u64 = 1 << 56;
+
+/// A run of guest bytes with one mapping.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Run {
+    pub(super) mapping: Mapping,
+    pub(super) len: u64,
+}
 
 /// Whether host bytes may be overwritten where they lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +119,59 @@ impl Decoder {
         }
     }
 
+    /// Returns the run at the start of `range` as far as `entries` tell: those of a table from the
+    /// entry of `range.start` on.
+    pub(super) fn run(&self, entries: &[u8], range: GuestRange) -> Result<Run> {
+        let width = self.geometry.entry_width();
+        let first = L2Entry::at_start(entries, width);
+        let (mapping, mut len) = self.decode(first, range.start)?;
+        let later = &entries[width.bytes() as usize..];
+        if !self.geometry.has_subclusters() && !first.is_compressed() {
+            len +=
+                self.same_ahead(later, first, mapping, range.len) * self.geometry.cluster_bytes();
+            return Ok(Run { mapping, len: len.min(range.len) });
+        }
+        let reaches_end = |len: u64| self.geometry.is_aligned(range.start.0 + len);
+        for entry in later.chunks_exact(width.bytes() as usize) {
+            if len >= range.len || !reaches_end(len) {
+                break;
+            }
+            let entry = L2Entry::at_start(entry, width);
+            match self.decode(entry, range.start + len) {
+                Ok((next, more)) if mapping.is_continued_by(next, len) => len += more,
+                _ => break,
+            }
+        }
+        Ok(Run { mapping, len: len.min(range.len) })
+    }
+
+    /// Counts the standard entries at the start of `later` that say the same as `first` for one
+    /// cluster further on each: equal words, but for the host offset.
+    fn same_ahead(&self, later: &[u8], first: L2Entry, mapping: Mapping, len: u64) -> u64 {
+        let cluster_bytes = self.geometry.cluster_bytes();
+        let (step, room) = match mapping.host() {
+            Some(host) => (cluster_bytes, HOST_END.saturating_sub(host.0 + 1) / cluster_bytes),
+            None => (0, u64::MAX),
+        };
+        let at_most = len.div_ceil(cluster_bytes).min(room);
+        let (words, _) = later.as_chunks::<8>();
+        let words = &words[..words.len().min(usize::try_from(at_most).unwrap_or(usize::MAX))];
+        let expected = |index: usize| first.word.wrapping_add(step * (index as u64 + 1));
+        // Eight at a time without a branch, then one by one.
+        let (groups, _) = words.as_chunks::<8>();
+        let differs = |(group, words): (usize, &[[u8; 8]; 8])| {
+            let compare = |(index, word): (usize, &[u8; 8])| {
+                u64::from_be_bytes(*word) ^ expected(group * 8 + index)
+            };
+            words.iter().enumerate().map(compare).fold(0, |bits, word| bits | word) != 0
+        };
+        let same = groups.iter().enumerate().position(differs).unwrap_or(groups.len()) * 8;
+        let differs =
+            |(index, word): (usize, &[u8; 8])| u64::from_be_bytes(*word) != expected(same + index);
+        let rest = words[same..].iter().enumerate().position(differs);
+        (same + rest.unwrap_or(words.len() - same)) as u64
+    }
+
     fn decode_standard(
         &self,
         entry: L2Entry,
@@ -155,4 +218,55 @@ fn corrupt(guest: GuestOffset, entry: L2Entry, what: &str) -> Error {
         "L2 entry {:#018x} (subclusters {:#018x}) of guest offset {guest} {what}",
         entry.word, entry.subclusters.0
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::format::EntryWidth;
+
+    /// As [`Decoder::run`], cluster by cluster.
+    fn slow_run(decoder: &Decoder, words: &[u64], range: GuestRange) -> Run {
+        let entry = |len: u64| {
+            let index = (decoder.geometry.within_cluster(range.start.0) + len) >> 16;
+            let word = words.get(index as usize)?;
+            Some(L2Entry { word: *word, ..L2Entry::UNALLOCATED })
+        };
+        let (mapping, mut len) = decoder.decode(entry(0).unwrap(), range.start).unwrap();
+        while len < range.len {
+            let next = entry(len).map(|entry| decoder.decode(entry, range.start + len));
+            match next {
+                Some(Ok((next, more))) if mapping.is_continued_by(next, len) => len += more,
+                _ => break,
+            }
+        }
+        Run { mapping, len: len.min(range.len) }
+    }
+
+    #[test]
+    fn a_run_over_many_entries_is_what_each_of_them_says() {
+        const COPIED: u64 = 1 << 63;
+        const CLUSTER: u64 = 65536;
+        let geometry = Geometry::new(Version::V3, 16, 4, EntryWidth::Standard).unwrap();
+        let decoder = Decoder { geometry, place: DataPlace::ImageFile };
+        let last = (1 << 56) - CLUSTER;
+        for first in [0, 1, COPIED | CLUSTER, CLUSTER, COPIED | CLUSTER | 1, COPIED | last, 1 << 62]
+        {
+            for len in [1, 7, 8, 9, 16, 17, 30] {
+                let step = if first & !(COPIED | 1) == 0 { 0 } else { CLUSTER };
+                let mut words: Vec<u64> = (0..len).map(|at| first + at * step).collect();
+                words.extend([CLUSTER * 9, 0, 1, 0]);
+                let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+                for (start, wanted) in
+                    [(0, 99 * CLUSTER), (512, 3 * CLUSTER), (0, 100), (9, CLUSTER)]
+                {
+                    let range = GuestRange::new(GuestOffset(start), wanted);
+                    let run = decoder.run(&bytes, range).unwrap();
+                    let slow = slow_run(&decoder, &words, range);
+                    let text = format!("{first:#x} {len} {start} {wanted}");
+                    assert_eq!((run.mapping, run.len), (slow.mapping, slow.len), "{text}");
+                }
+            }
+        }
+    }
 }

@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 use smallvec::SmallVec;
 
 use super::bitmaps::Bitmaps;
-use super::format::{CompressedRun, Geometry, L1Entry, L2Entry, SubclusterBitmap, Version};
+use super::format::{CompressedRun, Geometry, L1Entry, L2Entry, Version};
 use super::in_flight::{InFlight, Token};
-use super::mapping::{DataPlace, Decoder, Mapping};
+use super::mapping::{DataPlace, Decoder, Mapping, Run};
 use super::need::{Need, Planned, Stop};
 use super::overlap::{Structure, Structures};
 use super::quarantine::{Freed, FreedBy, Quarantine};
@@ -93,13 +93,6 @@ pub(super) struct Meta {
     pub(super) closed: bool,
     /// Why nothing more may be changed.
     pub(super) failed: Option<Error>,
-}
-
-/// A run of guest bytes with one mapping.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Run {
-    pub(super) mapping: Mapping,
-    pub(super) len: u64,
 }
 
 /// Where the entry of a guest byte lies.
@@ -190,57 +183,64 @@ impl Meta {
 
     /// Returns the entry of a guest byte; nothing where there is no table.
     pub(super) fn entry(&mut self, guest: GuestOffset) -> Planned<Option<L2Entry>> {
-        let Some(table) = self.table(guest)? else { return Ok(None) };
-        let place = self.place(table, guest);
-        let extended = self.geometry().has_subclusters();
-        let Some(bytes) = self.l2.read(place.slice) else {
-            return Err(Need::L2Slice(place.slice).into());
-        };
-        let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
-        let subclusters = if extended { word(place.at + 8) } else { 0 };
-        Ok(Some(L2Entry { word: word(place.at), subclusters: SubclusterBitmap(subclusters) }))
+        let width = self.geometry().entry_width();
+        let entries = self.entries(guest)?;
+        Ok(entries.map(|entries| L2Entry::at_start(entries, width)))
     }
 
-    /// Returns what is known of the byte at `guest` and how far that reaches, at most to the end
-    /// of the cluster (of the L2 table's coverage, where there is no table).
-    fn mapping(&mut self, guest: GuestOffset) -> Planned<Run> {
-        match self.entry(guest)? {
-            Some(entry) => {
-                let (mapping, len) = self.decoder.decode(entry, guest).map_err(Stop::Corrupt)?;
-                self.check_end(mapping, guest)?;
-                Ok(Run { mapping, len })
-            }
+    /// Returns the entries from that of a guest byte to the end of its slice.
+    fn entries(&mut self, guest: GuestOffset) -> Planned<Option<&[u8]>> {
+        let Some(table) = self.table(guest)? else { return Ok(None) };
+        let place = self.place(table, guest);
+        match self.l2.read(place.slice) {
+            Some(bytes) => Ok(Some(&bytes[place.at..])),
+            None => Err(Need::L2Slice(place.slice).into()),
+        }
+    }
+
+    /// Returns what is known at the start of `range` and how far that reaches within the slice (to
+    /// the end of the L2 table's coverage, where there is no table).
+    fn mapping(&mut self, range: GuestRange) -> Planned<Run> {
+        let decoder = self.decoder;
+        let run = match self.entries(range.start)? {
+            Some(entries) => decoder.run(entries, range).map_err(Stop::Corrupt)?,
             None => {
                 let coverage = self.geometry().l2_coverage_bytes();
-                let len = coverage - guest.0 % coverage;
-                Ok(Run { mapping: Mapping::Unallocated { reserved: None }, len })
+                let len = coverage - range.start.0 % coverage;
+                Run { mapping: Mapping::Unallocated { reserved: None }, len }
             }
-        }
+        };
+        self.check_end(run, range.start)
     }
 
     /// A cluster beyond everything ever written was lost with the file's end. A reader gets zeros
     /// there as from QEMU; a writer must not go on (D.1-46).
-    fn check_end(&self, mapping: Mapping, guest: GuestOffset) -> Planned<()> {
-        match mapping {
+    fn check_end(&self, run: Run, guest: GuestOffset) -> Planned<Run> {
+        let host = match run.mapping {
             Mapping::Data { host, .. }
-                if self.writable
-                    && self.decoder.place == DataPlace::ImageFile
-                    && host >= self.zero_from =>
+                if self.writable && self.decoder.place == DataPlace::ImageFile =>
             {
-                Err(Stop::Corrupt(Error::corrupt(format!(
-                    "Guest offset {guest} is mapped to host offset {host}, beyond the end of the file at {}",
-                    self.zero_from
-                ))))
+                host
             }
-            _ => Ok(()),
+            _ => return Ok(run),
+        };
+        if host >= self.zero_from {
+            return Err(Stop::Corrupt(Error::corrupt(format!(
+                "Guest offset {guest} is mapped to host offset {host}, beyond the end of the file at {}",
+                self.zero_from
+            ))));
         }
+        // Up to the first cluster that starts beyond: what it holds is the next question.
+        let there = self.zero_from.0.next_multiple_of(self.geometry().cluster_bytes()) - host.0;
+        Ok(Run { len: run.len.min(there), ..run })
     }
 
     /// Returns the longest run of one mapping at the start of `range` that needs no further load.
     pub(super) fn run(&mut self, range: GuestRange) -> Planned<Run> {
-        let mut run = self.mapping(range.start)?;
+        let mut run = self.mapping(range)?;
         while run.len < range.len {
-            match self.mapping(range.start + run.len) {
+            let behind = GuestRange::new(range.start + run.len, range.len - run.len);
+            match self.mapping(behind) {
                 Ok(next) if run.mapping.is_continued_by(next.mapping, run.len) => {
                     run.len += next.len;
                 }

@@ -41,14 +41,7 @@ impl<S: Storage> Image<S> {
             prepare_for_writing(&parts.storage, &mut header).await?;
         }
         let meta = load_meta(&parts, &header, &options).await?;
-        Ok(Self::from_parts(
-            parts.storage,
-            parts.data,
-            parts.backing,
-            header,
-            meta,
-            options.discard,
-        ))
+        Ok(Self::from_parts(parts, header, meta, &options))
     }
 }
 

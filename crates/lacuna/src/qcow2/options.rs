@@ -39,6 +39,21 @@ impl Default for DiscardPolicy {
     }
 }
 
+/// How much an image asks to learn what is zero.
+///
+/// ```
+/// assert_eq!(lacuna::qcow2::ExtentDetail::default(), lacuna::qcow2::ExtentDetail::Map);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ExtentDetail {
+    /// What the image's own map says: every data cluster may hold anything.
+    #[default]
+    Map,
+    /// Also what storage knows: data clusters that were never written (holes, unwritten space of a
+    /// preallocated image) read as zeros.
+    Host,
+}
+
 /// How to open an image.
 ///
 /// ```
@@ -53,6 +68,7 @@ pub struct OpenOptions {
     pub(super) placement: Placement,
     pub(super) cache_bytes: u64,
     pub(super) discard: DiscardPolicy,
+    pub(super) detail: ExtentDetail,
 }
 
 impl OpenOptions {
@@ -64,6 +80,7 @@ impl OpenOptions {
             placement: Placement::default(),
             cache_bytes: 32 << 20,
             discard: DiscardPolicy::default(),
+            detail: ExtentDetail::default(),
         }
     }
 
@@ -84,6 +101,12 @@ impl OpenOptions {
     #[must_use]
     pub const fn cache_bytes(self, cache_bytes: u64) -> Self {
         Self { cache_bytes, ..self }
+    }
+
+    /// Chooses how much is asked to learn what is zero.
+    #[must_use]
+    pub const fn extent_detail(self, detail: ExtentDetail) -> Self {
+        Self { detail, ..self }
     }
 
     /// Chooses which freed host space is given back.

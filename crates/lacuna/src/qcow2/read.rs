@@ -1,25 +1,18 @@
-//! Reading guest bytes, and learning about them without reading.
-
-use std::sync::Arc;
+//! Reading guest bytes.
 
 use super::codec;
 use super::format::CompressedRun;
 use super::image::Image;
 use super::in_flight::{Token, Touch};
-use super::mapping::Mapping;
-use super::meta::Run;
-use crate::block::{AllocationDepth, DynLayer, Extent, ExtentBuilder, ExtentStatus};
+use super::mapping::{Mapping, Run};
 use crate::buffer::Buffer;
 use crate::storage::{Storage, Transfer};
 use crate::units::{GuestOffset, GuestRange};
 use crate::{Error, Result};
 
-/// How many extents one answer holds at most, so that its memory stays bounded.
-const EXTENTS_AT_ONCE: usize = 4096;
-
 impl<S: Storage> Image<S> {
     /// Enters a read that lies within the disk.
-    fn begin_read(&self, range: GuestRange) -> Result<Token> {
+    pub(super) fn begin_read(&self, range: GuestRange) -> Result<Token> {
         let mut meta = self.0.meta.lock();
         meta.check_bounds(range)?;
         meta.in_flight
@@ -114,94 +107,6 @@ impl<S: Storage> Image<S> {
             error.context(format!("Compressed cluster at host offset {}", range.start))
         })?;
         Ok(cluster)
-    }
-
-    // ---- block status ----------------------------------------------------------------------
-
-    pub(super) async fn extents_of(&self, range: GuestRange) -> Result<Vec<Extent>> {
-        let token = self.begin_read(range)?;
-        let _hold = self.hold(token);
-        let mut builder = ExtentBuilder::default();
-        let mut at = range.start;
-        while at < range.end() && builder.len() < EXTENTS_AT_ONCE {
-            let rest = GuestRange::new(at, range.end() - at);
-            let run = self.plan(|meta| meta.run(rest)).await?;
-            let found = GuestRange::new(at, run.len);
-            match status(run.mapping) {
-                Some(status) => builder.push(Extent { range: found, status }),
-                None => self.extents_below(found, run.mapping, &mut builder).await?,
-            }
-            at = builder.end().unwrap_or_else(|| found.end());
-        }
-        Ok(builder.finish())
-    }
-
-    /// Adds what the backing layer knows of an unallocated range, or as much as it says at once.
-    async fn extents_below(
-        &self,
-        range: GuestRange,
-        mapping: Mapping,
-        builder: &mut ExtentBuilder,
-    ) -> Result<()> {
-        let is_hole = mapping.host().is_none();
-        let nothing = ExtentStatus { is_hole, host: mapping.host(), ..ExtentStatus::UNALLOCATED };
-        let there = match &self.0.backing {
-            Some(backing) => backing.size().saturating_sub(range.start.0).min(range.len),
-            None => 0,
-        };
-        if let (Some(backing), true) = (&self.0.backing, there > 0) {
-            let below = GuestRange::new(range.start, there);
-            for extent in backing.extents_boxed(below).await? {
-                let status = ExtentStatus { depth: extent.status.depth.below(), ..extent.status };
-                builder.push(Extent { status, ..extent });
-            }
-            if builder.end() < Some(below.end()) {
-                return Ok(());
-            }
-        }
-        let beyond = GuestRange::new(range.start + there, range.len - there);
-        builder.push(Extent { range: beyond, status: nothing });
-        Ok(())
-    }
-
-    /// Says whether all of a range is known to be zeros below this image.
-    pub(super) async fn is_zero_below(&self, range: GuestRange) -> Result<bool> {
-        let Some(backing) = &self.0.backing else { return Ok(true) };
-        let there = backing.size().saturating_sub(range.start.0).min(range.len);
-        is_known_zero(backing, GuestRange::new(range.start, there)).await
-    }
-}
-
-async fn is_known_zero(layer: &Arc<dyn DynLayer>, range: GuestRange) -> Result<bool> {
-    let mut at = range.start;
-    while at < range.end() {
-        let rest = GuestRange::new(at, range.end() - at);
-        for extent in layer.extents_boxed(rest).await? {
-            if !extent.status.reads_zero {
-                return Ok(false);
-            }
-            at = extent.range.end();
-        }
-    }
-    Ok(true)
-}
-
-/// Returns the facts of a mapping; nothing where the backing layer has to be asked.
-fn status(mapping: Mapping) -> Option<ExtentStatus> {
-    let here = ExtentStatus {
-        depth: AllocationDepth::TOP,
-        reads_zero: false,
-        is_hole: false,
-        is_compressed: false,
-        host: mapping.host(),
-    };
-    match mapping {
-        Mapping::Compressed(_) => Some(ExtentStatus { is_compressed: true, ..here }),
-        Mapping::Data { .. } => Some(here),
-        Mapping::Unallocated { .. } => None,
-        Mapping::Zero { reserved } => {
-            Some(ExtentStatus { reads_zero: true, is_hole: reserved.is_none(), ..here })
-        }
     }
 }
 

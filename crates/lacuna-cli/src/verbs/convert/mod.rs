@@ -176,7 +176,7 @@ impl Wish {
 
     fn open_sources(&self, tool: &Tool, parsed: &Parsed) -> CliResult<Vec<FileChain>> {
         let chains: CliResult<Vec<FileChain>> =
-            self.sources.iter().map(|source| open::open(tool, source)).collect();
+            self.sources.iter().map(|source| open::open_for_content(tool, source)).collect();
         let chains = chains?;
         if chains.len() > 1 && self.backing.is_some() {
             return Err(CliError::new(

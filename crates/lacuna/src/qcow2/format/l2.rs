@@ -45,6 +45,20 @@ impl L2Entry {
     /// Reads as zeros, no host cluster (standard entries).
     pub const ZERO_PLAIN: Self = Self { word: ZERO, subclusters: SubclusterBitmap(0) };
 
+    /// Reads the entry that `table` starts with.
+    ///
+    /// What is missing of it counts as zero bytes.
+    #[must_use]
+    pub(crate) fn at_start(table: &[u8], width: EntryWidth) -> Self {
+        let word = |bytes: Option<&[u8; 8]>| bytes.map_or(0, |bytes| u64::from_be_bytes(*bytes));
+        let (words, _) = table.as_chunks::<8>();
+        let subclusters = match width {
+            EntryWidth::Standard => 0,
+            EntryWidth::Extended => word(words.get(1)),
+        };
+        Self { word: word(words.first()), subclusters: SubclusterBitmap(subclusters) }
+    }
+
     /// Makes the entry of a cluster with refcount one (subclusters still unallocated).
     #[must_use]
     pub const fn standard(host: HostOffset) -> Self {

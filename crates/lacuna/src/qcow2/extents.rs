@@ -1,0 +1,200 @@
+//! What an image knows of guest bytes without reading them.
+//!
+//! * A long walk over an image that is not written here takes whole stretches of tables from
+//!   storage, past the cached slices: it would push out what requests need, and pay for each slice.
+//! * What storage says of data clusters is asked only with [`ExtentDetail::Host`].
+
+use std::sync::Arc;
+
+use super::host_status::HostStatuses;
+use super::image::Image;
+use super::mapping::{Decoder, Mapping, Run};
+use super::options::ExtentDetail;
+use crate::Result;
+use crate::block::{AllocationDepth, DynLayer, Extent, ExtentBuilder, ExtentStatus};
+use crate::buffer::Buffer;
+use crate::storage::Storage;
+use crate::units::{GuestRange, HostOffset, HostRange};
+
+/// How many extents one answer holds at most, so that its memory stays bounded.
+const EXTENTS_AT_ONCE: usize = 4096;
+/// How much of a table is read at once.
+const STRETCH_BYTES: u64 = 64 << 10;
+
+/// Entries of one table, read past the cache.
+struct Stretch {
+    covers: GuestRange,
+    entries: Buffer,
+}
+
+/// What one answer is made of, so far.
+#[derive(Default)]
+struct Walk {
+    builder: ExtentBuilder,
+    stretch: Option<Stretch>,
+    host: HostStatuses,
+}
+
+impl<S: Storage> Image<S> {
+    pub(super) async fn extents_of(&self, range: GuestRange) -> Result<Vec<Extent>> {
+        let token = self.begin_read(range)?;
+        let _hold = self.hold(token);
+        let mut walk = Walk::default();
+        let mut at = range.start;
+        while at < range.end() && walk.builder.len() < EXTENTS_AT_ONCE {
+            let rest = GuestRange::new(at, range.end() - at);
+            let run = self.next_run(&mut walk.stretch, rest).await?;
+            let found = GuestRange::new(at, run.len);
+            self.push_run(found, run.mapping, &mut walk).await?;
+            at = walk.builder.end().unwrap_or_else(|| found.end());
+        }
+        Ok(walk.builder.finish())
+    }
+
+    async fn next_run(&self, stretch: &mut Option<Stretch>, rest: GuestRange) -> Result<Run> {
+        if !stretch.as_ref().is_some_and(|stretch| stretch.covers.contains(rest.start)) {
+            *stretch = self.read_stretch(rest).await?;
+        }
+        match stretch {
+            Some(stretch) => {
+                let decoder = self.0.meta.lock().decoder;
+                match stretch.run(&decoder, rest) {
+                    Ok(run) => Ok(run),
+                    Err(error) => Err(self.mark_corrupt(error).await),
+                }
+            }
+            None => self.plan(|meta| meta.run(rest)).await,
+        }
+    }
+
+    /// Reads the entries for the start of a range that is worth it, where there are any.
+    async fn read_stretch(&self, rest: GuestRange) -> Result<Option<Stretch>> {
+        let (table, geometry) = {
+            let meta = self.0.meta.lock();
+            let is_short = rest.end() <= meta.slice_end(rest.start);
+            match meta.table(rest.start) {
+                Ok(Some(table)) if !meta.writable && !is_short => (table, *meta.geometry()),
+                _ => return Ok(None),
+            }
+        };
+        let (width, first) = (geometry.entry_width().bytes(), geometry.l2_index(rest.start));
+        let wanted = geometry.cover_clusters(rest).len >> geometry.cluster_bits();
+        let count = (geometry.l2_entries() - first).min(STRETCH_BYTES / width).min(wanted);
+        let entries = self.load(table + first * width, count * width, "L2 table").await?;
+        let start = geometry.cover_clusters(GuestRange::new(rest.start, 1)).start;
+        let covers = GuestRange::new(start, count << geometry.cluster_bits());
+        Ok(Some(Stretch { covers, entries }))
+    }
+
+    /// Adds a run, or as much of it as the layers below say at once.
+    async fn push_run(&self, range: GuestRange, mapping: Mapping, walk: &mut Walk) -> Result<()> {
+        match (status(mapping), mapping) {
+            (Some(status), Mapping::Data { host, .. }) if self.0.detail == ExtentDetail::Host => {
+                self.push_data(range, status, host, walk).await
+            }
+            (Some(status), _) => {
+                walk.builder.push(Extent { range, status });
+                Ok(())
+            }
+            (None, _) => self.extents_below(range, mapping, &mut walk.builder).await,
+        }
+    }
+
+    /// Adds data clusters; what storage knows to be zeros reads as zeros.
+    async fn push_data(
+        &self,
+        range: GuestRange,
+        status: ExtentStatus,
+        host: HostOffset,
+        walk: &mut Walk,
+    ) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end() {
+            let done = at - range.start;
+            let rest = HostRange::new(host + done, range.len - done);
+            let found = walk.host.first(self.data_storage(), rest).await?;
+            let reads_zero = found.status.reads_zero();
+            let status = ExtentStatus { reads_zero, ..status.advanced(done) };
+            walk.builder.push(Extent { range: GuestRange::new(at, found.len), status });
+            at = at + found.len;
+        }
+        Ok(())
+    }
+
+    /// Adds what the backing layer knows of an unallocated range, or as much as it says at once.
+    async fn extents_below(
+        &self,
+        range: GuestRange,
+        mapping: Mapping,
+        builder: &mut ExtentBuilder,
+    ) -> Result<()> {
+        let is_hole = mapping.host().is_none();
+        let nothing = ExtentStatus { is_hole, host: mapping.host(), ..ExtentStatus::UNALLOCATED };
+        let there = match &self.0.backing {
+            Some(backing) => backing.size().saturating_sub(range.start.0).min(range.len),
+            None => 0,
+        };
+        if let (Some(backing), true) = (&self.0.backing, there > 0) {
+            let below = GuestRange::new(range.start, there);
+            for extent in backing.extents_boxed(below).await? {
+                let status = ExtentStatus { depth: extent.status.depth.below(), ..extent.status };
+                builder.push(Extent { status, ..extent });
+            }
+            if builder.end() < Some(below.end()) {
+                return Ok(());
+            }
+        }
+        let beyond = GuestRange::new(range.start + there, range.len - there);
+        builder.push(Extent { range: beyond, status: nothing });
+        Ok(())
+    }
+
+    /// Says whether all of a range is known to be zeros below this image.
+    pub(super) async fn is_zero_below(&self, range: GuestRange) -> Result<bool> {
+        let Some(backing) = &self.0.backing else { return Ok(true) };
+        let there = backing.size().saturating_sub(range.start.0).min(range.len);
+        is_known_zero(backing, GuestRange::new(range.start, there)).await
+    }
+}
+
+impl Stretch {
+    /// Returns the run at the start of `rest`, at most to the end of the stretch.
+    fn run(&self, decoder: &Decoder, rest: GuestRange) -> Result<Run> {
+        let skipped = (rest.start - self.covers.start) >> decoder.geometry.cluster_bits();
+        let entries = &self.entries[(skipped * decoder.geometry.entry_width().bytes()) as usize..];
+        decoder.run(entries, rest)
+    }
+}
+
+async fn is_known_zero(layer: &Arc<dyn DynLayer>, range: GuestRange) -> Result<bool> {
+    let mut at = range.start;
+    while at < range.end() {
+        let rest = GuestRange::new(at, range.end() - at);
+        for extent in layer.extents_boxed(rest).await? {
+            if !extent.status.reads_zero {
+                return Ok(false);
+            }
+            at = extent.range.end();
+        }
+    }
+    Ok(true)
+}
+
+/// Returns the facts of a mapping; nothing where the backing layer has to be asked.
+fn status(mapping: Mapping) -> Option<ExtentStatus> {
+    let here = ExtentStatus {
+        depth: AllocationDepth::TOP,
+        reads_zero: false,
+        is_hole: false,
+        is_compressed: false,
+        host: mapping.host(),
+    };
+    match mapping {
+        Mapping::Compressed(_) => Some(ExtentStatus { is_compressed: true, ..here }),
+        Mapping::Data { .. } => Some(here),
+        Mapping::Unallocated { .. } => None,
+        Mapping::Zero { reserved } => {
+            Some(ExtentStatus { reads_zero: true, is_hole: reserved.is_none(), ..here })
+        }
+    }
+}
