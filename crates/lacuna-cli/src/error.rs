@@ -5,6 +5,7 @@ use std::fmt;
 use lacuna::ErrorKind;
 use serde_json::{Value, json};
 
+use crate::output;
 use crate::persona::Tool;
 
 /// Shorthand for a result with a [`CliError`].
@@ -116,6 +117,9 @@ impl CliError {
             Kind::Option => format!("{}: {}\n", tool.invocation(verb), self.text),
             _ => format!("{}: {}\n", tool.name, self.text),
         };
+        if tool.is_own() {
+            lines = output::tame_lines(&lines);
+        }
         if self.kind != Kind::Failure {
             lines += &format!("Try '{} --help' for more info\n", tool.invocation(verb));
         }
@@ -183,10 +187,12 @@ impl From<lacuna::Error> for CliError {
 
 /// Says the error without the number that the standard library adds to the host's words.
 pub(crate) fn sentence(error: &lacuna::Error) -> String {
-    match error.raw_os_error() {
+    let text = match error.raw_os_error() {
         Some(code) => format!("{}: {}", error.message(), host_words(code)),
         None => error.to_string(),
-    }
+    };
+    // It is one line; more can only come from a name in an image.
+    text.replace('\n', "\\n")
 }
 
 /// Returns the host's words for its error number.

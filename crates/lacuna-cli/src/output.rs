@@ -101,6 +101,33 @@ pub(crate) fn complain(text: &str) {
     drop(std::io::stderr().lock().write_all(text.as_bytes()));
 }
 
+/// Returns a name or other text of one line as a terminal may have it: what would steer the
+/// terminal, or begin a line, is spelt out.
+///
+/// Images come from strangers, and so do the names in them.
+pub(crate) fn tame(text: &str) -> String {
+    text.chars().flat_map(spelt).collect()
+}
+
+/// As [`tame`] for text of several lines.
+pub(crate) fn tame_lines(text: &str) -> String {
+    text.split('\n').map(tame).collect::<Vec<_>>().join("\n")
+}
+
+fn spelt(character: char) -> Vec<char> {
+    match character {
+        '\n' => vec!['\\', 'n'],
+        '\t' => vec!['\\', 't'],
+        // Control characters, and those that reverse the direction of what is shown.
+        '\0'..='\x1f' | '\x7f' => format!("\\x{:02x}", u32::from(character)).chars().collect(),
+        '\u{80}'..='\u{9f}'
+        | '\u{200e}'..='\u{200f}'
+        | '\u{2028}'..='\u{202e}'
+        | '\u{2066}'..='\u{2069}' => character.escape_unicode().collect(),
+        other => vec![other],
+    }
+}
+
 /// Says something on standard error that is no error of the verb: a line of text, or of JSON where
 /// errors are said so.
 pub(crate) fn warn(text: &str) {
@@ -202,8 +229,32 @@ fn pretty_into(text: &mut String, value: &serde_json::Value, depth: usize) {
             let members = members.iter().map(|(key, value)| (Some(&**key), value));
             pretty_members(text, members, ['{', '}'], depth);
         }
+        Value::String(string) => *text += &quoted(string),
         scalar => *text += &scalar.to_string(),
     }
+}
+
+/// Quotes a string as QEMU does: whatever is not printable ASCII becomes `\u` and four digits.
+fn quoted(string: &str) -> String {
+    let mut text = "\"".to_owned();
+    for character in string.chars() {
+        match character {
+            '"' => text += "\\\"",
+            '\\' => text += "\\\\",
+            '\x08' => text += "\\b",
+            '\x0c' => text += "\\f",
+            '\n' => text += "\\n",
+            '\r' => text += "\\r",
+            '\t' => text += "\\t",
+            ' '..='~' => text.push(character),
+            other => {
+                for unit in other.encode_utf16(&mut [0; 2]) {
+                    text += &format!("\\u{unit:04X}");
+                }
+            }
+        }
+    }
+    text + "\""
 }
 
 fn pretty_members<'a>(
@@ -219,7 +270,7 @@ fn pretty_members<'a>(
         }
         *text += &format!("\n{}", " ".repeat(4 * (depth + 1)));
         if let Some(key) = key {
-            *text += &format!("{}: ", serde_json::Value::from(key));
+            *text += &format!("{}: ", quoted(key));
         }
         pretty_into(text, value, depth + 1);
     }
@@ -298,6 +349,24 @@ mod tests {
             })
             .collect();
         assert_eq!(lines.into_text(), expected);
+    }
+
+    #[test]
+    fn what_steers_a_terminal_is_spelt_out() {
+        for (text, tamed) in [
+            ("disk-1 ä.qcow2", "disk-1 ä.qcow2"),
+            ("\x1b[31mred\x7f", "\\x1b[31mred\\x7f"),
+            ("a\nformat: raw\t\r", "a\\nformat: raw\\t\\x0d"),
+            ("\u{9b}2J \u{202e}gpj", "\\u{9b}2J \\u{202e}gpj"),
+        ] {
+            assert_eq!(tame(text), tamed);
+        }
+        assert_eq!(tame_lines("a\x07\nb"), "a\\x07\nb");
+    }
+
+    #[test]
+    fn strings_in_json_are_ascii() {
+        assert_eq!(quoted("a\"\\\n\x1b\x7fé😀"), r#""a\"\\\n\u001B\u007F\u00E9\uD83D\uDE00""#);
     }
 
     #[test]

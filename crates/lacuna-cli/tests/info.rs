@@ -40,6 +40,44 @@ fn images_are_described_in_the_same_words_and_json() {
 }
 
 #[test]
+fn names_that_are_no_ascii_are_escaped_in_json_as_qemu_does() {
+    both(
+        r#"stock-img create -q -f qcow2 -u -b $'b\e[31m\u00e9\x7f\u009b\n\U1F600\\\"' -F raw image 1M
+          qemu-img info --output=json image
+          qemu-img info image
+          qemu-img map image"#,
+    );
+}
+
+#[test]
+fn names_from_images_cannot_steer_the_terminal_under_our_own_name() {
+    let ours = common::Sandbox::ours();
+    ours.prepare(
+        r"stock-img create -q -f qcow2 -u -b $'b\e[31m\u009b\nfile format raw\u202e' -F raw image 1M",
+    );
+    let tamed = r"b\x1b[31m\u{9b}\nfile format raw\u{202e}";
+    let info = ours.run("lacuna info image").text;
+    assert!(info.contains(&format!("\nbacking file: {tamed}\n")), "{info}");
+    let error = ours.run("lacuna map image").text;
+    assert_eq!(
+        error,
+        format!(
+            "lacuna: Could not open 'image': Could not open backing file: \
+             Could not open '{tamed}': No such file or directory\n"
+        )
+    );
+}
+
+#[test]
+fn hints_do_not_send_anybody_to_a_repair_that_cannot_help() {
+    let ours = common::Sandbox::ours();
+    ours.prepare("stock-img create -q -f qcow2 -u -b ./image -F qcow2 image 1M");
+    let got = ours.run("lacuna map image").text;
+    assert!(got.contains("backing chain is a loop"), "{got}");
+    assert!(got.ends_with("hint: `lacuna info IMAGE` shows which file the image names\n"), "{got}");
+}
+
+#[test]
 fn data_files_are_named_and_not_opened() {
     both(
         "stock-img create -q -f qcow2 -o data_file=d,data_file_raw=on,lazy_refcounts=on x 10M

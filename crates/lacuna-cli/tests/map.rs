@@ -24,6 +24,19 @@ fn chains_are_mapped_alike() {
 }
 
 #[test]
+fn reserved_subclusters_keep_their_place_where_a_shorter_backing_file_ends() {
+    both(
+        "stock-img create -q -f qcow2 base 512k
+         stock-io -f qcow2 -c 'write -P 3 0 200k' base
+         stock-img create -q -f qcow2 -o extended_l2=on,preallocation=metadata -b base -F qcow2 \
+             top 1M
+         stock-io -f qcow2 -c 'write -z 598528 4096' -c 'write -zu 108032 65536' top
+         qemu-img map --output=json top
+         qemu-img map top",
+    );
+}
+
+#[test]
 fn compressed_clusters_have_no_line_of_their_own() {
     both(
         "stock-img create -q -f qcow2 image 8M

@@ -176,7 +176,7 @@ fn show(
 /// One line for each finding: first all as they were found, then what was repaired.
 fn findings(tool: &Tool, report: &CheckReport) -> String {
     let line = |finding: &Finding| match tool.is_own() {
-        true => format!("{} ({})\n", finding.qemu_text(), harm(finding)),
+        true => format!("{} ({})\n", output::tame(&finding.qemu_text()), harm(finding)),
         false => format!("{}\n", finding.qemu_text()),
     };
     let mut text = String::new();

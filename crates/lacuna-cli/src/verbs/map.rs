@@ -1,7 +1,7 @@
 //! `map`: which file holds which part of the disk.
 
 use lacuna::block::Layer;
-use lacuna::chain::MapRun;
+use lacuna::chain::{LevelFacts, MapRun};
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
 
@@ -9,7 +9,7 @@ use super::open::{self, FileChain, Request};
 use super::{Example, Form, Task, Verb, common, form, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
-use crate::output::Lines;
+use crate::output::{self, Lines};
 use crate::persona::Tool;
 use crate::size::{self, SizeError};
 
@@ -48,8 +48,8 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let end = chain.disk().size_bytes().min(start.saturating_add(len));
     let range = GuestRange::new(GuestOffset(start), end.saturating_sub(start));
     match form {
-        Form::Human => human(&chain, range),
-        Form::Json => json(&chain, range),
+        Form::Human => human(tool, &chain, range),
+        Form::Json => json(tool, &chain, range),
     }
 }
 
@@ -68,7 +68,12 @@ fn offset(parsed: &Parsed, flag: &str, shown: &str) -> CliResult<Option<u64>> {
 }
 
 /// Lists what lies in files as it is; stops where something does not.
-fn human(chain: &FileChain, range: GuestRange) -> CliResult<u8> {
+fn human(tool: &Tool, chain: &FileChain, range: GuestRange) -> CliResult<u8> {
+    let name = |level: &LevelFacts| match level.content_path().display().to_string() {
+        name if tool.is_own() => output::tame(&name),
+        name => name,
+    };
+    let files: Vec<String> = chain.levels().iter().map(name).collect();
     let mut lines =
         Lines::starting(&format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to"));
     block_on(async {
@@ -85,7 +90,7 @@ fn human(chain: &FileChain, range: GuestRange) -> CliResult<u8> {
             for value in [run.range.start.0, run.range.len, host.0] {
                 lines.hexadecimal(value);
             }
-            lines.text(&chain.levels()[run.level].content_path().display().to_string());
+            lines.text(&files[run.level]);
             lines.text("\n");
             lines.print_when_full()?;
         }
@@ -97,21 +102,21 @@ fn is_data(run: &MapRun) -> bool {
     run.is_present() && !run.status.reads_zero
 }
 
-fn json(chain: &FileChain, range: GuestRange) -> CliResult<u8> {
+fn json(tool: &Tool, chain: &FileChain, range: GuestRange) -> CliResult<u8> {
     let mut lines = Lines::starting("[");
     let walked: CliResult<bool> = block_on(async {
         let mut map = chain.map(range);
         let mut is_empty = true;
         while let Some(run) = map.next().await? {
             lines.text(if is_empty { "" } else { ",\n" });
-            json_line(&mut lines, &run);
+            json_line(tool, &mut lines, &run);
             lines.print_when_full()?;
             is_empty = false;
         }
         Ok(is_empty)
     });
     if walked? {
-        lines.text(&past_the_end(range.start));
+        lines.text(&past_the_end(tool, range.start));
     }
     lines.text("]\n");
     lines.print().map(|()| 0)
@@ -119,7 +124,7 @@ fn json(chain: &FileChain, range: GuestRange) -> CliResult<u8> {
 
 /// One of a million lines: put together by hand, the formatting machinery costs several times the
 /// walk itself.
-fn json_line(lines: &mut Lines, run: &MapRun) {
+fn json_line(tool: &Tool, lines: &mut Lines, run: &MapRun) {
     let truth = |value: bool| if value { "true" } else { "false" };
     lines.text("{ \"start\": ");
     lines.decimal(run.range.start.0);
@@ -135,6 +140,11 @@ fn json_line(lines: &mut Lines, run: &MapRun) {
     lines.text(truth(is_data(run)));
     lines.text(", \"compressed\": ");
     lines.text(truth(run.status.is_compressed));
+    // QEMU's members do not tell reserved space from none where the content is zeros.
+    if tool.is_own() {
+        lines.text(", \"hole\": ");
+        lines.text(truth(run.status.is_hole));
+    }
     if let Some(host) = run.status.host {
         lines.text(", \"offset\": ");
         lines.decimal(host.0);
@@ -143,10 +153,11 @@ fn json_line(lines: &mut Lines, run: &MapRun) {
 }
 
 /// A list without entries would be `[]`; scripts know one entry without length.
-fn past_the_end(start: GuestOffset) -> String {
+fn past_the_end(tool: &Tool, start: GuestOffset) -> String {
+    let hole = if tool.is_own() { ", \"hole\": true" } else { "" };
     format!(
         "{{ \"start\": {}, \"length\": 0, \"depth\": 0, \"present\": false, \"zero\": false, \
-         \"data\": false, \"compressed\": false}}",
+         \"data\": false, \"compressed\": false{hole}}}",
         start.0
     )
 }

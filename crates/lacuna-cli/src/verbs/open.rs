@@ -17,6 +17,7 @@ use super::spec::ImageSpec;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult, host_words, sentence};
 use crate::format::Format;
+use crate::output;
 use crate::persona::{Persona, Tool};
 
 /// A chain of files.
@@ -154,9 +155,15 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
         (None, Some(words)) if !tool.is_own() => words,
         _ => sentence(error),
     };
+    // One line, whatever the image calls its files.
+    let text = if tool.is_own() { output::tame(&text) } else { text };
     let failure = CliError::new(text).with_class(error.kind());
     match error.kind() {
         ErrorKind::Busy => failure.with_hint("-U opens it for reading all the same"),
+        // No repair can know the right name.
+        ErrorKind::Corrupt if is_about_a_name(error) => {
+            failure.with_hint("`lacuna info IMAGE` shows which file the image names")
+        }
         ErrorKind::Corrupt => failure.with_hint("`lacuna check -r all IMAGE` may repair it"),
         // What follows the semicolon is advice for callers of the library.
         ErrorKind::InvalidRequest if error.message().contains("ChainOptions::") => {
@@ -166,6 +173,10 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
         }
         _ => failure,
     }
+}
+
+fn is_about_a_name(error: &Error) -> bool {
+    ["chain is a loop", "file name: "].iter().any(|text| error.message().contains(text))
 }
 
 fn text_before(text: &str) -> &str {

@@ -145,7 +145,7 @@ impl<S: Storage> Image<S> {
             }
         }
         let beyond = GuestRange::new(range.start + there, range.len - there);
-        builder.push(Extent { range: beyond, status: nothing });
+        builder.push(Extent { range: beyond, status: nothing.advanced(there) });
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::output::{date, short_size};
+use crate::output::{self, date, short_size};
 
 /// Prints one image with the file it lies in.
 pub(super) fn node(node: &Value) -> String {
@@ -34,6 +34,18 @@ pub(super) fn node(node: &Value) -> String {
         dump(&mut text, data, 1);
     }
     text + &child(node)
+}
+
+/// Tames every text in a description: names in an image are its maker's.
+pub(super) fn tamed(value: Value) -> Value {
+    match value {
+        Value::String(text) => output::tame(&text).into(),
+        Value::Array(items) => items.into_iter().map(tamed).collect(),
+        Value::Object(members) => {
+            members.into_iter().map(|(key, value)| (output::tame(&key), tamed(value))).collect()
+        }
+        scalar => scalar,
+    }
 }
 
 fn number(node: &Value, key: &str) -> u64 {

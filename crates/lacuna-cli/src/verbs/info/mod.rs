@@ -58,6 +58,10 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         false => Levels::Top,
     };
     let nodes = described(tool, &request, levels)?;
+    let nodes: Vec<Value> = match form {
+        Form::Human if tool.is_own() => nodes.into_iter().map(human::tamed).collect(),
+        _ => nodes,
+    };
     let text = match (form, levels) {
         (Form::Human, _) => nodes.iter().map(human::node).collect::<Vec<_>>().join("\n"),
         (Form::Json, Levels::All) => format!("{}\n", output::pretty(&Value::Array(nodes))),
