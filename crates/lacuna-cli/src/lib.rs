@@ -13,6 +13,7 @@ mod error;
 mod format;
 mod interrupt;
 mod io;
+mod nodes;
 mod options;
 mod output;
 mod persona;

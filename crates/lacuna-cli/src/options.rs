@@ -148,7 +148,7 @@ impl Values {
                     "`create -f {format} -o help` lists the options of the format"
                 ))
             })?;
-            check(spec, value)?;
+            check(spec.name, spec.kind, value)?;
             values.set(spec.name, value.clone());
         }
         Ok(values)
@@ -202,9 +202,9 @@ impl Values {
     }
 }
 
-fn check(spec: Spec, value: &str) -> CliResult<()> {
-    let name = spec.name;
-    let problem = match spec.kind {
+/// Refuses a value that is not of the kind that the option `name` takes.
+pub(crate) fn check(name: &str, kind: Kind, value: &str) -> CliResult<()> {
+    let problem = match kind {
         Kind::Text => None,
         Kind::Switch => match switch(value) {
             Some(_) => None,
@@ -236,7 +236,8 @@ fn no_size(name: &str) -> String {
     )
 }
 
-fn switch(value: &str) -> Option<bool> {
+/// Reads `on` or `off` in any of their spellings.
+pub(crate) fn switch(value: &str) -> Option<bool> {
     match value {
         "on" | "yes" | "true" | "y" => Some(true),
         "off" | "no" | "false" | "n" => Some(false),
@@ -245,7 +246,7 @@ fn switch(value: &str) -> Option<bool> {
 }
 
 /// Reads a number in any base of C; negative ones wrap as they do there.
-fn number(text: &str) -> Result<u64, SizeError> {
+pub(crate) fn number(text: &str) -> Result<u64, SizeError> {
     let (digits, is_negative) = match text.strip_prefix('-') {
         Some(digits) => (digits, true),
         None => (text, false),

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use lacuna::block::{Layer, WriteFlags};
 use lacuna::buffer::Buffer;
 use lacuna::chain::{
-    self, Allow, Chain, ChainOptions, Disk, Format, FormatChoice, Identity, Levels, MAX_LEVELS,
-    MemoryOpener, Opener, Role, UnnamedFormat,
+    self, Allow, Chain, ChainOptions, Disk, Format, FormatChoice, Identity, Instead, Levels,
+    MAX_LEVELS, MemoryOpener, Opener, Role, StandIn, UnnamedFormat,
 };
 use lacuna::qcow2::Access;
 use lacuna::storage::MemoryStorage;
@@ -319,4 +319,41 @@ fn a_truncated_header_is_an_error_not_a_panic() {
         let recorder = Recorder::default().with("/vm/top", MemoryStorage::from(&whole[..len]));
         assert!(open(&recorder, &trusting()).is_err(), "{len} bytes");
     }
+}
+
+#[test]
+fn the_callers_choice_stands_in_for_what_an_image_names() {
+    let recorder = Recorder::default()
+        .with("/vm/top", overlay("base", Some("raw")))
+        .with("/vm/base", raw(7))
+        .with("/other", raw(9));
+    let strict = ChainOptions::new(Format::Qcow2, Access::ReadOnly);
+    let instead = |backing, format| ChainOptions {
+        instead: vec![Instead { backing, format }],
+        ..strict.clone()
+    };
+    let raw_format = Some(FormatChoice::Known(Format::Raw));
+    let other = open(&recorder, &instead(StandIn::At("/other".into()), raw_format)).unwrap();
+    assert_eq!(first_byte(&other), 9);
+    let alone = open(&recorder, &instead(StandIn::Nothing, None)).unwrap();
+    assert_eq!((first_byte(&alone), alone.levels().len()), (0, 1));
+    // Without a format the image does not help: it speaks of another file.
+    let error = refused(&recorder, &instead(StandIn::At("/other".into()), None));
+    assert_eq!(error.kind(), ErrorKind::InvalidRequest);
+    // And what the image names still needs leave.
+    let error = refused(&recorder, &instead(StandIn::Named, raw_format));
+    assert!(error.message().contains("ChainOptions::backing"), "{error}");
+    assert!(recorder.opened().iter().all(|(path, _)| path != "/vm/base"));
+}
+
+#[test]
+fn the_callers_data_file_needs_no_leave() {
+    let recorder =
+        Recorder::default().with("/vm/top", with_data_file("data")).with("/other", raw(9));
+    let options = ChainOptions {
+        data_path: Some("/other".into()),
+        ..ChainOptions::new(Format::Qcow2, Access::ReadOnly)
+    };
+    let chain = open(&recorder, &options).unwrap();
+    assert_eq!(chain.levels()[0].data_path.as_deref(), Some(Path::new("/other")));
 }

@@ -81,18 +81,10 @@ pub(super) fn open(session: &mut Session<'_>, command: &Command, words: &[String
 
 /// Joins `-o` and the file name.
 fn spec(parsed: &Parsed, file: &str) -> CliResult<ImageSpec> {
-    if !parsed.has("o") {
-        return ImageSpec::from_name(file, None);
-    }
     match options::parse(parsed.all("o"))? {
         Asked::Help => Err(CliError::new("Image options are driver and file.filename")),
-        Asked::Values(given) => {
-            let mut pairs = given.into_pairs();
-            if !file.is_empty() {
-                pairs.push(("file.filename".to_owned(), file.to_owned()));
-            }
-            ImageSpec::from_pairs(file, pairs)
-        }
+        Asked::Values(given) if file.is_empty() => ImageSpec::from_pairs(file, given.into_pairs()),
+        Asked::Values(given) => ImageSpec::from_name_and_pairs(file, given.into_pairs()),
     }
 }
 

@@ -20,6 +20,7 @@ use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::{Persona, Tool};
+use crate::verbs::spec::ImageSpec;
 use crate::verbs::{Example, ExitCode, Task, Verb, common};
 use image::OpenFlags;
 use session::Session;
@@ -95,12 +96,15 @@ fn open(
     file: &str,
     flags: &OpenFlags,
 ) -> CliResult<()> {
-    let image = match parsed.has("image-opts") {
-        true => crate::verbs::spec::ImageSpec::from_options(file),
-        false => crate::verbs::spec::ImageSpec::from_name(file, parsed.last("format")),
+    let (image, shown) = match parsed.has("image-opts") {
+        true if parsed.has("format") => {
+            return Err(CliError::new("--image-opts and -f are mutually exclusive"));
+        }
+        true => (ImageSpec::from_options(file), String::new()),
+        false => (ImageSpec::from_name(file, parsed.last("format")), format!(" device {file}")),
     };
     let opened = image.and_then(|image| session.open(image, flags));
-    opened.map_err(|error| error.under(format!("can't open device {file}")))
+    opened.map_err(|error| error.under(format!("can't open{shown}")))
 }
 
 /// Executes line by line; false if a command did not succeed.

@@ -7,9 +7,7 @@ use futures_util::StreamExt as _;
 use futures_util::future::FutureExt as _;
 use futures_util::stream::FuturesOrdered;
 use lacuna::block::{BoxFuture, Layer};
-use lacuna::chain::Disk;
 use lacuna::qcow2::Access;
-use lacuna::storage::FileStorage;
 use pollster::block_on;
 
 use super::commands::{self, Command, Done, Failure, Needs};
@@ -17,6 +15,7 @@ use super::image::OpenFlags;
 use super::overlay;
 use crate::args::{self, Parsed};
 use crate::error::{CliError, CliResult};
+use crate::nodes::ToolDisk;
 use crate::output;
 use crate::persona::Tool;
 use crate::verbs::open::{self, FileChain, Request};
@@ -208,7 +207,7 @@ impl<'t> Session<'t> {
     }
 
     /// Returns the disk.
-    pub(super) fn disk(&self) -> Result<Disk<FileStorage>, Failure> {
+    pub(super) fn disk(&self) -> Result<ToolDisk, Failure> {
         Ok(self.image()?.chain.disk().clone())
     }
 

@@ -4,9 +4,7 @@ use std::time::Instant;
 
 use lacuna::block::{DiscardMode, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
-use lacuna::chain::Disk;
 use lacuna::job::Target;
-use lacuna::storage::FileStorage;
 use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{Error, Result};
 use pollster::block_on;
@@ -16,14 +14,13 @@ use super::report::{self, Style};
 use super::session::Session;
 use crate::args::Parsed;
 use crate::error::errno_words;
+use crate::nodes::ToolDisk;
 use crate::size::{self, SizeError};
 
 /// The longest request that is passed on: a signed 32-bit number, rounded down to a sector.
 const MAX_BYTES: u64 = 2_147_483_136;
 /// What is written where no pattern is given.
 const PATTERN: u8 = 0xcd;
-
-type FileDisk = Disk<FileStorage>;
 
 /// Reads an offset, length or size.
 pub(super) fn number(session: &mut Session<'_>, text: &str) -> std::result::Result<u64, Failure> {
@@ -170,7 +167,7 @@ struct Read {
 }
 
 impl Read {
-    async fn run(self, disk: FileDisk, offset: u64, len: u64) -> (String, bool) {
+    async fn run(self, disk: ToolDisk, offset: u64, len: u64) -> (String, bool) {
         let start = Instant::now();
         let (result, buffer) = disk.read(GuestOffset(offset), Buffer::new(len as usize)).await;
         let took = start.elapsed();
@@ -340,7 +337,7 @@ struct Write {
 }
 
 impl Write {
-    async fn run(self, disk: FileDisk, offset: u64, len: u64) -> (String, bool) {
+    async fn run(self, disk: ToolDisk, offset: u64, len: u64) -> (String, bool) {
         let start = Instant::now();
         let at = GuestOffset(offset);
         let result = match self.content {
@@ -356,7 +353,7 @@ impl Write {
 }
 
 /// Writes cluster by cluster: the engine takes one at a time.
-async fn compress(disk: &FileDisk, start: GuestOffset, mut rest: Buffer) -> Result<()> {
+async fn compress(disk: &ToolDisk, start: GuestOffset, mut rest: Buffer) -> Result<()> {
     let unit = disk
         .compressed_unit_bytes()
         .ok_or_else(|| Error::unsupported("The disk cannot store compressed data"))?;

@@ -4,10 +4,10 @@
 //! only, 63 the format has nothing to check.
 
 use lacuna::chain::probe;
+use lacuna::qcow2::Access;
 use lacuna::qcow2::check::{
     self as engine, CheckOptions, CheckReport, Finding, FindingKind, Repair,
 };
-use lacuna::storage::{FileAccess, FileOptions, FileStorage};
 use pollster::block_on;
 use serde_json::{Map, Value};
 
@@ -17,6 +17,7 @@ use super::{Example, ExitCode, Form, Task, Verb, common, form, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult, errno_words};
 use crate::format::Format;
+use crate::nodes::AnyStorage;
 use crate::output;
 use crate::persona::Tool;
 
@@ -97,20 +98,20 @@ fn repair(parsed: &Parsed) -> CliResult<Repair> {
 }
 
 /// Opens the image file alone: backing and data files are nobody's business here.
-fn opened(tool: &Tool, request: &Request, repair: Repair) -> CliResult<FileStorage> {
-    let file = &request.image.file;
-    let shown = &request.image.shown;
-    open::check_file(file).map_err(|error| open::cannot_open(shown, error))?;
+fn opened(tool: &Tool, request: &Request, repair: Repair) -> CliResult<AnyStorage> {
     let access = match repair {
-        Repair::None => FileAccess::ReadOnly,
-        _ => FileAccess::ReadWrite,
+        Repair::None => Access::ReadOnly,
+        _ => Access::ReadWrite,
     };
-    let options = FileOptions { access, ..open::file_options(request) };
-    FileStorage::open(file, &options)
-        .map_err(|error| open::cannot_open(shown, open::reason(tool, &request.image, &error)))
+    let request = Request { access, ..request.clone() };
+    let opened = open::opening(tool, &request).and_then(|opening| {
+        let opened = block_on(opening.storage());
+        opened.map_err(|error| open::reason(tool, &request.image, &error))
+    });
+    opened.map_err(|error| open::cannot_open(&request.image.shown, error))
 }
 
-fn checked(storage: &FileStorage, repair: Repair, mut meter: Meter) -> lacuna::Result<CheckReport> {
+fn checked(storage: &AnyStorage, repair: Repair, mut meter: Meter) -> lacuna::Result<CheckReport> {
     let options = CheckOptions { repair };
     let report = block_on(engine::check(storage, &options, &mut |progress| {
         meter.update(phase(progress.phase), progress.done, progress.total);
@@ -278,7 +279,7 @@ fn json(report: &CheckReport, request: &Request) -> Value {
     put("leaks", report.leaks, false);
     put("leaks-fixed", report.leaks_fixed, false);
     put("allocated-clusters", report.allocated_clusters, false);
-    members.insert("filename".to_owned(), request.image.file.clone().into());
+    members.insert("filename".to_owned(), request.image.shown.clone().into());
     members.insert("format".to_owned(), "qcow2".into());
     if report.fragmented_clusters > 0 {
         members.insert("fragmented-clusters".to_owned(), report.fragmented_clusters.into());

@@ -7,21 +7,22 @@
 
 use std::path::Path;
 
-use lacuna::chain::{self, Allow, Chain, ChainOptions, FileOpener, FormatChoice, UnnamedFormat};
+use lacuna::chain::{self, Allow, ChainOptions, FormatChoice, UnnamedFormat};
 use lacuna::qcow2::{Access, ExtentDetail};
-use lacuna::storage::{CacheMode, FileOptions, FileStorage};
+use lacuna::storage::{CacheMode, FileOptions};
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
 
 use super::spec::ImageSpec;
+use super::spec::tree::{BelowSpec, FileKind, FileSpec};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult, host_words, sentence};
 use crate::format::Format;
 use crate::output;
 use crate::persona::{Persona, Tool};
 
-/// A chain of files.
-pub(crate) type FileChain = Chain<FileStorage>;
+pub(crate) use crate::nodes::FileChain;
+use crate::nodes::{Base, Opening};
 
 /// What to open and how.
 #[derive(Clone, Debug)]
@@ -76,12 +77,42 @@ pub(crate) fn open_bare(tool: &Tool, request: &Request) -> CliResult<FileChain> 
 
 fn open_in_detail(tool: &Tool, request: &Request, detail: ExtentDetail) -> CliResult<FileChain> {
     let spec = &request.image;
-    let mut options = options(tool, request)?;
-    options.image = options.image.extent_detail(detail);
-    check_file(&spec.file)?;
-    let opener = FileOpener::new(file_options(request));
-    let opened = block_on(chain::open(&opener, Path::new(&spec.file), &options));
-    opened.map_err(|error| reason(tool, spec, &error))
+    let opened = block_on(opening_in_detail(tool, request, detail)?.open());
+    let chain = opened.map_err(|error| reason(tool, spec, &error))?;
+    if let Some(image) = chain.disk().as_qcow2() {
+        spec.disk.runtime.check(&image.header())?;
+    }
+    check_below(spec, &chain)?;
+    Ok(chain)
+}
+
+/// Prepares to open what `request` is about, after a look at the files that it describes.
+pub(crate) fn opening(tool: &Tool, request: &Request) -> CliResult<Opening> {
+    opening_in_detail(tool, request, ExtentDetail::Map)
+}
+
+fn opening_in_detail(tool: &Tool, request: &Request, detail: ExtentDetail) -> CliResult<Opening> {
+    let spec = &request.image;
+    let mut chain = options(tool, request)?;
+    chain.image = chain.image.extent_detail(detail);
+    let base = Base { files: file_options(request), chain };
+    spec.disk.common.check(request.cache)?;
+    if let Some(file) = spec.disk.file.files() {
+        file.common.check(request.cache)?;
+        check_spec(file, request.access)?;
+    }
+    Ok(Opening::new(&spec.disk, &base, request.access))
+}
+
+/// Options for a backing layer make no sense where there is none.
+fn check_below(spec: &ImageSpec, chain: &FileChain) -> CliResult<()> {
+    match &spec.disk.below {
+        BelowSpec::Changed(changed) if changed.file.is_none() && chain.levels().len() == 1 => {
+            let text = "Could not open backing file: Must specify either driver or file";
+            Err(CliError::new(text))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Returns how a chain is opened for `request`.
@@ -123,17 +154,30 @@ pub(crate) fn of_chain(format: chain::Format) -> Format {
 }
 
 /// Says in QEMU's words what is not there or is no file.
-pub(crate) fn check_file(file: &str) -> CliResult<()> {
-    let kind = std::fs::metadata(file).map_err(|error| {
-        let text = format!("Could not open '{file}': {}", of_host(&error));
-        CliError::new(text).with_class(Error::io(error, "").kind()).with_fact("file", file)
-    })?;
+fn check_spec(file: &FileSpec, access: Access) -> CliResult<()> {
     use std::os::unix::fs::FileTypeExt;
-    match kind.is_file() || kind.file_type().is_block_device() {
-        true => Ok(()),
-        false => {
-            Err(CliError::new(format!("'file' driver requires '{file}' to be a regular file")))
+    let shown = file.path.display();
+    let facts = std::fs::metadata(&file.path).map_err(|error| {
+        let text = format!("Could not open '{shown}': {}", of_host(&error));
+        CliError::new(text)
+            .with_class(Error::io(error, "").kind())
+            .with_fact("file", shown.to_string())
+    })?;
+    let kind = facts.file_type();
+    if kind.is_dir() && access == Access::ReadWrite {
+        return Err(CliError::new(format!("Could not open '{shown}': Is a directory")));
+    }
+    let is_device = kind.is_block_device() || kind.is_char_device();
+    let driver = file.kind.name();
+    match file.kind {
+        FileKind::Regular if kind.is_file() || kind.is_block_device() => Ok(()),
+        FileKind::Regular => {
+            Err(CliError::new(format!("'{driver}' driver requires '{shown}' to be a regular file")))
         }
+        _ if is_device => Ok(()),
+        _ => Err(CliError::new(format!(
+            "'{driver}' driver requires '{shown}' to be either a character or block device"
+        ))),
     }
 }
 
@@ -153,6 +197,8 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
     let text = match (error.raw_os_error(), qemu_words(file, spec)) {
         (Some(code), _) => file_words(file, error.message(), code),
         (None, Some(words)) if !tool.is_own() => words,
+        // The name stands in front already.
+        _ if !tool.is_own() => without_image(&sentence(error), file),
         _ => sentence(error),
     };
     // One line, whatever the image calls its files.
@@ -177,6 +223,10 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
 
 fn is_about_a_name(error: &Error) -> bool {
     ["chain is a loop", "file name: "].iter().any(|text| error.message().contains(text))
+}
+
+fn without_image(text: &str, file: &str) -> String {
+    text.strip_prefix(&format!("Image {file}: ")).unwrap_or(text).to_owned()
 }
 
 fn text_before(text: &str) -> &str {

@@ -25,6 +25,8 @@ pub use info::{LevelInfo, Levels, inspect};
 pub use map::{Map, MapRun};
 pub use open::{Chain, LevelFacts, open};
 pub use opener::{Identity, MemoryOpener, Opener};
-pub use policy::{Allow, ChainOptions, Format, FormatChoice, Reference, Role, UnnamedFormat};
+pub use policy::{
+    Allow, ChainOptions, Format, FormatChoice, Instead, Reference, Role, StandIn, UnnamedFormat,
+};
 pub use probe::probe;
 pub use walk::MAX_LEVELS;

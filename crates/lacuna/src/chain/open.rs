@@ -115,13 +115,18 @@ pub async fn open<O: Opener>(
     for level in lower {
         // Its own backing layers are asked by `Below`, not by the image.
         let nothing = level.names_backing().then(|| Arc::new(Nothing) as Arc<dyn DynLayer>);
-        let (facts, disk) = open_level(opener, level, nothing, options).await?;
+        let (facts, disk) = open_level(opener, level, nothing, options, None).await?;
         levels.push(facts);
         below.push(disk);
     }
     let top = found.pop().ok_or_else(|| Error::invalid("A chain has at least one image"))?;
-    let backing = (!below.is_empty()).then(|| Arc::new(Below::new(below)) as Arc<dyn DynLayer>);
-    let (facts, disk) = open_level(opener, top, backing, options).await?;
+    let backing = match below.is_empty() {
+        false => Some(Arc::new(Below::new(below)) as Arc<dyn DynLayer>),
+        // Named, and left out by the caller's wish.
+        true => top.names_backing().then(|| Arc::new(Nothing) as Arc<dyn DynLayer>),
+    };
+    let data = options.data_path.as_ref();
+    let (facts, disk) = open_level(opener, top, backing, options, data).await?;
     levels.insert(0, facts);
     Ok(Chain { disk, levels })
 }
@@ -132,9 +137,10 @@ async fn open_level<O: Opener>(
     level: Level<O::Storage>,
     backing: Option<Arc<dyn DynLayer>>,
     options: &ChainOptions,
+    given_data: Option<&PathBuf>,
 ) -> Result<(LevelFacts, Disk<O::Storage>)> {
     let path = level.path.clone();
-    let opened = build_level(opener, level, backing, options).await;
+    let opened = build_level(opener, level, backing, options, given_data).await;
     opened.map_err(|error| error.context(format!("Image {}", path.display())))
 }
 
@@ -143,8 +149,9 @@ async fn build_level<O: Opener>(
     level: Level<O::Storage>,
     backing: Option<Arc<dyn DynLayer>>,
     options: &ChainOptions,
+    given_data: Option<&PathBuf>,
 ) -> Result<(LevelFacts, Disk<O::Storage>)> {
-    let data_path = data_path(&level, options)?;
+    let data_path = data_path(&level, options, given_data)?;
     let disk = match level.format {
         Format::Raw => Disk::Raw(RawDisk::open(level.storage, level.access, level.origin).await?),
         Format::Qcow2 => {

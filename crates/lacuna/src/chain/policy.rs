@@ -1,7 +1,7 @@
 //! What may be guessed, and what may be opened because an image names it.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -193,6 +193,39 @@ impl fmt::Debug for Allow {
     }
 }
 
+/// What the caller puts in the place of what an image says of its backing layer.
+///
+/// ```
+/// use lacuna::chain::{Instead, StandIn};
+/// assert_eq!(Instead::default().backing, StandIn::Named);
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Instead {
+    /// Which file.
+    pub backing: StandIn,
+    /// Its format; without it the image says, or what
+    /// [`unnamed_format`](ChainOptions::unnamed_format) asks for is done.
+    pub format: Option<FormatChoice>,
+}
+
+/// Which backing file an image gets.
+///
+/// ```
+/// use lacuna::chain::StandIn;
+/// assert_ne!(StandIn::At("base.raw".into()), StandIn::Nothing);
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum StandIn {
+    /// This one, whatever the image says; the caller's own choice, which [`Allow`] is not asked
+    /// about.
+    At(PathBuf),
+    /// The one the image names, where [`ChainOptions::backing`] allows it.
+    #[default]
+    Named,
+    /// None: what the image lacks reads as zeros.
+    Nothing,
+}
+
 /// How to open an image with what it names. Nothing is guessed or followed unless said here.
 ///
 /// ```
@@ -210,11 +243,17 @@ pub struct ChainOptions {
     pub backing: Allow,
     /// Which external data files may be opened.
     pub data_file: Allow,
+    /// The external data file of the top image, instead of the one that it names; the caller's
+    /// own choice, which [`data_file`](Self::data_file) is not asked about.
+    pub data_path: Option<PathBuf>,
     /// The format of the top image.
     pub format: FormatChoice,
     /// How qcow2 images are opened; its access is replaced by what each image of the chain gets.
     /// Each image has a table cache of its own, of the size given here.
     pub image: OpenOptions,
+    /// What stands in for the backing file of the top image, of the one below it, and so on;
+    /// images further down get what they name.
+    pub instead: Vec<Instead>,
     /// What to do with backing files of unnamed format.
     pub unnamed_format: UnnamedFormat,
 }
@@ -226,8 +265,10 @@ impl ChainOptions {
             access,
             backing: Allow::default(),
             data_file: Allow::default(),
+            data_path: None,
             format: format.into(),
             image: OpenOptions::new(access),
+            instead: Vec::new(),
             unnamed_format: UnnamedFormat::default(),
         }
     }

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use super::disk::Origin;
 use super::name::{quoted, resolve};
 use super::opener::{Identity, Opener};
-use super::policy::{ChainOptions, Format, FormatChoice, Reference, Role, UnnamedFormat};
+use super::policy::{
+    ChainOptions, Format, FormatChoice, Instead, Reference, Role, StandIn, UnnamedFormat,
+};
 use super::probe::probe;
 use crate::qcow2::format::Header;
 use crate::qcow2::{Access, read_header};
@@ -41,6 +43,10 @@ impl<S> Level<S> {
     pub(super) fn names_backing(&self) -> bool {
         self.header.as_ref().is_some_and(|header| header.backing_name.is_some())
     }
+
+    fn has_data_file(&self) -> bool {
+        self.header.as_ref().is_some_and(Header::has_external_data_file)
+    }
 }
 
 /// What is to be opened next.
@@ -67,7 +73,10 @@ pub(super) async fn walk<O: Opener>(
         let level = open_level(opener, step).await.map_err(|error| in_image(error, &name))?;
         next = match reach {
             Reach::Top => None,
-            Reach::Bottom => below(&level, options).map_err(|error| in_image(error, &name))?,
+            Reach::Bottom => {
+                let instead = options.instead.get(levels.len());
+                below(&level, options, instead).map_err(|error| in_image(error, &name))?
+            }
         };
         levels.push(level);
     }
@@ -110,29 +119,60 @@ async fn open_level<O: Opener>(opener: &O, step: Step) -> Result<Level<O::Storag
     Ok(Level { path: step.path, format, origin, access: step.access, storage, header })
 }
 
-/// What the image names as its backing file, where it may be opened.
-fn below<S>(level: &Level<S>, options: &ChainOptions) -> Result<Option<Step>> {
+/// What comes below an image: what the caller says, else what the image names.
+fn below<S>(
+    level: &Level<S>,
+    options: &ChainOptions,
+    instead: Option<&Instead>,
+) -> Result<Option<Step>> {
+    let named = Instead::default();
+    let instead = instead.unwrap_or(&named);
     let Some(header) = &level.header else { return Ok(None) };
-    let Some(name) = &header.backing_name else { return Ok(None) };
-    let path = resolve(name.as_bytes(), &level.path)
-        .map_err(|error| error.context("Backing file name"))?;
-    let reference = Reference { role: Role::Backing, image: &level.path, path: &path };
-    options.backing.check(&reference)?;
-    let format = backing_format(header, options)?;
+    let path = match &instead.backing {
+        StandIn::At(path) => path.clone(),
+        StandIn::Named => match named_below(level, header, options)? {
+            Some(path) => path,
+            None => return Ok(None),
+        },
+        StandIn::Nothing => return Ok(None),
+    };
+    let format = match (instead.format, &instead.backing) {
+        (Some(format), _) => format,
+        // What the image says of one file says nothing of another.
+        (None, StandIn::At(_)) => unnamed_format(options)?,
+        (None, _) => backing_format(header, options)?,
+    };
     Ok(Some(Step { path, format, access: Access::ReadOnly }))
 }
 
+/// What the image names as its backing file, where it may be opened.
+fn named_below<S>(
+    level: &Level<S>,
+    header: &Header,
+    options: &ChainOptions,
+) -> Result<Option<PathBuf>> {
+    let Some(name) = &header.backing_name else { return Ok(None) };
+    let path = resolve(name.as_bytes(), &level.path)
+        .map_err(|error| error.context("Backing file name"))?;
+    options.backing.check(&Reference { role: Role::Backing, image: &level.path, path: &path })?;
+    Ok(Some(path))
+}
+
 fn backing_format(header: &Header, options: &ChainOptions) -> Result<FormatChoice> {
-    match (&header.extensions.backing_format, options.unnamed_format) {
-        (Some(name), _) => match name.as_str() {
-            Some(name) => name.parse().map(FormatChoice::Known),
-            None => Err(Error::unsupported(format!(
-                "Backing format {} is not known; raw and qcow2 are",
-                quoted(name.as_bytes())
-            ))),
-        },
-        (None, UnnamedFormat::Probe) => Ok(FormatChoice::Probe),
-        (None, UnnamedFormat::Refuse) => Err(Error::invalid(
+    let Some(name) = &header.extensions.backing_format else { return unnamed_format(options) };
+    match name.as_str() {
+        Some(name) => name.parse().map(FormatChoice::Known),
+        None => Err(Error::unsupported(format!(
+            "Backing format {} is not known; raw and qcow2 are",
+            quoted(name.as_bytes())
+        ))),
+    }
+}
+
+fn unnamed_format(options: &ChainOptions) -> Result<FormatChoice> {
+    match options.unnamed_format {
+        UnnamedFormat::Probe => Ok(FormatChoice::Probe),
+        UnnamedFormat::Refuse => Err(Error::invalid(
             "The image does not say of which format its backing file is, and guessing is not \
              allowed; ChainOptions::unnamed_format can allow it, and storing the format in the \
              image (qemu-img rebase -u -F) makes it unnecessary",
@@ -141,7 +181,16 @@ fn backing_format(header: &Header, options: &ChainOptions) -> Result<FormatChoic
 }
 
 /// Where the external data file of the image lies, if it has one and it may be opened.
-pub(super) fn data_path<S>(level: &Level<S>, options: &ChainOptions) -> Result<Option<PathBuf>> {
+///
+/// `given` is the file that the caller chose instead.
+pub(super) fn data_path<S>(
+    level: &Level<S>,
+    options: &ChainOptions,
+    given: Option<&PathBuf>,
+) -> Result<Option<PathBuf>> {
+    if given.is_some() && level.has_data_file() {
+        return Ok(given.cloned());
+    }
     let Some(path) = named_data_path(level)? else { return Ok(None) };
     let reference = Reference { role: Role::Data, image: &level.path, path: &path };
     options.data_file.check(&reference)?;
@@ -149,8 +198,7 @@ pub(super) fn data_path<S>(level: &Level<S>, options: &ChainOptions) -> Result<O
 }
 
 fn named_data_path<S>(level: &Level<S>) -> Result<Option<PathBuf>> {
-    let Some(header) = level.header.as_ref().filter(|header| header.has_external_data_file())
-    else {
+    let Some(header) = level.header.as_ref().filter(|_| level.has_data_file()) else {
         return Ok(None);
     };
     let Some(name) = &header.extensions.data_file_name else {

@@ -10,7 +10,6 @@ use std::sync::atomic::Ordering;
 
 use futures_util::{StreamExt, stream};
 
-use super::format::CompatibleFeatures;
 use super::image::{Image, METADATA};
 use super::meta::Meta;
 use super::need::Planned;
@@ -28,10 +27,8 @@ const WRITES_AT_ONCE: usize = 16;
 
 impl<S: Storage> Image<S> {
     pub(super) fn usual_refcounting(&self) -> Refcounting {
-        let lazy =
-            self.0.header.lock().features.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
         let crowded = self.0.meta.lock().refcounts.blocks.is_crowded();
-        if lazy && !crowded { Refcounting::Postponed } else { Refcounting::Written }
+        if self.0.lazy && !crowded { Refcounting::Postponed } else { Refcounting::Written }
     }
 
     /// Makes everything durable that was acknowledged before. Flushes that arrive while one runs

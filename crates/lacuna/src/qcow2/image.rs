@@ -70,6 +70,8 @@ pub(super) struct Inner<S> {
     pub(super) meta: Mutex<Meta>,
     pub(super) discard: DiscardPolicy,
     pub(super) detail: ExtentDetail,
+    /// Whether refcounts may be written late.
+    pub(super) lazy: bool,
     /// One write-back at a time.
     pub(super) turn: async_lock::Mutex<()>,
     /// How many flushes were asked for, and up to which one all is durable.
@@ -110,6 +112,7 @@ impl<S: Storage> Image<S> {
         meta: Meta,
         options: &OpenOptions,
     ) -> Self {
+        let lazy = super::open::is_lazy(&header, options);
         Self(Arc::new(Inner {
             storage: parts.storage,
             data: parts.data,
@@ -118,6 +121,7 @@ impl<S: Storage> Image<S> {
             meta: Mutex::new(meta),
             discard: options.discard,
             detail: options.detail,
+            lazy,
             turn: async_lock::Mutex::new(()),
             flushes_asked: AtomicU64::new(0),
             flushes_done: AtomicU64::new(0),

@@ -4,6 +4,7 @@ use super::bitmaps::Bitmaps;
 use super::check::{self, CheckOptions, Repair};
 use super::format::{
     AutoclearFeatures, CompatibleFeatures, Encryption, Header, IncompatibleFeatures, L1Entry,
+    Version,
 };
 use super::image::Image;
 use super::in_flight::InFlight;
@@ -40,9 +41,20 @@ impl<S: Storage> Image<S> {
         if writable {
             prepare_for_writing(&parts.storage, &mut header).await?;
         }
+        if options.lazy_refcounts == Some(true) && header.geometry.version() == Version::V2 {
+            return Err(Error::invalid(
+                "Lazy refcounts need version 3 of the format; the image is of version 2",
+            ));
+        }
         let meta = load_meta(&parts, &header, &options).await?;
         Ok(Self::from_parts(parts, header, meta, &options))
     }
+}
+
+/// Whether refcounts may be written late.
+pub(super) fn is_lazy(header: &Header, options: &OpenOptions) -> bool {
+    let by_header = header.features.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
+    options.lazy_refcounts.unwrap_or(by_header)
 }
 
 /// Reads and checks the header of the image in `storage`.
@@ -163,7 +175,7 @@ async fn load_meta<S: Storage>(
     };
     let follows_bitmaps = !bitmaps.is_empty();
     let place = if parts.data.is_some() { DataPlace::External } else { DataPlace::ImageFile };
-    let lazy = header.features.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
+    let lazy = is_lazy(header, options);
     Ok(Meta {
         decoder: Decoder { geometry, place },
         size_bytes: header.size_bytes / 512 * 512,

@@ -69,6 +69,7 @@ pub struct OpenOptions {
     pub(super) cache_bytes: u64,
     pub(super) discard: DiscardPolicy,
     pub(super) detail: ExtentDetail,
+    pub(super) lazy_refcounts: Option<bool>,
 }
 
 impl OpenOptions {
@@ -81,6 +82,7 @@ impl OpenOptions {
             cache_bytes: 32 << 20,
             discard: DiscardPolicy::default(),
             detail: ExtentDetail::default(),
+            lazy_refcounts: None,
         }
     }
 
@@ -107,6 +109,13 @@ impl OpenOptions {
     #[must_use]
     pub const fn extent_detail(self, detail: ExtentDetail) -> Self {
         Self { detail, ..self }
+    }
+
+    /// Chooses whether refcounts may be written late, which needs version 3; without a choice the
+    /// image says.
+    #[must_use]
+    pub const fn lazy_refcounts(self, lazy_refcounts: Option<bool>) -> Self {
+        Self { lazy_refcounts, ..self }
     }
 
     /// Chooses which freed host space is given back.

@@ -2,21 +2,22 @@
 
 use lacuna::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
-use lacuna::chain::Disk;
-use lacuna::storage::{FileStorage, Transfer};
+use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{Error, ErrorKind, Result};
+
+use crate::nodes::ToolDisk;
 
 /// Disks in a row.
 pub(super) struct Concat {
     /// Where each begins, and the disk.
-    parts: Vec<(u64, Disk<FileStorage>)>,
+    parts: Vec<(u64, ToolDisk)>,
     size_bytes: u64,
 }
 
 impl Concat {
     /// Puts the disks behind each other; nothing where the sum is no size any more.
-    pub(super) fn new(disks: impl Iterator<Item = Disk<FileStorage>>) -> Option<Self> {
+    pub(super) fn new(disks: impl Iterator<Item = ToolDisk>) -> Option<Self> {
         let mut parts = Vec::new();
         let mut size_bytes = 0u64;
         for disk in disks {
@@ -28,7 +29,7 @@ impl Concat {
     }
 
     /// Finds the disk that holds `offset`, where it begins and how many bytes it has from there.
-    fn part(&self, offset: u64) -> Result<(u64, &Disk<FileStorage>, u64)> {
+    fn part(&self, offset: u64) -> Result<(u64, &ToolDisk, u64)> {
         let found = self.parts.iter().rev().find(|(start, _)| *start <= offset);
         match found {
             Some((start, disk)) if offset - start < disk.size_bytes() => {

@@ -1,5 +1,6 @@
 //! An image as a JSON object, with the members of QEMU's in their order.
 
+use std::fs::Metadata;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -9,26 +10,33 @@ use lacuna::qcow2::format::{
     AutoclearFeatures, BitmapEntry, BitmapFlags, CompatibleFeatures, CompressionType, Encryption,
     EntryWidth, Header, IncompatibleFeatures, Snapshot, SnapshotTableDecoder, Version,
 };
-use lacuna::storage::{FileStorage, Storage};
+use lacuna::storage::Storage;
 use lacuna::units::HostOffset;
 use pollster::block_on;
 use serde_json::{Map, Value, json};
 
 use super::luks;
 use crate::error::{CliError, CliResult};
+use crate::nodes::AnyStorage;
+use crate::verbs::spec::tree::{DiskSpec, StorageSpec, Window};
 
 /// Largest part of an image that is read to describe it.
 const MOST_BYTES: u64 = 64 << 20;
 
-/// Describes one level of a chain.
-pub(super) fn node(level: &LevelInfo<FileStorage>) -> CliResult<Value> {
-    let file = level.path.display().to_string();
-    let on_disk = std::fs::metadata(&level.path)
-        .map_err(|error| CliError::new(format!("Could not stat '{file}': {error}")))?;
-    let actual = on_disk.blocks() * 512;
-    let len = block_on(level.storage.len())?;
+/// Describes one level of a chain; `spec` is what the command line says of it.
+pub(super) fn node(level: &LevelInfo<AnyStorage>, spec: Option<&DiskSpec>) -> CliResult<Value> {
+    let file = spec.map_or_else(|| level.path.display().to_string(), DiskSpec::shown);
+    let named = StorageSpec::file(&level.path);
+    let storage = spec.map_or(&named, |spec| &spec.file);
+    let whole = spec.is_none_or(|spec| spec.window == Window::default());
+    let len = if whole { Some(block_on(level.storage.len())?) } else { None };
+    let stands_alone = spec.and_then(|spec| spec.storage_name);
     let mut members = Map::new();
-    members.insert("children".into(), children(&file, len, actual));
+    let children = match stands_alone {
+        None => json!([{"name": "file", "info": storage_info(storage, len)?}]),
+        Some(_) => json!([]),
+    };
+    members.insert("children".into(), children);
     let header = level.header.as_ref();
     if let Some(format) = header.and_then(|header| header.extensions.backing_format.as_ref()) {
         members.insert("backing-filename-format".into(), text(format.as_bytes()));
@@ -44,8 +52,11 @@ pub(super) fn node(level: &LevelInfo<FileStorage>) -> CliResult<Value> {
     if let Some(header) = header {
         members.insert("cluster-size".into(), header.geometry.cluster_bytes().into());
     }
-    members.insert("format".into(), level.format.name().into());
-    members.insert("actual-size".into(), actual.into());
+    let format = stands_alone.unwrap_or_else(|| level.format.name());
+    members.insert("format".into(), format.into());
+    if let Some(actual) = actual_bytes(storage)? {
+        members.insert("actual-size".into(), actual.into());
+    }
     if let Some(header) = header {
         let data = specifics(header, &level.storage)?;
         members.insert("format-specific".into(), json!({"type": "qcow2", "data": data}));
@@ -55,20 +66,51 @@ pub(super) fn node(level: &LevelInfo<FileStorage>) -> CliResult<Value> {
     Ok(Value::Object(members))
 }
 
-/// The image file below the format.
-fn children(file: &str, len: u64, actual: u64) -> Value {
-    json!([{
-        "name": "file",
-        "info": {
+/// Returns what the file takes on the host, where there is a file.
+fn actual_bytes(storage: &StorageSpec) -> CliResult<Option<u64>> {
+    match storage {
+        StorageSpec::Disk(disk) => actual_bytes(&disk.file),
+        StorageSpec::File(file) => facts(&file.path).map(|facts| Some(facts.blocks() * 512)),
+        StorageSpec::Null(_) => Ok(Some(0)),
+    }
+}
+
+fn facts(path: &Path) -> CliResult<Metadata> {
+    std::fs::metadata(path)
+        .map_err(|error| CliError::new(format!("Could not stat '{}': {error}", path.display())))
+}
+
+/// Describes what plays the file below a format.
+///
+/// `len` is the number of bytes in it, where that is known.
+fn storage_info(storage: &StorageSpec, len: Option<u64>) -> CliResult<Value> {
+    Ok(match storage {
+        StorageSpec::Disk(disk) => json!({
+            "children": [{"name": "file", "info": storage_info(&disk.file, None)?}],
+            "filename": disk.shown(),
+            "format": disk.format.map(crate::format::Format::name),
+            "actual-size": actual_bytes(storage)?,
+        }),
+        StorageSpec::File(file) => {
+            let facts = facts(&file.path)?;
+            json!({
+                "children": [],
+                "virtual-size": len.unwrap_or(facts.len()).next_multiple_of(512),
+                "filename": file.path.to_string_lossy(),
+                "format": file.kind.name(),
+                "actual-size": facts.blocks() * 512,
+                "format-specific": {"type": file.kind.name(), "data": {}},
+                "dirty-flag": false,
+            })
+        }
+        StorageSpec::Null(empty) => json!({
             "children": [],
-            "virtual-size": len.next_multiple_of(512),
-            "filename": file,
-            "format": "file",
-            "actual-size": actual,
-            "format-specific": {"type": "file", "data": {}},
-            "dirty-flag": false,
-        },
-    }])
+            "virtual-size": empty.size_bytes(),
+            "filename": empty.shown(),
+            "format": empty.name,
+            "actual-size": 0,
+        }),
+    })
 }
 
 /// Names come from the image, in whatever bytes.
@@ -103,7 +145,7 @@ fn is_dirty(header: &Header) -> bool {
 }
 
 /// Describes what only qcow2 images have.
-pub(crate) fn specifics(header: &Header, storage: &FileStorage) -> CliResult<Value> {
+pub(crate) fn specifics(header: &Header, storage: &AnyStorage) -> CliResult<Value> {
     let is_new = header.geometry.version() == Version::V3;
     let compatible = header.features.compatible;
     let incompatible = header.features.incompatible;
@@ -140,7 +182,7 @@ pub(crate) fn specifics(header: &Header, storage: &FileStorage) -> CliResult<Val
     Ok(Value::Object(data))
 }
 
-fn encrypt(header: &Header, storage: &FileStorage) -> CliResult<Option<Value>> {
+fn encrypt(header: &Header, storage: &AnyStorage) -> CliResult<Option<Value>> {
     match (header.encryption, header.extensions.encryption_header) {
         (None, _) => Ok(None),
         (Some(Encryption::Luks), Some(place)) => {
@@ -154,7 +196,7 @@ fn encrypt(header: &Header, storage: &FileStorage) -> CliResult<Option<Value>> {
     }
 }
 
-fn read(storage: &FileStorage, offset: HostOffset, len: u64) -> CliResult<Buffer> {
+fn read(storage: &AnyStorage, offset: HostOffset, len: u64) -> CliResult<Buffer> {
     let too_long = || CliError::new(format!("A table of {len} bytes at {offset} is too long"));
     let len = usize::try_from(len.min(MOST_BYTES + 1)).map_err(|_| too_long())?;
     if len as u64 > MOST_BYTES {
@@ -165,7 +207,7 @@ fn read(storage: &FileStorage, offset: HostOffset, len: u64) -> CliResult<Buffer
     Ok(bytes)
 }
 
-fn snapshots(header: &Header, storage: &FileStorage) -> CliResult<Vec<Value>> {
+fn snapshots(header: &Header, storage: &AnyStorage) -> CliResult<Vec<Value>> {
     let mut decoder = SnapshotTableDecoder::new(header.snapshots);
     while let Some(wanted) = decoder.wanted() {
         let bytes = read(storage, wanted.start, wanted.len)?;
@@ -190,7 +232,7 @@ fn snapshot(snapshot: &Snapshot) -> Value {
     Value::Object(members)
 }
 
-fn bitmaps(header: &Header, storage: &FileStorage) -> CliResult<Vec<Value>> {
+fn bitmaps(header: &Header, storage: &AnyStorage) -> CliResult<Vec<Value>> {
     let Some(extension) = header.extensions.bitmaps else { return Ok(Vec::new()) };
     if !header.features.autoclear.contains(AutoclearFeatures::BITMAPS) {
         // Somebody wrote to the image without regard to them: they mean nothing.

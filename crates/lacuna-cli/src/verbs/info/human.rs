@@ -13,7 +13,7 @@ pub(super) fn node(node: &Value) -> String {
         "image: {file}\nfile format: {}\nvirtual size: {} ({size} bytes)\ndisk size: {}\n",
         word("format").unwrap_or_default(),
         short_size(size),
-        short_size(number(node, "actual-size")),
+        disk_size(node),
     );
     if is_set(node, "encrypted") {
         text += "encrypted: yes\n";
@@ -33,7 +33,7 @@ pub(super) fn node(node: &Value) -> String {
         text += "Format specific information:\n";
         dump(&mut text, data, 1);
     }
-    text + &child(node)
+    text + &children(node, "", 0)
 }
 
 /// Tames every text in a description: names in an image are its maker's.
@@ -66,16 +66,44 @@ fn backing(name: Option<&str>, full: Option<&str>) -> String {
     }
 }
 
-fn child(node: &Value) -> String {
-    let Some(info) = node.pointer("/children/0/info") else { return String::new() };
-    let len = number(info, "virtual-size");
+fn disk_size(node: &Value) -> String {
+    let size = node.get("actual-size").and_then(Value::as_u64);
+    size.map_or_else(|| "unavailable".to_owned(), short_size)
+}
+
+/// Prints what an image lies in, and what that lies in.
+fn children(node: &Value, path: &str, depth: usize) -> String {
+    let Some(list) = node.get("children").and_then(Value::as_array) else { return String::new() };
+    let mut text = String::new();
+    for item in list {
+        let path = format!("{path}/{}", item["name"].as_str().unwrap_or_default());
+        let indent = " ".repeat(4 * depth);
+        text += &format!("{indent}Child node '{path}':\n");
+        for line in child(&item["info"]).lines() {
+            text += &format!("{indent}    {line}\n");
+        }
+        text += &children(&item["info"], &path, depth + 1);
+    }
+    text
+}
+
+fn child(info: &Value) -> String {
+    let file = info["filename"].as_str().unwrap_or_default();
+    let format = info["format"].as_str().unwrap_or_default();
+    let (Some(len), true) = (info["virtual-size"].as_u64(), is_storage(info)) else {
+        return format!("image: {file}\nfile format: {format}\ndisk size: {}\n", disk_size(info));
+    };
     format!(
-        "Child node '/file':\n    filename: {}\n    protocol type: file\n    \
-         file length: {} ({len} bytes)\n    disk size: {}\n",
-        info["filename"].as_str().unwrap_or_default(),
+        "filename: {file}\nprotocol type: {format}\nfile length: {} ({len} bytes)\n\
+         disk size: {}\n",
         short_size(len),
-        short_size(number(info, "actual-size")),
+        disk_size(info),
     )
+}
+
+/// What stands on nothing is no image.
+fn is_storage(info: &Value) -> bool {
+    info["children"].as_array().is_none_or(Vec::is_empty)
 }
 
 fn snapshots(node: &Value) -> String {

@@ -7,17 +7,16 @@ mod describe;
 mod human;
 mod luks;
 
-use std::path::{Path, PathBuf};
-
-use lacuna::chain::{self, FileOpener, LevelInfo, Levels};
-use lacuna::storage::FileStorage;
+use lacuna::chain::{LevelInfo, Levels};
 use pollster::block_on;
 use serde_json::Value;
 
 use super::open::{self, Request};
+use super::spec::tree::BelowSpec;
 use super::{Example, Form, Task, Verb, common, form, one_image};
 use crate::args::{Flag, Parsed};
-use crate::error::CliResult;
+use crate::error::{CliError, CliResult};
+use crate::nodes::AnyStorage;
 use crate::output;
 use crate::persona::Tool;
 
@@ -73,24 +72,26 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 /// Describes the image and, if asked, those below it, in the shape of QEMU's JSON.
 fn described(tool: &Tool, request: &Request, levels: Levels) -> CliResult<Vec<Value>> {
     let spec = &request.image;
-    let mut found =
+    let found =
         inspected(tool, request, levels).map_err(|error| open::cannot_open(&spec.shown, error))?;
-    if let Some(top) = found.first_mut() {
-        // As the user wrote it, not as it was resolved.
-        top.path = PathBuf::from(&spec.file);
-    }
-    found.iter().map(describe::node).collect()
+    let described = found.iter().enumerate().map(|(level, info)| {
+        // The top one as the user wrote it, not as it was resolved.
+        describe::node(info, (level == 0).then_some(&spec.disk))
+    });
+    described.collect()
 }
 
 fn inspected(
     tool: &Tool,
     request: &Request,
     levels: Levels,
-) -> CliResult<Vec<LevelInfo<FileStorage>>> {
-    let file = &request.image.file;
-    let options = open::options(tool, request)?;
-    open::check_file(file)?;
-    let opener = FileOpener::new(open::file_options(request));
-    let found = block_on(chain::inspect(&opener, Path::new(file), &options, levels));
+) -> CliResult<Vec<LevelInfo<AnyStorage>>> {
+    if let BelowSpec::Changed(changed) = &request.image.disk.below {
+        // Nothing is opened here that an option for it could change.
+        let key = &changed.first_key;
+        let text = format!("Block format 'qcow2' does not support the option '{key}'");
+        return Err(CliError::new(text));
+    }
+    let found = block_on(open::opening(tool, request)?.inspect(levels));
     found.map_err(|error| open::reason(tool, &request.image, &error))
 }

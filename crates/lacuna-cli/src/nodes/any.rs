@@ -1,0 +1,156 @@
+//! One storage type for all that a command line can describe.
+
+use std::sync::Arc;
+
+use lacuna::Result;
+use lacuna::block::BoxFuture;
+use lacuna::buffer::{Buffer, Hold};
+use lacuna::storage::{Capabilities, FileStorage, HostExtent, Storage, Transfer, ZeroMode};
+use lacuna::units::{HostOffset, HostRange};
+
+/// A file, or something that plays one.
+pub(crate) enum AnyStorage {
+    File(FileStorage),
+    Other(Arc<dyn DynStorage>),
+}
+
+impl AnyStorage {
+    /// Wraps what is no plain file.
+    pub(super) fn other(storage: impl Storage) -> Self {
+        Self::Other(Arc::new(storage))
+    }
+}
+
+/// A [`Storage`] behind a pointer.
+pub(crate) trait DynStorage: Send + Sync {
+    fn read_boxed(&self, offset: HostOffset, buffer: Buffer) -> BoxFuture<'_, Transfer>;
+    fn write_boxed(&self, offset: HostOffset, buffer: Buffer) -> BoxFuture<'_, Transfer>;
+    fn zero_boxed(&self, range: HostRange, mode: ZeroMode, hold: Hold)
+    -> BoxFuture<'_, Result<()>>;
+    fn punch_boxed(&self, range: HostRange, hold: Hold) -> BoxFuture<'_, Result<()>>;
+    fn allocate_boxed(&self, range: HostRange) -> BoxFuture<'_, Result<()>>;
+    fn flush_boxed(&self) -> BoxFuture<'_, Result<()>>;
+    fn len_boxed(&self) -> BoxFuture<'_, Result<u64>>;
+    fn set_len_boxed(&self, len: u64) -> BoxFuture<'_, Result<()>>;
+    fn status_boxed(&self, range: HostRange) -> BoxFuture<'_, Result<HostExtent>>;
+    fn abilities(&self) -> Capabilities;
+}
+
+impl<S: Storage> DynStorage for S {
+    fn read_boxed(&self, offset: HostOffset, buffer: Buffer) -> BoxFuture<'_, Transfer> {
+        Box::pin(self.read_at(offset, buffer))
+    }
+
+    fn write_boxed(&self, offset: HostOffset, buffer: Buffer) -> BoxFuture<'_, Transfer> {
+        Box::pin(self.write_at(offset, buffer))
+    }
+
+    fn zero_boxed(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        hold: Hold,
+    ) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.write_zeroes_at(range, mode, hold))
+    }
+
+    fn punch_boxed(&self, range: HostRange, hold: Hold) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.punch_hole_at(range, hold))
+    }
+
+    fn allocate_boxed(&self, range: HostRange) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.allocate_at(range))
+    }
+
+    fn flush_boxed(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.flush())
+    }
+
+    fn len_boxed(&self) -> BoxFuture<'_, Result<u64>> {
+        Box::pin(self.len())
+    }
+
+    fn set_len_boxed(&self, len: u64) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.set_len(len))
+    }
+
+    fn status_boxed(&self, range: HostRange) -> BoxFuture<'_, Result<HostExtent>> {
+        Box::pin(self.status_at(range))
+    }
+
+    fn abilities(&self) -> Capabilities {
+        self.capabilities()
+    }
+}
+
+impl Storage for AnyStorage {
+    async fn read_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        match self {
+            Self::File(file) => file.read_at(offset, buffer).await,
+            Self::Other(other) => other.read_boxed(offset, buffer).await,
+        }
+    }
+
+    async fn write_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        match self {
+            Self::File(file) => file.write_at(offset, buffer).await,
+            Self::Other(other) => other.write_boxed(offset, buffer).await,
+        }
+    }
+
+    async fn write_zeroes_at(&self, range: HostRange, mode: ZeroMode, hold: Hold) -> Result<()> {
+        match self {
+            Self::File(file) => file.write_zeroes_at(range, mode, hold).await,
+            Self::Other(other) => other.zero_boxed(range, mode, hold).await,
+        }
+    }
+
+    async fn punch_hole_at(&self, range: HostRange, hold: Hold) -> Result<()> {
+        match self {
+            Self::File(file) => file.punch_hole_at(range, hold).await,
+            Self::Other(other) => other.punch_boxed(range, hold).await,
+        }
+    }
+
+    async fn allocate_at(&self, range: HostRange) -> Result<()> {
+        match self {
+            Self::File(file) => file.allocate_at(range).await,
+            Self::Other(other) => other.allocate_boxed(range).await,
+        }
+    }
+
+    async fn flush(&self) -> Result<()> {
+        match self {
+            Self::File(file) => file.flush().await,
+            Self::Other(other) => other.flush_boxed().await,
+        }
+    }
+
+    async fn len(&self) -> Result<u64> {
+        match self {
+            Self::File(file) => file.len().await,
+            Self::Other(other) => other.len_boxed().await,
+        }
+    }
+
+    async fn set_len(&self, len: u64) -> Result<()> {
+        match self {
+            Self::File(file) => file.set_len(len).await,
+            Self::Other(other) => other.set_len_boxed(len).await,
+        }
+    }
+
+    async fn status_at(&self, range: HostRange) -> Result<HostExtent> {
+        match self {
+            Self::File(file) => file.status_at(range).await,
+            Self::Other(other) => other.status_boxed(range).await,
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        match self {
+            Self::File(file) => file.capabilities(),
+            Self::Other(other) => other.abilities(),
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! An opened disk with what is known of the images it stands on.
+
+use lacuna::chain::{Chain, LevelFacts, Map};
+use lacuna::units::GuestRange;
+
+use super::any::AnyStorage;
+use super::disk::ToolDisk;
+
+/// A disk and its backing chain.
+pub(crate) struct FileChain {
+    chain: Chain<AnyStorage>,
+    disk: ToolDisk,
+}
+
+impl FileChain {
+    pub(super) const fn new(chain: Chain<AnyStorage>, disk: ToolDisk) -> Self {
+        Self { chain, disk }
+    }
+
+    /// Returns the disk as the guest sees it.
+    pub(crate) const fn disk(&self) -> &ToolDisk {
+        &self.disk
+    }
+
+    /// Gives up what is known of the levels.
+    pub(crate) fn into_disk(self) -> ToolDisk {
+        self.disk
+    }
+
+    /// Returns the levels, top first.
+    pub(crate) fn levels(&self) -> &[LevelFacts] {
+        self.chain.levels()
+    }
+
+    /// Goes through `range` from its start.
+    pub(crate) const fn map(&self, range: GuestRange) -> Map<'_, AnyStorage> {
+        self.chain.map(range)
+    }
+}

@@ -1,0 +1,113 @@
+//! A disk as the command line sees it: that of the library, with what options put on top.
+
+use std::sync::Arc;
+
+use lacuna::Result;
+use lacuna::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use lacuna::buffer::Buffer;
+use lacuna::chain::{Disk, Format};
+use lacuna::job::Target;
+use lacuna::qcow2::Image;
+use lacuna::storage::Transfer;
+use lacuna::units::{GuestOffset, GuestRange};
+
+use super::any::AnyStorage;
+
+/// An opened disk. Clones are the same disk.
+#[derive(Clone)]
+pub(crate) struct ToolDisk {
+    disk: Disk<AnyStorage>,
+    /// Disks that play storages somewhere below, innermost last.
+    nested: Arc<[Disk<AnyStorage>]>,
+    /// What a discard does.
+    discards: Discards,
+}
+
+/// Whether a discard reaches the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Discards {
+    /// It is taken and forgotten.
+    Ignored,
+    Passed,
+}
+
+impl ToolDisk {
+    pub(super) fn new(
+        disk: Disk<AnyStorage>,
+        nested: Vec<Disk<AnyStorage>>,
+        discards: Discards,
+    ) -> Self {
+        Self { disk, nested: nested.into(), discards }
+    }
+
+    /// Returns the format.
+    pub(crate) const fn format(&self) -> Format {
+        self.disk.format()
+    }
+
+    /// Returns the image where this is one of qcow2.
+    pub(crate) const fn as_qcow2(&self) -> Option<&Image<AnyStorage>> {
+        self.disk.as_qcow2()
+    }
+
+    /// Returns the storage of the image file.
+    pub(crate) fn storage(&self) -> &AnyStorage {
+        self.disk.storage()
+    }
+
+    /// Makes everything durable and leaves all images as they should be left, from the top down.
+    pub(crate) async fn close(self) -> Result<()> {
+        self.disk.close().await?;
+        for disk in self.nested.iter().rev() {
+            disk.clone().close().await?;
+        }
+        Ok(())
+    }
+}
+
+impl Layer for ToolDisk {
+    fn size_bytes(&self) -> u64 {
+        self.disk.size_bytes()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.disk.is_read_only()
+    }
+
+    async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        self.disk.read(offset, buffer).await
+    }
+
+    async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
+        self.disk.write(offset, buffer, flags).await
+    }
+
+    async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+        self.disk.write_zeroes(range, flags).await
+    }
+
+    async fn discard(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
+        match self.discards {
+            Discards::Ignored => Ok(()),
+            Discards::Passed => self.disk.discard(range, mode).await,
+        }
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.disk.flush().await
+    }
+
+    async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
+        self.disk.extents(range).await
+    }
+}
+
+impl Target for ToolDisk {
+    fn compressed_unit_bytes(&self) -> Option<u64> {
+        self.disk.compressed_unit_bytes()
+    }
+
+    async fn write_compressed(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        self.disk.write_compressed(offset, buffer).await
+    }
+}

@@ -1,0 +1,17 @@
+//! What a described disk is made of, opened: storages that play a file, and the disk on top.
+//!
+//! * A plain file is never wrapped: its calls cost one branch more than in the library.
+//! * Each wrapper has one behaviour.
+
+mod any;
+mod chain;
+mod disk;
+mod nested;
+mod null;
+mod opener;
+mod window;
+
+pub(crate) use any::AnyStorage;
+pub(crate) use chain::FileChain;
+pub(crate) use disk::ToolDisk;
+pub(crate) use opener::{Base, Opening};
