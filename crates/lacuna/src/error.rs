@@ -1,7 +1,9 @@
 //! The one error type: what we were doing, to what and where, and what would have been right.
 
+use std::any::Any;
 use std::error::Error as StdError;
 use std::fmt;
+use std::sync::Arc;
 
 /// Shorthand for a result with the engine's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -43,13 +45,15 @@ struct Inner {
     kind: ErrorKind,
     message: String,
     source: Option<std::io::Error>,
+    /// Facts for whoever knows their type.
+    detail: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Error {
     /// Makes an error of `kind` whose text is `message`: sentence case, no full stop.
     #[must_use]
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner { kind, message: message.into(), source: None }))
+        Self(Box::new(Inner { kind, message: message.into(), source: None, detail: None }))
     }
 
     /// Makes an [`ErrorKind::Corrupt`] error.
@@ -82,7 +86,7 @@ impl Error {
             std::io::ErrorKind::Unsupported => ErrorKind::Unsupported,
             _ => ErrorKind::Io,
         };
-        Self(Box::new(Inner { kind, message: doing.into(), source: Some(source) }))
+        Self(Box::new(Inner { kind, message: doing.into(), source: Some(source), detail: None }))
     }
 
     /// Returns the class of the failure.
@@ -103,6 +107,17 @@ impl Error {
         &self.0.message
     }
 
+    /// Adds facts that go with the error wherever it goes.
+    pub(crate) fn with_detail(mut self, detail: impl Any + Send + Sync) -> Self {
+        self.0.detail = Some(Arc::new(detail));
+        self
+    }
+
+    /// Returns the facts, where they are of this type.
+    pub(crate) fn detail<T: Any>(&self) -> Option<&T> {
+        self.0.detail.as_ref().and_then(|detail| detail.downcast_ref())
+    }
+
     /// Puts what a caller was doing in front of the text; kind and source stay.
     #[must_use]
     pub fn context(mut self, doing: impl fmt::Display) -> Self {
@@ -117,7 +132,8 @@ impl Clone for Error {
             Some(code) => std::io::Error::from_raw_os_error(code),
             None => std::io::Error::new(source.kind(), source.to_string()),
         });
-        Self(Box::new(Inner { kind: self.0.kind, message: self.0.message.clone(), source }))
+        let (message, detail) = (self.0.message.clone(), self.0.detail.clone());
+        Self(Box::new(Inner { kind: self.0.kind, message, source, detail }))
     }
 }
 

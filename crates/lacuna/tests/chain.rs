@@ -10,7 +10,7 @@ use lacuna::chain::{
     MAX_LEVELS, MemoryOpener, Opener, Role, StandIn, UnnamedFormat,
 };
 use lacuna::qcow2::Access;
-use lacuna::storage::MemoryStorage;
+use lacuna::storage::{Claim, MemoryStorage};
 use lacuna::units::GuestOffset;
 use lacuna::{Error, ErrorKind, Result};
 use pollster::block_on;
@@ -47,6 +47,10 @@ impl Opener for Recorder {
     async fn open(&self, path: &Path, access: Access) -> Result<Self::Storage> {
         self.opened.lock().unwrap().push((path.to_owned(), access));
         self.files.open(path, access).await
+    }
+
+    async fn claim(&self, storage: &Self::Storage, claim: Claim) -> Result<()> {
+        self.files.claim(storage, claim).await
     }
 
     async fn identify(&self, path: &Path) -> Result<Identity> {

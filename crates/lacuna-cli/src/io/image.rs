@@ -1,9 +1,9 @@
 //! Commands about the image as a whole: open, close, reopen, truncate, length, info.
 
-use lacuna::chain::UnnamedFormat;
+use lacuna::chain::{Sharing, UnnamedFormat};
 use lacuna::qcow2::format::Header;
 use lacuna::qcow2::{Access, Shrink};
-use lacuna::storage::{CacheMode, Storage};
+use lacuna::storage::{CacheMode, LockConflict, Permissions, Storage};
 use pollster::block_on;
 use serde_json::Value;
 
@@ -12,17 +12,20 @@ use super::session::Session;
 use super::transfer::number;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult, sentence};
+use crate::nodes::AnyStorage;
 use crate::options::{self, Asked};
 use crate::output::io_size;
-use crate::verbs::open::{cache_mode, unnamed};
+use crate::persona::Tool;
+use crate::verbs::open::{cache_mode, sharing, unnamed};
 use crate::verbs::spec::ImageSpec;
-use crate::verbs::{dump, specifics};
+use crate::verbs::{busy, dump, specifics};
 
 /// How an image is to be opened.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct OpenFlags {
     pub(super) access: Access,
     pub(super) cache: CacheMode,
+    pub(super) sharing: Sharing,
     /// Whether writes go to a file of their own that is gone when the image is closed.
     pub(super) snapshot: bool,
     pub(super) unnamed: UnnamedFormat,
@@ -44,7 +47,7 @@ impl OpenFlags {
         };
         let access = super::access(parsed.has("read-only"));
         let (snapshot, unnamed) = (parsed.has("snapshot"), unnamed(parsed));
-        Ok(Self { access, cache, snapshot, unnamed })
+        Ok(Self { access, cache, sharing: sharing(parsed), snapshot, unnamed })
     }
 }
 
@@ -143,7 +146,7 @@ pub(super) fn truncate(session: &mut Session<'_>, command: &Command, words: &[St
         }
         Some(image) => block_on(image.resize(size, Shrink::Allow)).map_err(CliError::from),
         None => {
-            let cut = block_on(disk.storage().set_len(size)).map_err(CliError::from);
+            let cut = cut(session.tool(), disk.storage(), size);
             drop(disk);
             // A raw disk learns its size when it is opened.
             cut.and_then(|()| session.close()).and_then(|request| match request {
@@ -156,6 +159,16 @@ pub(super) fn truncate(session: &mut Session<'_>, command: &Command, words: &[St
         Ok(()) => Ok(()),
         Err(error) => session.report(error.text()),
     }
+}
+
+/// Changes the length of a raw disk, if nobody minds.
+fn cut(tool: &Tool, storage: &AnyStorage, size: u64) -> CliResult<()> {
+    let claimed = storage.hold_more(Permissions::RESIZE);
+    claimed.map_err(|error| match LockConflict::of(&error) {
+        Some(conflict) => busy::refusal(tool, conflict, Access::ReadWrite),
+        None => error.into(),
+    })?;
+    Ok(block_on(storage.set_len(size))?)
 }
 
 pub(super) fn length(session: &mut Session<'_>, _: &Command, _: &[String]) -> Done {

@@ -43,6 +43,11 @@ impl<'t> Session<'t> {
         Self { tool, opened: None, in_flight: FuturesOrdered::new(), is_over: false, broken: None }
     }
 
+    /// Returns the name the program goes by.
+    pub(super) const fn tool(&self) -> &'t Tool {
+        self.tool
+    }
+
     /// Says whether `quit` was given.
     pub(super) const fn is_over(&self) -> bool {
         self.is_over
@@ -163,7 +168,7 @@ impl<'t> Session<'t> {
     /// Opens an image where none is open.
     pub(super) fn open(&mut self, image: ImageSpec, flags: &OpenFlags) -> CliResult<()> {
         let (access, cache, unnamed) = (flags.access, flags.cache, flags.unnamed);
-        let request = Request { image, access, cache, unnamed };
+        let request = Request { image, access, cache, sharing: flags.sharing, unnamed };
         if !flags.snapshot {
             return self.open_request(request);
         }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use lacuna::Result;
 use lacuna::block::BoxFuture;
 use lacuna::buffer::{Buffer, Hold};
-use lacuna::storage::{Capabilities, FileStorage, HostExtent, Storage, Transfer, ZeroMode};
+use lacuna::storage::{
+    Capabilities, Claim, FileStorage, HostExtent, Permissions, Storage, Transfer, ZeroMode,
+};
 use lacuna::units::{HostOffset, HostRange};
 
 /// A file, or something that plays one.
@@ -15,6 +17,22 @@ pub(crate) enum AnyStorage {
 }
 
 impl AnyStorage {
+    /// Keeps other programs out as `claim` says; nothing where there is no file to be locked.
+    pub(crate) fn claim(&self, claim: Claim) -> Result<()> {
+        match self {
+            Self::File(file) => file.claim(claim),
+            Self::Other(_) => Ok(()),
+        }
+    }
+
+    /// Adds to what is held of a file.
+    pub(crate) fn hold_more(&self, more: Permissions) -> Result<()> {
+        match self {
+            Self::File(file) => file.claim(file.claimed().holding(more)),
+            Self::Other(_) => Ok(()),
+        }
+    }
+
     /// Wraps what is no plain file.
     pub(super) fn other(storage: impl Storage) -> Self {
         Self::Other(Arc::new(storage))

@@ -15,7 +15,7 @@ use lacuna::chain::{
     Opener, StandIn,
 };
 use lacuna::qcow2::{Access, DiscardPolicy, OpenOptions};
-use lacuna::storage::{CacheMode, FileAccess, FileOptions, FileStorage};
+use lacuna::storage::{CacheMode, Claim, FileAccess, FileOptions, FileStorage, Locking};
 
 use super::any::AnyStorage;
 use super::chain::FileChain;
@@ -24,6 +24,7 @@ use super::nested::Nested;
 use super::null::Null;
 use super::window::Window;
 use crate::format::Format;
+use crate::verbs::spec::runtime::Locking as Locked;
 use crate::verbs::spec::tree::{
     BelowSpec, DiskSpec, FileKind, FileSpec, StorageSpec, Window as Part,
 };
@@ -210,7 +211,15 @@ impl SpecOpener {
             (Access::ReadWrite, _) => FileAccess::ReadWrite,
         };
         let cache = cache(file.common.direct, self.base.files.cache);
-        let options = FileOptions { access, cache, ..self.base.files };
+        // Claimed when its format is known.
+        let claim = Some(Claim::NONE);
+        let locking = match file.common.locking {
+            None => self.base.files.locking,
+            Some(Locked::Auto) => Locking::Auto,
+            Some(Locked::Off) => Locking::Off,
+            Some(Locked::On) => Locking::On,
+        };
+        let options = FileOptions { access, cache, claim, locking, ..self.base.files };
         FileStorage::open(&file.path, &options).map(AnyStorage::File)
     }
 }
@@ -224,11 +233,19 @@ impl Opener for SpecOpener {
                 let storage = self.open_spec(spec, access).await?;
                 match *part == Part::default() {
                     true => Ok(storage),
-                    false => Ok(AnyStorage::other(Window::open(storage, *part).await?)),
+                    false => {
+                        let sharing = self.base.chain.sharing;
+                        storage.claim(sharing.image_claim(chain::Format::Raw, access))?;
+                        Ok(AnyStorage::other(Window::open(storage, *part).await?))
+                    }
                 }
             }
             None => FileOpener::new(self.base.files).open(path, access).await.map(AnyStorage::File),
         }
+    }
+
+    async fn claim(&self, storage: &AnyStorage, claim: Claim) -> Result<()> {
+        storage.claim(claim)
     }
 
     async fn identify(&self, path: &Path) -> Result<Identity> {

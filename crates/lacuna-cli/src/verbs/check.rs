@@ -8,9 +8,11 @@ use lacuna::qcow2::Access;
 use lacuna::qcow2::check::{
     self as engine, CheckOptions, CheckReport, Finding, FindingKind, Repair,
 };
+use lacuna::storage::LockConflict;
 use pollster::block_on;
 use serde_json::{Map, Value};
 
+use super::busy;
 use super::open::{self, Request};
 use super::progress::Meter;
 use super::{Example, ExitCode, Form, Task, Verb, common, form, one_image};
@@ -65,15 +67,13 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let name = one_image(parsed)?;
     let cache = open::source_cache(parsed, "cache")?;
     let request = Request { cache, ..Request::reading(name, parsed, "format")? };
-    if repair != Repair::None && parsed.has("force-share") {
-        let text = "force-share=on can only be used with read-only images";
-        return Err(open::cannot_open(name, CliError::new(text)));
-    }
-    let storage = opened(tool, &request, repair)?;
+    let request = Request { access: access(repair), ..request };
+    let storage = opened(tool, &request)?;
     let format = match request.image.format().map_err(|error| open::cannot_open(name, error))? {
         Some(format) => format,
         None => open::of_chain(block_on(probe(&storage))?),
     };
+    claim(tool, &storage, format, &request).map_err(|error| open::cannot_open(name, error))?;
     if format == Format::Raw {
         let text = "This image format does not support checks";
         return Err(CliError::new(text).with_code(NOT_CHECKABLE));
@@ -98,17 +98,28 @@ fn repair(parsed: &Parsed) -> CliResult<Repair> {
 }
 
 /// Opens the image file alone: backing and data files are nobody's business here.
-fn opened(tool: &Tool, request: &Request, repair: Repair) -> CliResult<AnyStorage> {
-    let access = match repair {
-        Repair::None => Access::ReadOnly,
-        _ => Access::ReadWrite,
-    };
-    let request = Request { access, ..request.clone() };
-    let opened = open::opening(tool, &request).and_then(|opening| {
+fn opened(tool: &Tool, request: &Request) -> CliResult<AnyStorage> {
+    let opened = open::opening(tool, request).and_then(|opening| {
         let opened = block_on(opening.storage());
         opened.map_err(|error| open::reason(tool, &request.image, &error))
     });
     opened.map_err(|error| open::cannot_open(&request.image.shown, error))
+}
+
+/// Keeps others out as the format needs it.
+fn claim(tool: &Tool, storage: &AnyStorage, format: Format, request: &Request) -> CliResult<()> {
+    let claim = request.sharing().image_claim(open::of_library(format), request.access);
+    storage.claim(claim).map_err(|error| match LockConflict::of(&error) {
+        Some(conflict) => busy::refusal(tool, conflict, request.access),
+        None => CliError::from(error),
+    })
+}
+
+fn access(repair: Repair) -> Access {
+    match repair {
+        Repair::None => Access::ReadOnly,
+        _ => Access::ReadWrite,
+    }
 }
 
 fn checked(storage: &AnyStorage, repair: Repair, mut meter: Meter) -> lacuna::Result<CheckReport> {

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use lacuna::ErrorKind;
 use lacuna::block::{Layer, Preallocation};
-use lacuna::chain::UnnamedFormat;
+use lacuna::chain::{Sharing, UnnamedFormat};
 use lacuna::qcow2::format::{CompressionType, EntryWidth, Version};
 use lacuna::qcow2::{self, Access, BackingName, CreateOptions, DataFileName};
 use lacuna::raw::Raw;
-use lacuna::storage::{CacheMode, FileOptions, FileStorage};
+use lacuna::storage::{CacheMode, Claim, FileOptions, FileStorage, LockConflict, Locking};
 use pollster::block_on;
 
+use super::busy;
 use super::open::{self, Request};
 use super::spec::ImageSpec;
 use super::{Example, Task, Verb, common};
@@ -117,6 +118,7 @@ pub(super) fn list_options(format: Format) -> CliResult<u8> {
 
 /// What is to be made, checked as far as that is possible without making it.
 pub(super) struct Plan {
+    tool: Tool,
     file: PathBuf,
     shown: String,
     format: Format,
@@ -153,13 +155,13 @@ impl Plan {
         if values.text("size").is_none() {
             return Err(CliError::new("Image creation needs a size parameter"));
         }
-        Ok(Self::checked(format, values, file))
+        Ok(Self::checked(tool, format, values, file))
     }
 
     /// Takes values that are complete: with a size, and a format for the backing file.
-    pub(super) fn checked(format: Format, values: Values, file: &str) -> Self {
+    pub(super) fn checked(tool: &Tool, format: Format, values: Values, file: &str) -> Self {
         let path = file.strip_prefix("file:").unwrap_or(file);
-        Self { file: path.into(), shown: file.to_owned(), format, values }
+        Self { tool: tool.clone(), file: path.into(), shown: file.to_owned(), format, values }
     }
 
     fn carry_out(&self, quiet: bool) -> CliResult<()> {
@@ -266,8 +268,13 @@ impl Plan {
         }
     }
 
+    /// Makes or empties a file, unless somebody else uses it.
     fn replace(&self, path: &Path) -> CliResult<FileStorage> {
-        FileStorage::open(path, &FileOptions::replace()).map_err(|error| {
+        let options = FileOptions { claim: Some(Claim::MAKING), ..FileOptions::replace() };
+        FileStorage::open(path, &options).map_err(|error| {
+            if let Some(conflict) = LockConflict::of(&error) {
+                return busy::refusal(&self.tool, conflict, Access::ReadWrite);
+            }
             let why = match error.raw_os_error() {
                 Some(code) => host_words(code),
                 None => sentence(&error),
@@ -354,7 +361,7 @@ fn backing_size(tool: &Tool, file: &str, values: &Values) -> CliResult<Option<u6
     let spec = ImageSpec::from_name(&path, values.text("backing_fmt"))?;
     let (access, cache) = (Access::ReadOnly, CacheMode::Buffered);
     let unnamed = UnnamedFormat::Refuse;
-    let request = Request { image: spec, access, cache, unnamed };
+    let request = Request { image: spec, access, cache, sharing: Sharing::All, unnamed };
     let chain = open::open_bare(tool, &request).map_err(|error| {
         CliError::new(format!("{}\nCould not open backing image.", error.text()))
             .with_hint("-u makes the image without looking at the backing file; give a size then")
@@ -381,7 +388,8 @@ fn no_backing_format(file: &str, values: &Values, unsafely: bool) -> CliError {
 
 /// Says what the content of a file looks like.
 pub(super) fn probed(path: &Path) -> Option<Format> {
-    let storage = FileStorage::open(path, &FileOptions::read_only()).ok()?;
+    let options = FileOptions { locking: Locking::Off, ..FileOptions::read_only() };
+    let storage = FileStorage::open(path, &options).ok()?;
     let format = block_on(lacuna::chain::probe(&storage)).ok()?;
     Some(open::of_chain(format))
 }

@@ -3,6 +3,7 @@
 //! A new verb is a module with a [`Verb`] and a line in [`VERBS`].
 
 mod about;
+pub(crate) mod busy;
 mod check;
 mod compare;
 mod completions;

@@ -7,12 +7,13 @@
 
 use std::path::Path;
 
-use lacuna::chain::{self, Allow, ChainOptions, FormatChoice, UnnamedFormat};
+use lacuna::chain::{self, Allow, ChainOptions, FormatChoice, Levels, Sharing, UnnamedFormat};
 use lacuna::qcow2::{Access, ExtentDetail};
-use lacuna::storage::{CacheMode, FileOptions};
+use lacuna::storage::{CacheMode, FileOptions, LockConflict};
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
 
+use super::busy;
 use super::spec::ImageSpec;
 use super::spec::tree::{BelowSpec, FileKind, FileSpec};
 use crate::args::Parsed;
@@ -30,6 +31,8 @@ pub(crate) struct Request {
     pub(crate) image: ImageSpec,
     pub(crate) access: Access,
     pub(crate) cache: CacheMode,
+    /// What others may do with it meanwhile.
+    pub(crate) sharing: Sharing,
     /// Whether the user allows to guess the format of a backing file that the image leaves out.
     pub(crate) unnamed: UnnamedFormat,
 }
@@ -48,14 +51,42 @@ impl Request {
             false => ImageSpec::from_name(name, format),
         };
         let image = image.map_err(|error| cannot_open(name, error))?;
-        let cache = CacheMode::Buffered;
-        Ok(Self { image, access: Access::ReadOnly, cache, unnamed: unnamed(parsed) })
+        let (cache, sharing) = (CacheMode::Buffered, sharing(parsed));
+        Ok(Self { image, access: Access::ReadOnly, cache, sharing, unnamed: unnamed(parsed) })
+    }
+}
+
+impl Request {
+    /// Returns what others may do meanwhile: what was asked for, unless the image's options say
+    /// that they may do anything.
+    pub(crate) fn sharing(&self) -> Sharing {
+        let spec = &self.image.disk;
+        let of_file = spec.file.files().and_then(|file| file.common.force_share);
+        match [spec.common.force_share, of_file].contains(&Some(true)) {
+            true => Sharing::All,
+            false => self.sharing,
+        }
+    }
+
+    /// Refuses to share with everybody what is to be written.
+    fn check_sharing(&self) -> CliResult<()> {
+        let is_written =
+            self.access == Access::ReadWrite && self.image.disk.common.read_only != Some(true);
+        match self.sharing() == Sharing::All && is_written {
+            true => Err(CliError::new("force-share=on can only be used with read-only images")),
+            false => Ok(()),
+        }
     }
 }
 
 /// Reads `--probe-backing`.
 pub(crate) fn unnamed(parsed: &Parsed) -> UnnamedFormat {
     if parsed.has("probe-backing") { UnnamedFormat::Probe } else { UnnamedFormat::Refuse }
+}
+
+/// Reads `-U`.
+pub(crate) fn sharing(parsed: &Parsed) -> Sharing {
+    if parsed.has("force-share") { Sharing::All } else { Sharing::Format }
 }
 
 /// Opens an image with its backing chain.
@@ -78,12 +109,34 @@ pub(crate) fn open_bare(tool: &Tool, request: &Request) -> CliResult<FileChain> 
 fn open_in_detail(tool: &Tool, request: &Request, detail: ExtentDetail) -> CliResult<FileChain> {
     let spec = &request.image;
     let opened = block_on(opening_in_detail(tool, request, detail)?.open());
-    let chain = opened.map_err(|error| reason(tool, spec, &error))?;
+    let chain = opened.map_err(|error| match LockConflict::of(&error) {
+        Some(conflict) => busy_in_chain(tool, conflict, request),
+        None => reason(tool, spec, &error),
+    })?;
     if let Some(image) = chain.disk().as_qcow2() {
         spec.disk.runtime.check(&image.header())?;
     }
     check_below(spec, &chain)?;
     Ok(chain)
+}
+
+/// Says that a file of the chain cannot be had.
+fn busy_in_chain(tool: &Tool, conflict: &LockConflict, request: &Request) -> CliError {
+    let refusal = busy::refusal(tool, conflict, request.access);
+    match tool.is_own() {
+        true => refusal,
+        // One for each step down, as QEMU's programs go.
+        false => (0..depth(tool, conflict.path(), request).unwrap_or(0))
+            .fold(refusal, |refusal, _| refusal.under("Could not open backing file")),
+    }
+}
+
+/// Says how far below the top image a file of the chain is; nothing for data files.
+fn depth(tool: &Tool, file: &Path, request: &Request) -> Option<usize> {
+    let (access, sharing) = (Access::ReadOnly, Sharing::All);
+    let request = Request { access, sharing, ..request.clone() };
+    let levels = block_on(opening(tool, &request).ok()?.inspect(Levels::All)).ok()?;
+    levels.iter().position(|level| level.path == file)
 }
 
 /// Prepares to open what `request` is about, after a look at the files that it describes.
@@ -93,6 +146,7 @@ pub(crate) fn opening(tool: &Tool, request: &Request) -> CliResult<Opening> {
 
 fn opening_in_detail(tool: &Tool, request: &Request, detail: ExtentDetail) -> CliResult<Opening> {
     let spec = &request.image;
+    request.check_sharing()?;
     let mut chain = options(tool, request)?;
     chain.image = chain.image.extent_detail(detail);
     let base = Base { files: file_options(request), chain };
@@ -124,6 +178,7 @@ pub(crate) fn options(tool: &Tool, request: &Request) -> CliResult<ChainOptions>
     let mut options = ChainOptions::new(choice, request.access);
     options.backing = Allow::Named;
     options.data_file = Allow::Named;
+    options.sharing = request.sharing();
     options.image = options.image.placement(tool.placement());
     options.unnamed_format = match tool.persona {
         Persona::Lacuna => request.unnamed,
@@ -205,7 +260,6 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
     let text = if tool.is_own() { output::tame(&text) } else { text };
     let failure = CliError::new(text).with_class(error.kind());
     match error.kind() {
-        ErrorKind::Busy => failure.with_hint("-U opens it for reading all the same"),
         // No repair can know the right name.
         ErrorKind::Corrupt if is_about_a_name(error) => {
             failure.with_hint("`lacuna info IMAGE` shows which file the image names")

@@ -59,6 +59,11 @@ impl Sandbox {
         self.folder.path().join("work").join(name)
     }
 
+    /// Returns the path of one of the programs.
+    pub(crate) fn program(&self, name: &str) -> PathBuf {
+        self.folder.path().join("bin").join(name)
+    }
+
     /// Returns the content of a file in the folder.
     pub(crate) fn bytes(&self, name: &str) -> Vec<u8> {
         std::fs::read(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))

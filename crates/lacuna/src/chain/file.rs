@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::opener::{Identity, Opener};
 use crate::qcow2::Access;
-use crate::storage::{Create, FileAccess, FileOptions, FileStorage};
+use crate::storage::{Claim, Create, FileAccess, FileOptions, FileStorage};
 use crate::{Error, Result};
 
 /// Opens local files and block devices.
@@ -22,8 +22,8 @@ pub struct FileOpener {
 }
 
 impl FileOpener {
-    /// Opens everything with these options, but with the access a chain asks for, and never
-    /// creates.
+    /// Opens everything with these options, but with the access and the claim a chain asks for,
+    /// and never creates.
     #[must_use]
     pub const fn new(options: FileOptions) -> Self {
         Self { options }
@@ -38,7 +38,12 @@ impl Opener for FileOpener {
             Access::ReadOnly => FileAccess::ReadOnly,
             Access::ReadWrite => FileAccess::ReadWrite,
         };
-        FileStorage::open(path, &FileOptions { access, create: Create::Never, ..self.options })
+        let (claim, create) = (Some(Claim::NONE), Create::Never);
+        FileStorage::open(path, &FileOptions { access, claim, create, ..self.options })
+    }
+
+    async fn claim(&self, storage: &FileStorage, claim: Claim) -> Result<()> {
+        storage.claim(claim)
     }
 
     async fn identify(&self, path: &Path) -> Result<Identity> {

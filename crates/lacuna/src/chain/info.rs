@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::opener::Opener;
 use super::policy::{ChainOptions, Format};
-use super::walk::{Level, Reach, walk};
+use super::walk::{Intent, Level, Reach, walk};
 use crate::Result;
 use crate::qcow2::format::Header;
 use crate::storage::Storage;
@@ -68,7 +68,7 @@ pub async fn inspect<O: Opener>(
         Levels::Top => Reach::Top,
     };
     let mut described = Vec::new();
-    for level in walk(opener, path, &options, reach).await? {
+    for level in walk(opener, path, &options, reach, Intent::Describe).await? {
         described.push(describe(level).await?);
     }
     Ok(described)

@@ -3,9 +3,11 @@
 //! * Never guesses a format and never follows a name in an image unless the caller said so
 //!   (D.1-40, D.1-41): [`ChainOptions`] starts with everything refused.
 //! * Always opens backing layers for reading; a data file like its image.
+//! * Always claims a file before it reads more of it than tells its format (`claims`).
 //! * Never more than [`MAX_LEVELS`] images, never one of them twice.
 
 mod below;
+mod claims;
 mod disk;
 #[cfg(target_os = "linux")]
 mod file;
@@ -18,6 +20,7 @@ mod policy;
 mod probe;
 mod walk;
 
+pub use claims::Sharing;
 pub use disk::{Disk, RawDisk};
 #[cfg(target_os = "linux")]
 pub use file::FileOpener;

@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::below::{Below, Nothing};
+use super::claims::{Purpose, Sharing};
 use super::disk::{Disk, RawDisk};
 use super::opener::Opener;
 use super::policy::{ChainOptions, Format};
-use super::walk::{Level, Reach, data_path, walk};
+use super::walk::{Intent, Level, Reach, data_path, walk};
 use crate::block::{DynLayer, Layer};
-use crate::qcow2::{Image, Parts};
-use crate::storage::Storage;
+use crate::qcow2::{Access, Image, Parts};
+use crate::storage::{Claim, Permissions, Storage};
 use crate::{Error, Result};
 
 /// An opened disk with its backing chain.
@@ -109,7 +110,7 @@ pub async fn open<O: Opener>(
     path: &Path,
     options: &ChainOptions,
 ) -> Result<Chain<O::Storage>> {
-    let mut found = walk(opener, path, options, Reach::Bottom).await?;
+    let mut found = walk(opener, path, options, Reach::Bottom, Intent::Use).await?;
     let lower = found.split_off(1);
     let (mut levels, mut below) = (Vec::new(), Vec::new());
     for level in lower {
@@ -156,7 +157,7 @@ async fn build_level<O: Opener>(
         Format::Raw => Disk::Raw(RawDisk::open(level.storage, level.access, level.origin).await?),
         Format::Qcow2 => {
             let data = match &data_path {
-                Some(data) => Some(open_data(opener, data, &level).await?),
+                Some(data) => Some(open_data(opener, data, &level, options).await?),
                 None => None,
             };
             let parts = Parts { storage: level.storage, data, backing };
@@ -173,6 +174,7 @@ async fn open_data<O: Opener>(
     opener: &O,
     data: &Path,
     level: &Level<O::Storage>,
+    options: &ChainOptions,
 ) -> Result<O::Storage> {
     if opener.identify(data).await? == opener.identify(&level.path).await? {
         return Err(Error::corrupt(format!(
@@ -180,6 +182,21 @@ async fn open_data<O: Opener>(
             data.display()
         )));
     }
-    let opened = opener.open(data, level.access).await;
+    let opened = claimed_data(opener, data, level.access, options.sharing).await;
     opened.map_err(|error| error.context(format!("Data file {}", data.display())))
+}
+
+async fn claimed_data<O: Opener>(
+    opener: &O,
+    data: &Path,
+    access: Access,
+    sharing: Sharing,
+) -> Result<O::Storage> {
+    let storage = opener.open(data, access).await?;
+    let claim = sharing.claim(Purpose::Data(access));
+    // QEMU denies resizing first: whoever is refused hears of the same permission as there.
+    let steady = Claim { shared: claim.shared | Permissions::RESIZE.complement(), ..Claim::NONE };
+    opener.claim(&storage, steady).await?;
+    opener.claim(&storage, claim).await?;
+    Ok(storage)
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::qcow2::Access;
-use crate::storage::{MemoryStorage, Storage};
+use crate::storage::{Claim, MemoryStorage, Storage};
 use crate::{Error, ErrorKind, Result};
 
 /// What tells whether two paths lead to the same object.
@@ -49,12 +49,22 @@ pub trait Opener: Send + Sync {
     /// What it opens.
     type Storage: Storage;
 
-    /// Opens the object at `path`, which exists; never creates one.
+    /// Opens the object at `path`, which exists; never creates one. Nothing is claimed yet.
     fn open(
         &self,
         path: &Path,
         access: Access,
     ) -> impl Future<Output = Result<Self::Storage>> + Send;
+
+    /// Claims an object against others who use it, before more of it is read than tells its format;
+    /// does nothing where nobody else can.
+    ///
+    /// Whatever comes back is given to the caller: [`ErrorKind::Busy`] where somebody is in the way.
+    fn claim(
+        &self,
+        storage: &Self::Storage,
+        claim: Claim,
+    ) -> impl Future<Output = Result<()>> + Send;
 
     /// Says what `path` leads to, so that a chain that bites its tail is noticed.
     fn identify(&self, path: &Path) -> impl Future<Output = Result<Identity>> + Send;
@@ -87,6 +97,10 @@ impl Opener for MemoryOpener {
         found.ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("{} is not in memory", path.display()))
         })
+    }
+
+    async fn claim(&self, _: &Self::Storage, _: Claim) -> Result<()> {
+        Ok(())
     }
 
     async fn identify(&self, path: &Path) -> Result<Identity> {

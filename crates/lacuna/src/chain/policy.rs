@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use super::claims::Sharing;
 use crate::qcow2::{Access, OpenOptions};
 use crate::{Error, Result};
 
@@ -254,6 +255,8 @@ pub struct ChainOptions {
     /// What stands in for the backing file of the top image, of the one below it, and so on;
     /// images further down get what they name.
     pub instead: Vec<Instead>,
+    /// What others may do with the images meanwhile.
+    pub sharing: Sharing,
     /// What to do with backing files of unnamed format.
     pub unnamed_format: UnnamedFormat,
 }
@@ -269,6 +272,7 @@ impl ChainOptions {
             format: format.into(),
             image: OpenOptions::new(access),
             instead: Vec::new(),
+            sharing: Sharing::default(),
             unnamed_format: UnnamedFormat::default(),
         }
     }

@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::claims::Purpose;
 use super::disk::Origin;
 use super::name::{quoted, resolve};
 use super::opener::{Identity, Opener};
@@ -14,6 +15,7 @@ use super::policy::{
 use super::probe::probe;
 use crate::qcow2::format::Header;
 use crate::qcow2::{Access, read_header};
+use crate::storage::Claim;
 use crate::{Error, Result};
 
 /// How many images may be stacked, the top one included. Each costs an open file.
@@ -26,6 +28,15 @@ pub(super) enum Reach {
     Bottom,
     /// The top image alone.
     Top,
+}
+
+/// What the images are opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Intent {
+    /// To say what they are.
+    Describe,
+    /// To use them as disks.
+    Use,
 }
 
 /// An image file of the chain, opened, with what it says of itself.
@@ -62,7 +73,9 @@ pub(super) async fn walk<O: Opener>(
     path: &Path,
     options: &ChainOptions,
     reach: Reach,
+    intent: Intent,
 ) -> Result<Vec<Level<O::Storage>>> {
+    options.sharing.check(options.access)?;
     let mut levels = Vec::new();
     let mut seen: Vec<Identity> = Vec::new();
     let top = Step { path: path.to_owned(), format: options.format, access: options.access };
@@ -70,7 +83,13 @@ pub(super) async fn walk<O: Opener>(
     while let Some(step) = next {
         let name = step.path.clone();
         check_new(opener, &name, &mut seen).await?;
-        let level = open_level(opener, step).await.map_err(|error| in_image(error, &name))?;
+        let purpose = |format, access| match intent {
+            Intent::Describe => Purpose::Description(format),
+            Intent::Use => Purpose::Image(format, access),
+        };
+        let claim = |format, access| options.sharing.claim(purpose(format, access));
+        let level =
+            open_level(opener, step, claim).await.map_err(|error| in_image(error, &name))?;
         next = match reach {
             Reach::Top => None,
             Reach::Bottom => {
@@ -106,12 +125,17 @@ async fn check_new<O: Opener>(opener: &O, path: &Path, seen: &mut Vec<Identity>)
     Ok(())
 }
 
-async fn open_level<O: Opener>(opener: &O, step: Step) -> Result<Level<O::Storage>> {
+async fn open_level<O: Opener>(
+    opener: &O,
+    step: Step,
+    claim: impl Fn(Format, Access) -> Claim,
+) -> Result<Level<O::Storage>> {
     let storage = opener.open(&step.path, step.access).await?;
     let (format, origin) = match step.format {
         FormatChoice::Known(format) => (format, Origin::Told),
         FormatChoice::Probe => (probe(&storage).await?, Origin::Probed),
     };
+    opener.claim(&storage, claim(format, step.access)).await?;
     let header = match format {
         Format::Qcow2 => Some(read_header(&storage).await?),
         Format::Raw => None,

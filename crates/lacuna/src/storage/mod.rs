@@ -6,6 +6,7 @@
 //!   with the driver until the kernel is done with it; the effect may or may not take place.
 //! * Never: a storage knows guest offsets.
 
+mod claim;
 #[cfg(target_os = "linux")]
 mod file;
 mod memory;
@@ -16,8 +17,12 @@ mod sys;
 
 use std::future::Future;
 
+pub use claim::{Claim, Locking, Permissions};
 #[cfg(target_os = "linux")]
-pub use file::{CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions, FileStorage};
+pub use file::{
+    CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions, FileStorage, Holder, Holders,
+    LockConflict, Obstacle,
+};
 pub use memory::MemoryStorage;
 pub(crate) use reserve::{Reserve, reserve};
 

@@ -5,7 +5,7 @@ mod concat;
 use std::path::Path;
 
 use lacuna::block::Layer;
-use lacuna::chain::UnnamedFormat;
+use lacuna::chain::{Sharing, UnnamedFormat};
 use lacuna::job::{self, ConvertOptions, Encoding, Phase, Progress, TargetContent, WriteOrder};
 use lacuna::qcow2::Access;
 use lacuna::storage::CacheMode;
@@ -13,6 +13,7 @@ use pollster::block_on;
 
 use concat::Concat;
 
+use super::busy;
 use super::open::{self, FileChain, Request};
 use super::progress::Meter;
 use super::spec::ImageSpec;
@@ -83,7 +84,7 @@ pub(super) const VERB: Verb = Verb {
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let Some(wish) = Wish::new(parsed)? else { return help(parsed) };
     let sources = wish.open_sources(tool, parsed)?;
-    wish.check_target(&sources)?;
+    wish.check_target(tool, &sources)?;
     if wish.creates {
         wish.create(tool, &sources)?;
     }
@@ -199,7 +200,8 @@ impl Wish {
             false => ImageSpec::from_name(&self.target_name, Some(format.name()))?,
         };
         let (access, cache) = (Access::ReadWrite, self.target_cache);
-        let request = Request { image, access, cache, unnamed: self.unnamed };
+        let (sharing, unnamed) = (Sharing::Format, self.unnamed);
+        let request = Request { image, access, cache, sharing, unnamed };
         let target = open::open(tool, &request)?;
         match target.disk().size_bytes() < total(sources)? {
             true => Err(CliError::new("output file is smaller than input file")),
@@ -207,14 +209,25 @@ impl Wish {
         }
     }
 
-    /// Refuses to write to what is read from; nothing else guards it yet.
-    fn check_target(&self, sources: &[FileChain]) -> CliResult<()> {
+    /// Refuses to write to what is read from, also where it is not locked: `-U` was given, or the
+    /// host has no locks.
+    fn check_target(&self, tool: &Tool, sources: &[FileChain]) -> CliResult<()> {
         let target = Path::new(&self.target_name);
+        let is_locked = self.sources.iter().all(|source| source.sharing != Sharing::All);
         match sources.iter().any(|chain| open::is_part_of(target, chain)) {
+            false => Ok(()),
+            true if is_locked && !tool.is_own() => Err(match self.creates {
+                true => busy::own_source(&self.target_name).under(self.while_converting()),
+                false => open::cannot_open(&self.target_name, busy::own_source(&self.target_name)),
+            }),
             true => Err(CliError::new("The target is the source, or a file the source lies in")
                 .under(&self.target_name)),
-            false => Ok(()),
         }
+    }
+
+    fn while_converting(&self) -> String {
+        let format = self.target_format.unwrap_or(Format::Raw);
+        format!("{}: error while converting {format}", self.target_name)
     }
 
     fn create(&self, tool: &Tool, sources: &[FileChain]) -> CliResult<()> {
@@ -224,9 +237,8 @@ impl Wish {
             values.set("size", total(sources)?.to_string());
         }
         self.set_backing(tool, &mut values, format)?;
-        let context = format!("{}: error while converting {format}", self.target_name);
-        let plan = create::Plan::checked(format, values, &self.target_name);
-        plan.make().map_err(|error| error.under(context))
+        let plan = create::Plan::checked(tool, format, values, &self.target_name);
+        plan.make().map_err(|error| error.under(self.while_converting()))
     }
 
     fn set_backing(&self, tool: &Tool, values: &mut Values, format: Format) -> CliResult<()> {
@@ -248,7 +260,9 @@ impl Wish {
             Path::new(&self.target_name).parent().unwrap_or_else(|| Path::new("")).join(name);
         let image = ImageSpec::from_name(&path.to_string_lossy(), Some(&backing_format))?;
         let (access, cache) = (Access::ReadOnly, CacheMode::Buffered);
-        let chain = open::open(tool, &Request { image, access, cache, unnamed: self.unnamed })?;
+        // Nothing is read of it; the target is opened with it later.
+        let (sharing, unnamed) = (Sharing::All, self.unnamed);
+        let chain = open::open(tool, &Request { image, access, cache, sharing, unnamed })?;
         if open::is_part_of(Path::new(&self.target_name), &chain) {
             return Err(CliError::new("The target is part of its own backing chain")
                 .under(&self.target_name));
@@ -283,7 +297,13 @@ fn source_request(parsed: &Parsed, source: &str, cache: CacheMode) -> CliResult<
         true => ImageSpec::from_options(source)?,
         false => ImageSpec::from_name(source, format)?,
     };
-    Ok(Request { image, access: Access::ReadOnly, cache, unnamed: open::unnamed(parsed) })
+    let sharing = match open::sharing(parsed) {
+        // What is copied has to hold still.
+        Sharing::Format => Sharing::Readers,
+        shared => shared,
+    };
+    let unnamed = open::unnamed(parsed);
+    Ok(Request { image, access: Access::ReadOnly, cache, sharing, unnamed })
 }
 
 fn target_format(parsed: &Parsed) -> CliResult<Option<Format>> {

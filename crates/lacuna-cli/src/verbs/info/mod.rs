@@ -7,10 +7,14 @@ mod describe;
 mod human;
 mod luks;
 
+use std::path::Path;
+
 use lacuna::chain::{LevelInfo, Levels};
+use lacuna::storage::LockConflict;
 use pollster::block_on;
 use serde_json::Value;
 
+use super::busy;
 use super::open::{self, Request};
 use super::spec::tree::BelowSpec;
 use super::{Example, Form, Task, Verb, common, form, one_image};
@@ -72,8 +76,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 /// Describes the image and, if asked, those below it, in the shape of QEMU's JSON.
 fn described(tool: &Tool, request: &Request, levels: Levels) -> CliResult<Vec<Value>> {
     let spec = &request.image;
-    let found =
-        inspected(tool, request, levels).map_err(|error| open::cannot_open(&spec.shown, error))?;
+    let found = inspected(tool, request, levels)?;
     let described = found.iter().enumerate().map(|(level, info)| {
         // The top one as the user wrote it, not as it was resolved.
         describe::node(info, (level == 0).then_some(&spec.disk))
@@ -86,12 +89,26 @@ fn inspected(
     request: &Request,
     levels: Levels,
 ) -> CliResult<Vec<LevelInfo<AnyStorage>>> {
+    let shown = &request.image.shown;
+    let in_image = |error| open::cannot_open(shown, error);
     if let BelowSpec::Changed(changed) = &request.image.disk.below {
         // Nothing is opened here that an option for it could change.
         let key = &changed.first_key;
         let text = format!("Block format 'qcow2' does not support the option '{key}'");
-        return Err(CliError::new(text));
+        return Err(in_image(CliError::new(text)));
     }
-    let found = block_on(open::opening(tool, request)?.inspect(levels));
-    found.map_err(|error| open::reason(tool, &request.image, &error))
+    let opening = open::opening(tool, request).map_err(in_image)?;
+    block_on(opening.inspect(levels)).map_err(|error| match LockConflict::of(&error) {
+        Some(conflict) => busy(tool, request, conflict),
+        None => in_image(open::reason(tool, &request.image, &error)),
+    })
+}
+
+/// Each image is described on its own: of one below the top it is said that it cannot be opened.
+fn busy(tool: &Tool, request: &Request, conflict: &LockConflict) -> CliError {
+    let refusal = busy::refusal(tool, conflict, request.access);
+    match conflict.path() == Path::new(&request.image.file) {
+        true => open::cannot_open(&request.image.shown, refusal),
+        false => open::cannot_open(&conflict.path().display().to_string(), refusal),
+    }
 }

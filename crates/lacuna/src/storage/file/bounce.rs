@@ -6,14 +6,14 @@
 //! * A crash in between leaves at most a tail of zeros up to the end of the sector.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use super::Inner;
 use super::range_lock::{LENGTH, Mode};
 use crate::buffer::{Buffer, Hold};
 use crate::storage::sys::{
-    Attempt, Direction, Kind, Rider, file_len, read_sector, uninterrupted, write_all,
+    Attempt, Direction, Kind, OpenFile, Rider, file_len, read_sector, uninterrupted, write_all,
 };
 
 /// The most memory one request takes for itself.
@@ -130,7 +130,7 @@ impl Sectors {
 
 /// A read-modify-write, to be run on a thread that holds the lock.
 struct Merge {
-    file: Arc<OwnedFd>,
+    file: Arc<OpenFile>,
     kind: Kind,
     sector: u64,
     position: u64,

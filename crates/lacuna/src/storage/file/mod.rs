@@ -12,6 +12,9 @@
 
 mod bounce;
 mod conductor;
+mod conflict;
+mod holders;
+mod lock;
 mod open;
 mod options;
 mod range_lock;
@@ -21,17 +24,20 @@ mod status;
 mod tests;
 mod transfer;
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use conductor::{Conductor, Runner};
+pub use conflict::{LockConflict, Obstacle};
+pub use holders::{Holder, Holders};
+use lock::FileLock;
 pub use options::{CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions};
 use range_lock::{LENGTH, Mode, RangeLock};
 
-use super::sys::{Bell, DirectAlignment, Kind, Pool, Task, file_len, uninterrupted};
-use super::{Capabilities, HostExtent, Storage, Transfer, ZeroMode};
+use super::sys::{Bell, DirectAlignment, Kind, OpenFile, Pool, Task, file_len, uninterrupted};
+use super::{Capabilities, Claim, HostExtent, Storage, Transfer, ZeroMode};
 use crate::buffer::{Buffer, Hold};
 use crate::units::{HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
@@ -69,7 +75,8 @@ struct Refusals {
 
 #[derive(Debug)]
 struct Inner {
-    file: Arc<OwnedFd>,
+    file: Arc<OpenFile>,
+    lock: FileLock,
     path: PathBuf,
     kind: Kind,
     access: FileAccess,
@@ -91,8 +98,9 @@ impl FileStorage {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`]; [`ErrorKind::Unsupported`] for anything that is neither a regular
-    /// file nor a block device, and where O_DIRECT or the driver asked for cannot be had; else
-    /// what the host said.
+    /// file nor a block device, and where O_DIRECT, the driver or the locks asked for cannot be
+    /// had; [`ErrorKind::Busy`] where somebody holds the file who does not get along with
+    /// [`FileOptions::claim`], with a [`LockConflict`]; else what the host said.
     pub fn open(path: impl AsRef<Path>, options: &FileOptions) -> Result<Self> {
         let (path, makers) = (path.as_ref(), open::Makers::default());
         let file = open::open_file(path, options)?;
@@ -105,7 +113,46 @@ impl FileStorage {
     /// As for [`open`](Self::open).
     pub fn from_file(file: std::fs::File, options: &FileOptions) -> Result<Self> {
         let path = PathBuf::from("the file given");
-        open::storage(OwnedFd::from(file), path, options, open::Makers::default())
+        let options = FileOptions { create: Create::Never, ..*options };
+        open::storage(std::os::fd::OwnedFd::from(file), path, &options, open::Makers::default())
+    }
+
+    /// Changes what is held of the file and what others may do with it; returns when that is so.
+    ///
+    /// What is new is taken before what is not needed any more is given up, so that nobody gets in
+    /// between. The claim lasts until the storage is dropped and the last request in flight has
+    /// ended. It is between programs (and between storages): what this storage itself can do is
+    /// decided by [`FileOptions::access`]. With [`Locking::Off`](super::Locking::Off), and where
+    /// the host has no such locks, nothing is locked and every claim succeeds.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] where somebody else is in the way, with a [`LockConflict`];
+    /// [`ErrorKind::Unsupported`] where [`Locking::On`](super::Locking::On) was asked for in vain.
+    /// The claim is unchanged then.
+    ///
+    /// ```
+    /// use lacuna::ErrorKind;
+    /// use lacuna::storage::{Claim, FileOptions, FileStorage};
+    ///
+    /// let folder = tempfile::tempdir()?;
+    /// let path = folder.path().join("disk.img");
+    /// let writer = FileStorage::open(&path, &FileOptions::replace())?;
+    /// writer.claim(Claim::WRITING)?;
+    /// let reader = FileStorage::open(&path, &FileOptions::read_only());
+    /// assert_eq!(reader.err().map(|error| error.kind()), Some(ErrorKind::Busy));
+    ///
+    /// writer.claim(Claim::READING)?;
+    /// FileStorage::open(&path, &FileOptions::read_only())?;
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn claim(&self, claim: Claim) -> Result<()> {
+        self.inner.lock.change(&self.inner.file, &self.inner.path, claim)
+    }
+
+    /// Returns what was claimed last, whether or not the host could lock it.
+    #[must_use]
+    pub fn claimed(&self) -> Claim {
+        self.inner.lock.claim()
     }
 
     /// Returns who makes the calls that may block, and why not somebody better. With

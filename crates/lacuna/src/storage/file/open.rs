@@ -1,7 +1,7 @@
 //! From a path to an open storage: what it is, what it can do, who drives it.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -9,12 +9,13 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{Mode as Permissions, OFlags, fcntl_getfl, fcntl_setfl};
 
 use super::conductor::{Conductor, Runner, refused};
+use super::lock::FileLock;
 use super::options::{CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions};
 use super::{FileStorage, Inner, RangeLock, Refusals, is_refusal};
 use crate::buffer::ALIGNMENT;
 use crate::storage::sys::{
-    Bell, DirectAlignment, Kind, Pool, Ring, device_zeroes_natively, direct_alignment, file_len,
-    punch_hole, uninterrupted,
+    Bell, DirectAlignment, Kind, OpenFile, Pool, Ring, device_zeroes_natively, direct_alignment,
+    file_len, punch_hole, uninterrupted,
 };
 use crate::storage::{Capabilities, Capability, sys};
 use crate::{Error, Result};
@@ -45,7 +46,8 @@ pub(super) fn open_file(path: &Path, options: &FileOptions) -> Result<OwnedFd> {
         Create::Never => OFlags::empty(),
         Create::IfMissing => OFlags::CREATE,
         Create::Exclusive => OFlags::CREATE | OFlags::EXCL,
-        Create::Replace => OFlags::CREATE | OFlags::TRUNC,
+        // Emptied later, when nobody else can be harmed by it any more.
+        Create::Replace => OFlags::CREATE,
     };
     // Without waiting, or a named pipe in the place of an image would hang us.
     let flags = access | create | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
@@ -68,18 +70,24 @@ pub(super) fn storage(
             path.display()
         )));
     }
-    set_flags(&file, options.cache).map_err(|error| match options.cache {
+    let (file, lock) = (OpenFile::new(file), FileLock::new(options.locking));
+    lock.change(&file, &path, options.effective_claim())?;
+    if options.create == Create::Replace && kind == Kind::Regular {
+        empty(&file, &path)?;
+    }
+    set_flags(file.as_fd(), options.cache).map_err(|error| match options.cache {
         CacheMode::Direct => no_direct(&path, Some(error)),
         CacheMode::Buffered => inspect(error),
     })?;
     let direct = match options.cache {
         CacheMode::Buffered => None,
-        CacheMode::Direct => Some(usable_alignment(&file, kind, &path)?),
+        CacheMode::Direct => Some(usable_alignment(file.as_fd(), kind, &path)?),
     };
     let (conductor, bell) = choose_driver(options.driver, &makers)?;
-    let capabilities = capabilities(&file, kind, options.access, direct);
+    let capabilities = capabilities(file.as_fd(), kind, options.access, direct);
     let inner = Inner {
         file: Arc::new(file),
+        lock,
         path,
         kind,
         access: options.access,
@@ -95,16 +103,21 @@ pub(super) fn storage(
     Ok(FileStorage { inner: Arc::new(inner) })
 }
 
+fn empty(file: &OpenFile, path: &Path) -> Result<()> {
+    uninterrupted(|| rustix::fs::ftruncate(file, 0))
+        .map_err(|error| Error::io(error, format!("Emptying {}", path.display())))
+}
+
 /// Takes the mark off that was to keep the opening from waiting (a ring would heed it), and puts
 /// O_DIRECT on or off.
-fn set_flags(file: &OwnedFd, cache: CacheMode) -> io::Result<()> {
+fn set_flags(file: BorrowedFd<'_>, cache: CacheMode) -> io::Result<()> {
     let mut flags = fcntl_getfl(file)? - OFlags::NONBLOCK;
     flags.set(OFlags::DIRECT, cache == CacheMode::Direct);
     Ok(fcntl_setfl(file, flags)?)
 }
 
-fn usable_alignment(file: &OwnedFd, kind: Kind, path: &Path) -> Result<DirectAlignment> {
-    match direct_alignment(file.as_fd(), kind) {
+fn usable_alignment(file: BorrowedFd<'_>, kind: Kind, path: &Path) -> Result<DirectAlignment> {
+    match direct_alignment(file, kind) {
         Some(alignment) if alignment.memory as usize <= ALIGNMENT => Ok(alignment),
         _ => Err(no_direct(path, None)),
     }
@@ -140,7 +153,7 @@ fn make_bell(ring: &Ring) -> io::Result<Bell> {
 }
 
 fn capabilities(
-    file: &OwnedFd,
+    file: BorrowedFd<'_>,
     kind: Kind,
     access: FileAccess,
     direct: Option<DirectAlignment>,
@@ -148,7 +161,7 @@ fn capabilities(
     let writable = access == FileAccess::ReadWrite;
     let native = writable
         && match kind {
-            Kind::BlockDevice => device_zeroes_natively(file.as_fd()),
+            Kind::BlockDevice => device_zeroes_natively(file),
             _ => punches_holes(file, kind),
         };
     let choose = |yes, otherwise| if yes { Capability::Native } else { otherwise };
@@ -162,15 +175,15 @@ fn capabilities(
 }
 
 /// Says whether the file can have holes made.
-fn punches_holes(file: &OwnedFd, kind: Kind) -> bool {
+fn punches_holes(file: BorrowedFd<'_>, kind: Kind) -> bool {
     const PIECE: u64 = 1 << 20;
-    if sys::punches_holes_by_reputation(file.as_fd()) {
+    if sys::punches_holes_by_reputation(file) {
         return true;
     }
     // Asks for a hole past the end, where there is nothing to lose. The file's time changes.
-    let Ok(len) = file_len(file.as_fd(), kind) else { return false };
+    let Ok(len) = file_len(file, kind) else { return false };
     let Some(past) = len.checked_next_multiple_of(PIECE) else { return false };
-    match punch_hole(file.as_fd(), past, PIECE) {
+    match punch_hole(file, past, PIECE) {
         Ok(()) => true,
         // A failure of another kind says nothing against it.
         Err(error) => !is_refusal(&error),

@@ -1,6 +1,7 @@
 //! How a file is opened.
 
 use crate::Error;
+use crate::storage::{Claim, Locking};
 
 /// Whether an object may be changed.
 ///
@@ -109,9 +110,22 @@ pub struct FileOptions {
     pub driver: DriverChoice,
     /// What to do where the file is not there, or is; needs [`FileAccess::ReadWrite`].
     pub create: Create,
+    /// Whether others are kept from what does not go together with the claim.
+    pub locking: Locking,
+    /// What is held of the file from before it is read (or emptied) on; nothing here stands for
+    /// [`Claim::READING`] or [`Claim::WRITING`], by the access.
+    pub claim: Option<Claim>,
 }
 
 impl FileOptions {
+    /// Returns the claim that is meant.
+    pub(super) fn effective_claim(&self) -> Claim {
+        self.claim.unwrap_or(match self.access {
+            FileAccess::ReadOnly => Claim::READING,
+            FileAccess::ReadWrite => Claim::WRITING,
+        })
+    }
+
     /// Returns the options to read what exists.
     #[must_use]
     pub fn read_only() -> Self {

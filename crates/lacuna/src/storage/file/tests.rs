@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Waker};
 use super::*;
 use crate::buffer::Release;
 use crate::storage::HostStatus;
-use crate::storage::sys::{Attempt, Direction, Rider, Ring};
+use crate::storage::sys::{Attempt, Direction, OpenFile, Rider, Ring};
 
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir().expect("a scratch folder can be made")
@@ -202,7 +202,7 @@ fn a_dropped_request_leaves_its_things_with_the_ring() {
     let mut buffer = Buffer::new(4096);
     buffer.set_hold(Hold::new(owner, 1));
     let attempt = Attempt {
-        file: Arc::new(reader),
+        file: Arc::new(OpenFile::new(reader)),
         direction: Direction::Read,
         offset: u64::MAX,
         buffer,
@@ -225,7 +225,7 @@ fn a_request_outlives_the_thread_that_submitted_it() {
     let storage = open(&folder.path().join("f"), CacheMode::Direct, DriverChoice::IoUring);
     let (reader, writer) = rustix::pipe::pipe().expect("a pipe can be made");
     let attempt = Attempt {
-        file: Arc::new(reader),
+        file: Arc::new(OpenFile::new(reader)),
         direction: Direction::Read,
         offset: u64::MAX,
         buffer: Buffer::zeroed(1),

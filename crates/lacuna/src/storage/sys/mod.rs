@@ -6,6 +6,7 @@
 
 mod fallocate;
 mod fiemap;
+mod lock;
 mod pool;
 mod probe;
 #[cfg(test)]
@@ -16,6 +17,7 @@ mod uring;
 
 pub(crate) use fallocate::{allocate, punch_hole, zero_range};
 pub(crate) use fiemap::{Mapping, Run, Writeback, first_run};
+pub(crate) use lock::{Lock, OpenFile};
 pub(crate) use pool::{Bell, Pool};
 pub(crate) use probe::{
     DirectAlignment, Kind, device_zeroes_natively, direct_alignment, file_len, kind,

@@ -1,11 +1,12 @@
 //! One read or write call with everything that must stay alive until the kernel has answered.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::lock::OpenFile;
 use crate::buffer::{Buffer, Hold};
 
 /// The most that one call moves; what the kernel cuts longer ones to.
@@ -33,7 +34,7 @@ pub(crate) struct Rider {
 /// A single call: it may move fewer bytes than asked.
 #[derive(Debug)]
 pub(crate) struct Attempt {
-    pub(crate) file: Arc<OwnedFd>,
+    pub(crate) file: Arc<OpenFile>,
     pub(crate) direction: Direction,
     /// Where in the file the first byte of `buffer[start..]` belongs.
     pub(crate) offset: u64,
