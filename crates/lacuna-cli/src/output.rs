@@ -53,24 +53,25 @@ impl Lines {
     }
 
     pub(crate) fn decimal(&mut self, value: u64) {
-        self.digits(value, 10);
+        self.digits::<10>(value);
     }
 
     /// Appends C's `%#x`, in which zero has no prefix, filled up with spaces to 16 places.
     pub(crate) fn hexadecimal(&mut self, value: u64) {
         let end = self.0.len() + 16;
         self.text(if value == 0 { "" } else { "0x" });
-        self.digits(value, 16);
+        self.digits::<16>(value);
         self.0.resize(end.max(self.0.len()), b' ');
     }
 
-    fn digits(&mut self, mut value: u64, base: u64) {
+    /// The base is known when compiling: a division by it is a multiplication then.
+    fn digits<const BASE: u64>(&mut self, mut value: u64) {
         let mut digits = [0; 20];
         let mut first = digits.len();
         loop {
             first -= 1;
-            digits[first] = b"0123456789abcdef"[(value % base) as usize];
-            value /= base;
+            digits[first] = b"0123456789abcdef"[(value % BASE) as usize];
+            value /= BASE;
             if value == 0 {
                 break;
             }

@@ -1,5 +1,7 @@
 //! One storage type for all that a command line can describe.
 
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use lacuna::Result;
@@ -36,6 +38,13 @@ impl AnyStorage {
     /// Wraps what is no plain file.
     pub(super) fn other(storage: impl Storage) -> Self {
         Self::Other(Arc::new(storage))
+    }
+
+    /// Returns how many bytes the host has allocated, where this is a file and the host says so.
+    pub(crate) fn allocated_bytes(&self) -> Option<u64> {
+        let Self::File(file) = self else { return None };
+        let file = std::fs::File::from(file.as_fd().try_clone_to_owned().ok()?);
+        Some(file.metadata().ok()?.blocks() * 512)
     }
 }
 

@@ -1,10 +1,14 @@
 //! An opened disk with what is known of the images it stands on.
 
 use lacuna::chain::{Chain, LevelFacts, Map};
+use lacuna::qcow2::Image;
 use lacuna::units::GuestRange;
 
 use super::any::AnyStorage;
 use super::disk::ToolDisk;
+
+/// A walk through a chain.
+pub(crate) type FileMap<'a> = Map<'a, AnyStorage>;
 
 /// A disk and its backing chain.
 pub(crate) struct FileChain {
@@ -33,7 +37,12 @@ impl FileChain {
     }
 
     /// Goes through `range` from its start.
-    pub(crate) const fn map(&self, range: GuestRange) -> Map<'_, AnyStorage> {
+    pub(crate) fn map(&self, range: GuestRange) -> FileMap<'_> {
         self.chain.map(range)
+    }
+
+    /// Returns the image of a level, where it is one of qcow2.
+    pub(crate) fn level_image(&self, level: usize) -> Option<&Image<AnyStorage>> {
+        self.chain.level_disk(level)?.as_qcow2()
     }
 }

@@ -12,6 +12,6 @@ mod opener;
 mod window;
 
 pub(crate) use any::AnyStorage;
-pub(crate) use chain::FileChain;
+pub(crate) use chain::{FileChain, FileMap};
 pub(crate) use disk::ToolDisk;
 pub(crate) use opener::{Base, Opening};

@@ -9,6 +9,7 @@ use super::open::{self, FileChain, Request};
 use super::{Example, Form, Task, Verb, common, form, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
+use crate::nodes::FileMap;
 use crate::output::{self, Lines};
 use crate::persona::Tool;
 use crate::size::{self, SizeError};
@@ -47,10 +48,32 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let chain = open::open(tool, &Request::reading(one_image(parsed)?, parsed, "format")?)?;
     let end = chain.disk().size_bytes().min(start.saturating_add(len));
     let range = GuestRange::new(GuestOffset(start), end.saturating_sub(start));
+    let map = block_on(asking_host(tool, &chain, chain.map(range)));
     match form {
-        Form::Human => human(tool, &chain, range),
-        Form::Json => json(tool, &chain, range),
+        Form::Human => human(tool, &chain, map),
+        Form::Json => json(tool, map, range.start),
     }
+}
+
+/// Has the host asked below allocated clusters: always under our own name, since that is the truth;
+/// under QEMU's only of images that look preallocated, as those programs do to save calls.
+async fn asking_host<'a>(tool: &Tool, chain: &FileChain, mut map: FileMap<'a>) -> FileMap<'a> {
+    for level in 0..chain.levels().len() {
+        if tool.is_own() || looks_preallocated(chain, level).await {
+            map = map.asking_host_of(level);
+        }
+    }
+    map
+}
+
+/// Says whether clearly more clusters are in use than the host has allocated: one in ten, at least
+/// two. Where that cannot be known they are not.
+async fn looks_preallocated(chain: &FileChain, level: usize) -> bool {
+    let Some(image) = chain.level_image(level) else { return false };
+    let Some(allocated) = image.storage().allocated_bytes() else { return false };
+    let allocated = allocated / image.geometry().cluster_bytes();
+    let more = (allocated * 10 / 9).max(allocated + 2);
+    image.uses_clusters(more).await.unwrap_or(false)
 }
 
 fn offset(parsed: &Parsed, flag: &str, shown: &str) -> CliResult<Option<u64>> {
@@ -68,7 +91,7 @@ fn offset(parsed: &Parsed, flag: &str, shown: &str) -> CliResult<Option<u64>> {
 }
 
 /// Lists what lies in files as it is; stops where something does not.
-fn human(tool: &Tool, chain: &FileChain, range: GuestRange) -> CliResult<u8> {
+fn human(tool: &Tool, chain: &FileChain, mut map: FileMap<'_>) -> CliResult<u8> {
     let name = |level: &LevelFacts| match level.content_path().display().to_string() {
         name if tool.is_own() => output::tame(&name),
         name => name,
@@ -77,7 +100,6 @@ fn human(tool: &Tool, chain: &FileChain, range: GuestRange) -> CliResult<u8> {
     let mut lines =
         Lines::starting(&format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to"));
     block_on(async {
-        let mut map = chain.map(range);
         while let Some(run) = map.next().await? {
             if !is_data(&run) {
                 continue;
@@ -102,10 +124,9 @@ fn is_data(run: &MapRun) -> bool {
     run.is_present() && !run.status.reads_zero
 }
 
-fn json(tool: &Tool, chain: &FileChain, range: GuestRange) -> CliResult<u8> {
+fn json(tool: &Tool, mut map: FileMap<'_>, start: GuestOffset) -> CliResult<u8> {
     let mut lines = Lines::starting("[");
     let walked: CliResult<bool> = block_on(async {
-        let mut map = chain.map(range);
         let mut is_empty = true;
         while let Some(run) = map.next().await? {
             lines.text(if is_empty { "" } else { ",\n" });
@@ -116,7 +137,7 @@ fn json(tool: &Tool, chain: &FileChain, range: GuestRange) -> CliResult<u8> {
         Ok(is_empty)
     });
     if walked? {
-        lines.text(&past_the_end(tool, range.start));
+        lines.text(&past_the_end(tool, start));
     }
     lines.text("]\n");
     lines.print().map(|()| 0)
@@ -137,7 +158,7 @@ fn json_line(tool: &Tool, lines: &mut Lines, run: &MapRun) {
     lines.text(", \"zero\": ");
     lines.text(truth(run.status.reads_zero));
     lines.text(", \"data\": ");
-    lines.text(truth(is_data(run)));
+    lines.text(truth(is_data(run) || run.never_written));
     lines.text(", \"compressed\": ");
     lines.text(truth(run.status.is_compressed));
     // QEMU's members do not tell reserved space from none where the content is zeros.

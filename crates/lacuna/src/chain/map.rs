@@ -3,14 +3,18 @@
 //! * Always in guest order, without gaps, neighbours of the same facts joined across answers.
 //! * Levels count as `qemu-img map` counts them: the top is 0, and what no level allocates belongs
 //!   to the last one that was asked. A backing layer that is too short is not asked.
+//! * The host is asked what lies below allocated clusters only where the caller wants that, and then
+//!   once for each place, however often the walk comes back to it.
 
 use std::collections::VecDeque;
 
+use super::disk::Disk;
 use super::open::{Chain, LevelFacts};
 use crate::Result;
 use crate::block::{AllocationDepth, Extent, ExtentStatus, Layer, no_status};
-use crate::storage::Storage;
-use crate::units::{GuestOffset, GuestRange};
+use crate::qcow2::HostStatuses;
+use crate::storage::{HostStatus, Storage};
+use crate::units::{GuestOffset, GuestRange, HostRange};
 
 /// A run of a chain that one level decides.
 ///
@@ -18,7 +22,7 @@ use crate::units::{GuestOffset, GuestRange};
 /// # use lacuna::chain::MapRun;
 /// # use lacuna::{block::ExtentStatus, units::{GuestOffset, GuestRange}};
 /// let range = GuestRange::new(GuestOffset(0), 4096);
-/// let run = MapRun { range, status: ExtentStatus::UNALLOCATED, level: 0 };
+/// let run = MapRun { range, status: ExtentStatus::UNALLOCATED, level: 0, never_written: false };
 /// assert!(!run.is_present() && run.status.reads_zero);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +33,8 @@ pub struct MapRun {
     pub status: ExtentStatus,
     /// Index in [`Chain::levels`] of the level that decides.
     pub level: usize,
+    /// Reads as zeros only since the host never wrote what the level takes for data.
+    pub never_written: bool,
 }
 
 impl MapRun {
@@ -40,7 +46,8 @@ impl MapRun {
 
     fn is_continued_by(&self, next: &Self) -> bool {
         let extent = |run: &Self| Extent { range: run.range, status: run.status };
-        self.level == next.level && extent(self).is_continued_by(&extent(next))
+        (self.level, self.never_written) == (next.level, next.never_written)
+            && extent(self).is_continued_by(&extent(next))
     }
 }
 
@@ -66,26 +73,46 @@ pub struct Map<'a, S: Storage> {
     chain: &'a Chain<S>,
     /// What was not asked about yet.
     rest: GuestRange,
+    /// What the levels say, before the host was asked.
+    told: VecDeque<MapRun>,
     /// What is known but not out yet.
     known: VecDeque<MapRun>,
+    /// What the host said so far, of the levels where it is to be asked.
+    host: Vec<Option<HostStatuses>>,
 }
 
 impl<S: Storage> Chain<S> {
     /// Goes through `range` from its start.
-    pub const fn map(&self, range: GuestRange) -> Map<'_, S> {
-        Map { chain: self, rest: range, known: VecDeque::new() }
+    pub fn map(&self, range: GuestRange) -> Map<'_, S> {
+        let host = self.levels().iter().map(|_| None).collect();
+        Map { chain: self, rest: range, told: VecDeque::new(), known: VecDeque::new(), host }
     }
 }
 
 impl<S: Storage> Map<'_, S> {
+    /// Has the host asked what lies below the allocated clusters of a qcow2 level: what was never
+    /// written reads as zeros. Of a raw level it is asked in any case.
+    #[must_use]
+    pub fn asking_host_of(mut self, level: usize) -> Self {
+        let is_qcow2 = self.chain.level_disk(level).is_some_and(|disk| disk.as_qcow2().is_some());
+        if let (Some(host), true) = (self.host.get_mut(level), is_qcow2) {
+            *host = Some(HostStatuses::default());
+        }
+        self
+    }
+
     /// Returns the next run, or nothing at the end.
     ///
     /// # Errors
     /// As [`Layer::extents`].
     pub async fn next(&mut self) -> Result<Option<MapRun>> {
         // The last known run may go on in the next answer.
-        while self.known.len() < 2 && !self.rest.is_empty() {
-            self.learn().await?;
+        while self.known.len() < 2 {
+            match self.told.pop_front() {
+                Some(run) => self.judge(run).await?,
+                None if self.rest.is_empty() => break,
+                None => self.learn().await?,
+            }
         }
         Ok(self.known.pop_front())
     }
@@ -95,10 +122,42 @@ impl<S: Storage> Map<'_, S> {
         let last = extents.last().ok_or_else(|| no_status(self.rest))?;
         let end = last.range.end();
         for extent in extents {
-            split(extent, self.chain.levels(), &mut self.known);
+            split(extent, self.chain.levels(), &mut self.told);
         }
         self.rest = GuestRange::new(end, self.rest.end().0.saturating_sub(end.0));
         Ok(())
+    }
+
+    /// Takes over a run, or of one that the host should be asked about as much as it says at once.
+    async fn judge(&mut self, run: MapRun) -> Result<()> {
+        let disk = self.chain.level_disk(run.level).and_then(Disk::as_qcow2);
+        let host = self.host.get_mut(run.level).and_then(Option::as_mut);
+        let is_data = run.is_present() && !run.status.reads_zero;
+        let (Some(disk), Some(host), Some(at), true) = (disk, host, run.status.host, is_data)
+        else {
+            push(&mut self.known, run);
+            return Ok(());
+        };
+        let found = host.first(disk.data_storage(), HostRange::new(at, run.range.len)).await?;
+        let (part, rest) = run.cut(found.len);
+        let never_written = found.status.reads_zero();
+        let is_hole = found.status == HostStatus::Hole;
+        let status = ExtentStatus { reads_zero: never_written, is_hole, ..part.status };
+        push(&mut self.known, MapRun { status, never_written, ..part });
+        if !rest.range.is_empty() {
+            self.told.push_front(rest);
+        }
+        Ok(())
+    }
+}
+
+impl MapRun {
+    /// Cuts off the first `len` bytes, or all where there are not so many.
+    fn cut(self, len: u64) -> (Self, Self) {
+        let len = len.min(self.range.len);
+        let range = GuestRange::new(self.range.start + len, self.range.len - len);
+        let rest = Self { range, status: self.status.advanced(len), ..self };
+        (Self { range: GuestRange::new(self.range.start, len), ..self }, rest)
     }
 }
 
@@ -123,11 +182,12 @@ fn reach(at: GuestOffset, levels: &[LevelFacts]) -> (usize, u64) {
 
 fn run(range: GuestRange, status: ExtentStatus, reached: usize) -> MapRun {
     match (status.depth.0 as usize).checked_sub(1) {
-        Some(level) if level <= reached => MapRun { range, status, level },
+        Some(level) if level <= reached => MapRun { range, status, level, never_written: false },
         // Allocated nowhere, or zeros that a layer gives past its end.
         _ => {
             let depth = AllocationDepth::NOWHERE;
-            MapRun { range, status: ExtentStatus { depth, ..status }, level: reached }
+            let status = ExtentStatus { depth, ..status };
+            MapRun { range, status, level: reached, never_written: false }
         }
     }
 }

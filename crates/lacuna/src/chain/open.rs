@@ -31,6 +31,8 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct Chain<S: Storage> {
     disk: Disk<S>,
+    /// The levels below the top one, which that one reads as one layer.
+    below: Vec<Disk<S>>,
     levels: Vec<LevelFacts>,
 }
 
@@ -67,6 +69,11 @@ impl<S: Storage> Chain<S> {
     /// Returns the disk as the guest sees it.
     pub const fn disk(&self) -> &Disk<S> {
         &self.disk
+    }
+
+    /// Returns the disk of one level, as if it ended the chain; nothing past the last one.
+    pub fn level_disk(&self, level: usize) -> Option<&Disk<S>> {
+        level.checked_sub(1).map_or(Some(&self.disk), |below| self.below.get(below))
     }
 
     /// Gives up what is known of the levels.
@@ -122,14 +129,14 @@ pub async fn open<O: Opener>(
     }
     let top = found.pop().ok_or_else(|| Error::invalid("A chain has at least one image"))?;
     let backing = match below.is_empty() {
-        false => Some(Arc::new(Below::new(below)) as Arc<dyn DynLayer>),
+        false => Some(Arc::new(Below::new(below.clone())) as Arc<dyn DynLayer>),
         // Named, and left out by the caller's wish.
         true => top.names_backing().then(|| Arc::new(Nothing) as Arc<dyn DynLayer>),
     };
     let data = options.data_path.as_ref();
     let (facts, disk) = open_level(opener, top, backing, options, data).await?;
     levels.insert(0, facts);
-    Ok(Chain { disk, levels })
+    Ok(Chain { disk, below, levels })
 }
 
 /// Makes a disk of one level; errors say which.

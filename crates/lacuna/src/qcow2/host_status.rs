@@ -1,7 +1,8 @@
 //! What storage says of data clusters, asked in large pieces.
 //!
-//! Never kept longer than one answer lives: others may write the file. Neighbours in the guest may
-//! lie anywhere in the file, so answers are kept by place.
+//! Never kept longer than one answer lives, or one walk by somebody who wants a picture and no more:
+//! others may write the file. Neighbours in the guest may lie anywhere in the file, so answers are
+//! kept by place.
 
 use std::collections::BTreeMap;
 
@@ -14,11 +15,11 @@ const WINDOW_BYTES: u64 = 64 << 20;
 
 /// Answers so far, which never overlap: the end and the status by the start.
 #[derive(Debug, Default)]
-pub(super) struct HostStatuses(BTreeMap<HostOffset, (HostOffset, HostStatus)>);
+pub(crate) struct HostStatuses(BTreeMap<HostOffset, (HostOffset, HostStatus)>);
 
 impl HostStatuses {
     /// Returns the status of the first run of `range`, never longer than it.
-    pub(super) async fn first<S: Storage>(
+    pub(crate) async fn first<S: Storage>(
         &mut self,
         storage: &S,
         range: HostRange,

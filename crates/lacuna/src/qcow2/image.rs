@@ -260,7 +260,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Returns where guest data lies.
-    pub(super) fn data_storage(&self) -> &S {
+    pub(crate) fn data_storage(&self) -> &S {
         self.0.data.as_ref().unwrap_or(&self.0.storage)
     }
 

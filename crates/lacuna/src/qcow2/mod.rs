@@ -18,6 +18,7 @@ pub mod format;
 mod host_status;
 mod image;
 mod in_flight;
+mod in_use;
 mod layer;
 mod mapping;
 mod meta;
@@ -38,6 +39,8 @@ mod table_cache;
 mod write;
 mod write_back;
 mod zero;
+
+pub(crate) use host_status::HostStatuses;
 
 pub use create::{BackingName, CreateOptions, DataFileName, create};
 pub use image::{Counts, Image};
