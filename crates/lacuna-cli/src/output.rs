@@ -2,12 +2,15 @@
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::error::{CliError, CliResult};
 use crate::verbs::Form;
 
 /// How errors are said. Global, since an interruption has to know it too.
 static ERRORS_AS_JSON: AtomicBool = AtomicBool::new(false);
+
+static AT_THE_END: Mutex<String> = Mutex::new(String::new());
 
 /// Chooses how errors are said from now on.
 pub(crate) fn set_error_form(form: Form) {
@@ -95,6 +98,16 @@ impl Lines {
         self.0.clear();
         printed
     }
+}
+
+/// Remembers ordinary output that comes last, behind errors even.
+pub(crate) fn print_at_the_end(text: &str) {
+    AT_THE_END.lock().unwrap_or_else(PoisonError::into_inner).push_str(text);
+}
+
+/// Prints what was kept for the end.
+pub(crate) fn print_the_end() -> CliResult<()> {
+    print(&std::mem::take(&mut *AT_THE_END.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
 /// Writes to standard error; where that is not possible there is nobody to tell.

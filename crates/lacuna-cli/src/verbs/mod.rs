@@ -147,16 +147,28 @@ pub(crate) fn run(tool: &Tool, arguments: &[String]) -> u8 {
         Persona::QemuIo => ("", run_verb(tool, &io::VERB, arguments)),
         _ => run_leading(tool, arguments),
     };
-    result.unwrap_or_else(|error| {
-        output::complain(&match output::error_form() {
-            Form::Human => error.render(tool, verb),
-            Form::Json => error.json(tool, verb),
-        });
-        match output::print(error.output()) {
-            Ok(()) => error.code(),
-            Err(_) => 1,
+    let (code, output) = match result {
+        Ok(code) => (code, String::new()),
+        Err(error) => {
+            complain(tool, verb, &error);
+            (error.code(), error.output().to_owned())
         }
-    })
+    };
+    match output::print(&output).and_then(|()| output::print_the_end()) {
+        Ok(()) => code,
+        Err(error) if code == 0 => {
+            complain(tool, verb, &error);
+            error.code()
+        }
+        Err(_) => 1,
+    }
+}
+
+fn complain(tool: &Tool, verb: &str, error: &CliError) {
+    output::complain(&match output::error_form() {
+        Form::Human => error.render(tool, verb),
+        Form::Json => error.json(tool, verb),
+    });
 }
 
 /// Goes through what stands before the verb.

@@ -131,7 +131,7 @@ impl Meter {
         }
     }
 
-    /// Ends the display; what comes next starts on a line of its own.
+    /// Ends the display.
     pub(super) fn finish(mut self, succeeded: bool) {
         self.end(succeeded);
     }
@@ -142,10 +142,12 @@ impl Meter {
             Display::Bar(bar) => bar.finish_and_clear(),
             Display::Json { .. } => self.json_line(if succeeded { "done" } else { "failed" }),
             Display::Percent { .. } => {
-                if succeeded {
+                // Stock ends with this line once more; a comparison may end anywhere.
+                if succeeded && self.job != "compare" {
                     show_percent(100.0);
                 }
-                drop(std::io::stdout().write_all(b"\n"));
+                // Whatever the verb says or complains of comes before the end of the line.
+                output::print_at_the_end("\n");
             }
             Display::Lines { .. } | Display::OnRequest(_) => {}
         }
