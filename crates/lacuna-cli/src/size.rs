@@ -4,6 +4,8 @@
 //!   1024; or `0x` and hexadecimal digits without fraction or suffix.
 //! * Never goes through floating point but for the fraction, so that whole numbers stay exact.
 
+use crate::error::{CliError, CliResult};
+
 /// Why a text is not a size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SizeError {
@@ -32,6 +34,16 @@ pub(crate) fn parse_offset(text: &str) -> Result<u64, SizeError> {
         size if i64::try_from(size).is_ok() => Ok(size),
         _ => Err(SizeError::OutOfRange),
     }
+}
+
+/// Reads a number between two others, both included; `shown` is what it is called.
+pub(crate) fn within(shown: &str, text: &str, least: u64, most: u64) -> CliResult<u64> {
+    let problem = match parse(text) {
+        Ok(value) if (least..=most).contains(&value) => return Ok(value),
+        Err(SizeError::NotANumber) => format!("Invalid {shown} specified: '{text}'."),
+        _ => format!("Invalid {shown} specified. Must be between {least} and {most}."),
+    };
+    Err(CliError::new(problem))
 }
 
 /// A plain negative number is out of range; anything else after a minus is no number at all.

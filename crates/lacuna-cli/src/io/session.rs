@@ -181,24 +181,9 @@ impl<'t> Session<'t> {
     /// As [`open`](Self::open), for a request that was made before.
     pub(super) fn open_request(&mut self, request: Request) -> CliResult<()> {
         let chain = open::open_bare(self.tool, &request)?;
-        self.warn_of_guess(&request, &chain);
+        open::warn_of_guess(&request, &chain);
         self.opened = Some(Opened { chain, request });
         Ok(())
-    }
-
-    /// A raw disk whose format was guessed has limits that qemu-io warns of.
-    fn warn_of_guess(&self, request: &Request, chain: &FileChain) {
-        let was_told = !matches!(request.image.format(), Ok(None));
-        let is_raw = chain.disk().as_qcow2().is_none();
-        if is_raw && !was_told && request.access == Access::ReadWrite {
-            let file = &request.image.file;
-            output::complain(&format!(
-                "WARNING: Image format was not specified for '{file}' and probing guessed raw.\n\
-                 \x20        Automatically detecting the format is dangerous for raw images, write \
-                 operations on block 0 will be restricted.\n\
-                 \x20        Specify the 'raw' format explicitly to remove the restrictions.\n"
-            ));
-        }
     }
 
     /// Says whether an image is open.

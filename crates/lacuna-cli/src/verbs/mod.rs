@@ -3,12 +3,14 @@
 //! A new verb is a module with a [`Verb`] and a line in [`VERBS`].
 
 mod about;
+mod bench;
 pub(crate) mod busy;
 mod check;
 mod compare;
 mod completions;
 mod convert;
 mod create;
+mod dd;
 mod help;
 mod info;
 mod man;
@@ -72,12 +74,14 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 11] = [
+const VERBS: [&Verb; 13] = [
+    &bench::VERB,
     &check::VERB,
     &compare::VERB,
     &completions::VERB,
     &convert::VERB,
     &create::VERB,
+    &dd::VERB,
     &demo::VERB,
     &help::VERB,
     &info::VERB,
@@ -108,9 +112,9 @@ const OWN: [&str; 5] =
     [completions::VERB.name, demo::VERB.name, help::VERB.name, io::VERB.name, man::VERB.name];
 
 /// Verbs of QEMU's program that users will look for, as long as they are not in [`VERBS`].
-const THEIRS: [&str; 15] = [
-    "amend", "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info",
-    "map", "measure", "rebase", "resize", "snapshot",
+const THEIRS: [&str; 13] = [
+    "amend", "bitmap", "check", "commit", "compare", "convert", "create", "info", "map", "measure",
+    "rebase", "resize", "snapshot",
 ];
 
 /// Options that several verbs share.

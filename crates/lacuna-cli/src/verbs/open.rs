@@ -158,6 +158,31 @@ fn opening_in_detail(tool: &Tool, request: &Request, detail: ExtentDetail) -> Cl
     Ok(Opening::new(&spec.disk, &base, request.access))
 }
 
+/// A raw disk whose format was guessed has limits that QEMU's programs warn of.
+pub(crate) fn warn_of_guess(request: &Request, chain: &FileChain) {
+    let was_told = !matches!(request.image.format(), Ok(None));
+    let is_raw = chain.disk().as_qcow2().is_none();
+    if is_raw && !was_told && request.access == Access::ReadWrite {
+        let file = &request.image.file;
+        output::complain(&format!(
+            "WARNING: Image format was not specified for '{file}' and probing guessed raw.\n\
+             \x20        Automatically detecting the format is dangerous for raw images, write \
+             operations on block 0 will be restricted.\n\
+             \x20        Specify the 'raw' format explicitly to remove the restrictions.\n"
+        ));
+    }
+}
+
+/// Refuses the kernel's own asynchronous calls where the page cache is between.
+pub(crate) fn check_native(is_native: bool, cache: CacheMode) -> CliResult<()> {
+    match is_native && cache != CacheMode::Direct {
+        false => Ok(()),
+        true => Err(CliError::new(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified.",
+        )),
+    }
+}
+
 /// Options for a backing layer make no sense where there is none.
 fn check_below(spec: &ImageSpec, chain: &FileChain) -> CliResult<()> {
     match &spec.disk.below {

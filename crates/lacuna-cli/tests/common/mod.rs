@@ -114,6 +114,9 @@ fn normal_line(line: &str) -> String {
             return format!("{before}{start}...{end}");
         }
     }
+    if line.starts_with("Run completed in ") {
+        return "Run completed in ... seconds.".to_owned();
+    }
     for key in ["\"date-sec\": ", "\"date-nsec\": ", "\"uuid\": "] {
         if let Some((before, _)) = line.split_once(key) {
             return format!("{before}{key}...");

@@ -5,6 +5,7 @@ use lacuna::storage::CacheMode;
 
 use super::keys::Keys;
 use crate::error::{CliError, CliResult};
+use crate::verbs::open;
 
 /// The parts of the metadata whose overlap check can be switched.
 const OVERLAP_CHECKS: [&str; 9] = [
@@ -100,13 +101,8 @@ impl Common {
     /// Refuses what contradicts itself once it is known how the file is opened.
     pub(crate) fn check(&self, cache: CacheMode) -> CliResult<()> {
         let is_direct = self.direct.unwrap_or(cache == CacheMode::Direct);
-        match self.aio_native && !is_direct {
-            false => Ok(()),
-            true => Err(CliError::new(
-                "aio=native was specified, but it requires cache.direct=on, which was not \
-                 specified.",
-            )),
-        }
+        let cache = if is_direct { CacheMode::Direct } else { CacheMode::Buffered };
+        open::check_native(self.aio_native, cache)
     }
 }
 

@@ -426,6 +426,10 @@ fn file(
         }
         (None, None) => return Err(CliError::new("Must specify either driver or file")),
     };
+    if path.is_empty() {
+        let text = format!("The '{driver}' block driver requires a file name");
+        return Err(CliError::new(text));
+    }
     let mut common = Common::take(&mut keys)?;
     common.take_for_file(&mut keys)?;
     keys.none_for_storage(driver)?;

@@ -1,0 +1,63 @@
+//! A part of a disk, to read from.
+
+use lacuna::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use lacuna::buffer::Buffer;
+use lacuna::storage::Transfer;
+use lacuna::units::{GuestOffset, GuestRange};
+use lacuna::{Error, ErrorKind, Result};
+
+/// So many bytes of a disk from an offset on, all of them within it.
+pub(super) struct Part<'a, L> {
+    disk: &'a L,
+    start: u64,
+    len: u64,
+}
+
+impl<'a, L: Layer> Part<'a, L> {
+    pub(super) const fn new(disk: &'a L, start: u64, len: u64) -> Self {
+        Self { disk, start, len }
+    }
+}
+
+fn read_only() -> Error {
+    Error::new(ErrorKind::ReadOnly, "A part of a disk is only read")
+}
+
+impl<L: Layer> Layer for Part<'_, L> {
+    fn size_bytes(&self) -> u64 {
+        self.len
+    }
+
+    fn is_read_only(&self) -> bool {
+        true
+    }
+
+    async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        self.disk.read(offset + self.start, buffer).await
+    }
+
+    async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
+        (Err(read_only()), buffer)
+    }
+
+    async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
+        Err(read_only())
+    }
+
+    async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
+        Err(read_only())
+    }
+
+    async fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
+        let mut extents =
+            self.disk.extents(GuestRange::new(range.start + self.start, range.len)).await?;
+        for extent in &mut extents {
+            extent.range.start = GuestOffset(extent.range.start.0 - self.start);
+        }
+        Ok(extents)
+    }
+}
