@@ -109,7 +109,7 @@ const HOLDERS: [&str; 10] = [
     "-r x.qcow2",
 ];
 
-const ACCESSES: [&str; 30] = [
+const ACCESSES: [&str; 37] = [
     "qemu-img info a.qcow2",
     "qemu-img info -U a.qcow2",
     "qemu-img info -f raw a.qcow2",
@@ -140,6 +140,13 @@ const ACCESSES: [&str; 30] = [
     "qemu-io -c length x2.qcow2",
     "qemu-io -r -c length x2.qcow2",
     "qemu-io -f raw -c 'truncate 1M' d.raw",
+    "qemu-io -c length --image-opts driver=qcow2,file.filename=a.qcow2",
+    "qemu-io -c length --image-opts driver=qcow2,file.filename=a.qcow2,file.locking=off",
+    "qemu-io -c length --image-opts driver=qcow2,file.filename=a.qcow2,force-share=on",
+    "qemu-img map -U --image-opts driver=qcow2,file.filename=a.qcow2,force-share=off",
+    "qemu-img map json:'{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"a.qcow2\"}}'",
+    "qemu-io -r -c 'open -U -o force-share=off a.qcow2' -c 'open -r -o force-share=on a.qcow2' -c length",
+    "qemu-io -r -c 'reopen -w' -c length a.qcow2",
 ];
 
 fn prepared(sandbox: Sandbox) -> Sandbox {
@@ -252,6 +259,7 @@ fn one_command_that_needs_a_file_twice_is_told_so() {
         stock-img create -q -f qcow2 -o data_file=d.raw x.qcow2 1M
         qemu-img compare a.qcow2 a.qcow2
         qemu-img compare a.qcow2 o.qcow2
+        qemu-img compare --image-opts dr=1 driver=qcow2,file.filename=a.qcow2
         qemu-img convert -O qcow2 a.qcow2 a.qcow2
         qemu-img convert -n -O qcow2 a.qcow2 a.qcow2
         qemu-img convert -O qcow2 o.qcow2 a.qcow2

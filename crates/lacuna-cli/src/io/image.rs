@@ -16,7 +16,7 @@ use crate::nodes::AnyStorage;
 use crate::options::{self, Asked};
 use crate::output::io_size;
 use crate::persona::Tool;
-use crate::verbs::open::{cache_mode, sharing, unnamed};
+use crate::verbs::open::{cache_mode, check_force_share, sharing, unnamed};
 use crate::verbs::spec::ImageSpec;
 use crate::verbs::{busy, dump, specifics};
 
@@ -74,7 +74,13 @@ pub(super) fn open(session: &mut Session<'_>, command: &Command, words: &[String
     if session.has_image() {
         return session.report("file open already, try 'help close'");
     }
-    let opened = spec(&parsed, shown).and_then(|image| session.open(image, &flags));
+    let image = spec(&parsed, shown);
+    if let Ok(image) = &image
+        && let Err(error) = check_force_share(&parsed, image, "-U")
+    {
+        return session.report(error.text());
+    }
+    let opened = image.and_then(|image| session.open(image, &flags));
     match opened {
         Ok(()) => Ok(()),
         Err(error) if shown.is_empty() => session.report(&format!("can't open: {}", error.text())),
@@ -110,17 +116,13 @@ pub(super) fn reopen(session: &mut Session<'_>, command: &Command, words: &[Stri
         let key = option.split('=').next().unwrap_or_default();
         return session.report(&format!("Cannot change the option '{key}'"));
     }
-    let changed = session.close().and_then(|request| match request {
-        Some(mut request) => {
-            request.access = match (parsed.has("r"), parsed.has("w")) {
-                (true, _) => Access::ReadOnly,
-                (_, true) => Access::ReadWrite,
-                _ => request.access,
-            };
-            request.cache = parsed.last("c").and_then(cache_mode).unwrap_or(request.cache);
-            session.open_request(request)
-        }
-        None => Ok(()),
+    let changed = session.reopen(|request| {
+        request.access = match (parsed.has("r"), parsed.has("w")) {
+            (true, _) => Access::ReadOnly,
+            (_, true) => Access::ReadWrite,
+            _ => request.access,
+        };
+        request.cache = parsed.last("c").and_then(cache_mode).unwrap_or(request.cache);
     });
     match changed {
         Ok(()) => Ok(()),

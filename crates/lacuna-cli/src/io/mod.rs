@@ -20,6 +20,7 @@ use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::{Persona, Tool};
+use crate::verbs::open::check_force_share;
 use crate::verbs::spec::ImageSpec;
 use crate::verbs::{Example, ExitCode, Task, Verb, common};
 use image::OpenFlags;
@@ -103,6 +104,9 @@ fn open(
         true => (ImageSpec::from_options(file), String::new()),
         false => (ImageSpec::from_name(file, parsed.last("format")), format!(" device {file}")),
     };
+    if let Ok(image) = &image {
+        check_force_share(parsed, image, "-U")?;
+    }
     let opened = image.and_then(|image| session.open(image, flags));
     opened.map_err(|error| error.under(format!("can't open{shown}")))
 }

@@ -213,6 +213,19 @@ impl<'t> Session<'t> {
         Ok(Some(request))
     }
 
+    /// Closes the image and opens it in another way; as before where that cannot be.
+    pub(super) fn reopen(&mut self, change: impl FnOnce(&mut Request)) -> CliResult<()> {
+        let Some(before) = self.close()? else { return Ok(()) };
+        let mut request = before.clone();
+        change(&mut request);
+        self.open_request(request).map_err(|error| match self.open_request(before) {
+            Ok(()) => error,
+            Err(also) => {
+                CliError::new(format!("{}; the image is closed: {}", error.text(), also.text()))
+            }
+        })
+    }
+
     /// Waits for what is in flight and closes the image; false if that did not succeed.
     pub(super) fn finish(mut self) -> CliResult<bool> {
         let all_said = self.wait_for_all().is_ok();

@@ -61,13 +61,14 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let cache = open::source_cache(parsed, "cache")?;
     let opened = |name: &str, flag: &str| {
         let request = Request { cache, ..Request::reading(name, parsed, flag)? };
-        let opened = match parsed.has("strict") {
+        match parsed.has("strict") {
             // What the host allocates is no difference between images.
             true => open::open(tool, &request),
             false => open::open_for_content(tool, &request),
-        };
-        opened.map_err(|error| error.with_code(NOT_OPENED))
+        }
     };
+    let opened =
+        |name: &str, flag: &str| opened(name, flag).map_err(|error| error.with_code(NOT_OPENED));
     let (first, second) = (opened(first, "a-format")?, opened(second, "b-format")?);
     let strictness = match parsed.has("strict") {
         true => Strictness::Allocation,

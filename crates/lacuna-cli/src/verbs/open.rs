@@ -51,8 +51,17 @@ impl Request {
             false => ImageSpec::from_name(name, format),
         };
         let image = image.map_err(|error| cannot_open(name, error))?;
+        check_force_share(parsed, &image, "--force-share/-U")?;
         let (cache, sharing) = (CacheMode::Buffered, sharing(parsed));
         Ok(Self { image, access: Access::ReadOnly, cache, sharing, unnamed: unnamed(parsed) })
+    }
+}
+
+/// Refuses `-U` for an image whose options say the opposite; `flag` is how that is called.
+pub(crate) fn check_force_share(parsed: &Parsed, image: &ImageSpec, flag: &str) -> CliResult<()> {
+    match parsed.has("force-share") && image.disk.common.force_share == Some(false) {
+        true => Err(CliError::new(format!("{flag} conflicts with image options"))),
+        false => Ok(()),
     }
 }
 

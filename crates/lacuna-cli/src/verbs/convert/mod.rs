@@ -297,6 +297,7 @@ fn source_request(parsed: &Parsed, source: &str, cache: CacheMode) -> CliResult<
         true => ImageSpec::from_options(source)?,
         false => ImageSpec::from_name(source, format)?,
     };
+    open::check_force_share(parsed, &image, "--force-share/-U")?;
     let sharing = match open::sharing(parsed) {
         // What is copied has to hold still.
         Sharing::Format => Sharing::Readers,

@@ -85,6 +85,31 @@ fn where_the_kernel_refuses_io_uring_auto_takes_threads_and_says_why() {
     }
 }
 
+/// Old kernels have no such locks, and some file systems over a network have none.
+#[test]
+fn where_the_host_has_no_locks_auto_goes_on_and_on_does_not() {
+    use crate::storage::Locking;
+    use crate::storage::sys::seccomp::refuse_fcntl_on_this_thread;
+    for code in [libc::EINVAL, libc::ENOLCK] {
+        let filtered = move || {
+            refuse_fcntl_on_this_thread(libc::F_OFD_SETLK, code).expect("a filter can be set");
+            let file = tempfile::NamedTempFile::new().expect("a scratch file can be made");
+            let open = |locking| {
+                FileStorage::open(
+                    file.path(),
+                    &FileOptions { locking, ..FileOptions::read_write() },
+                )
+            };
+            let storage = open(Locking::Auto).expect("opens without locks");
+            assert_eq!(storage.claimed(), Claim::WRITING);
+            storage.claim(Claim::READING).expect("nobody can be in the way");
+            let error = open(Locking::On).expect_err("locks were asked for");
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+        };
+        std::thread::spawn(filtered).join().expect("the filtered thread is content");
+    }
+}
+
 #[test]
 fn reading_what_the_page_cache_has_makes_no_ring() {
     static MADE: AtomicBool = AtomicBool::new(false);
