@@ -16,7 +16,8 @@ use crate::buffer::Buffer;
 use crate::storage::Storage;
 use crate::units::{GuestRange, HostOffset, HostRange};
 
-/// How many extents one answer holds at most, so that its memory stays bounded.
+/// With so many extents an answer ends, so that its memory stays bounded. A stretch is told to its
+/// end all the same, or it would be read again for the next answer: that is up to 131072 more.
 const EXTENTS_AT_ONCE: usize = 4096;
 /// How much of a table is read at once.
 const STRETCH_BYTES: u64 = 64 << 10;
@@ -25,6 +26,13 @@ const STRETCH_BYTES: u64 = 64 << 10;
 struct Stretch {
     covers: GuestRange,
     entries: Buffer,
+}
+
+/// Knows which facts are an image's own.
+struct Teller {
+    decoder: Decoder,
+    has_backing: bool,
+    detail: ExtentDetail,
 }
 
 /// What one answer is made of, so far.
@@ -39,31 +47,46 @@ impl<S: Storage> Image<S> {
     pub(super) async fn extents_of(&self, range: GuestRange) -> Result<Vec<Extent>> {
         let token = self.begin_read(range)?;
         let _hold = self.hold(token);
+        let teller = self.teller();
         let mut walk = Walk::default();
         let mut at = range.start;
         while at < range.end() && walk.builder.len() < EXTENTS_AT_ONCE {
             let rest = GuestRange::new(at, range.end() - at);
-            let run = self.next_run(&mut walk.stretch, rest).await?;
-            let found = GuestRange::new(at, run.len);
-            self.push_run(found, run.mapping, &mut walk).await?;
-            at = walk.builder.end().unwrap_or_else(|| found.end());
+            if let Some((found, mapping)) = self.tell(&teller, rest, &mut walk).await? {
+                self.push_run(found, mapping, &mut walk).await?;
+            }
+            at = walk.builder.end().unwrap_or(range.end());
         }
         Ok(walk.builder.finish())
     }
 
-    async fn next_run(&self, stretch: &mut Option<Stretch>, rest: GuestRange) -> Result<Run> {
-        if !stretch.as_ref().is_some_and(|stretch| stretch.covers.contains(rest.start)) {
-            *stretch = self.read_stretch(rest).await?;
+    /// Adds what the image knows by itself; returns the first run about which others must be asked.
+    async fn tell(
+        &self,
+        teller: &Teller,
+        rest: GuestRange,
+        walk: &mut Walk,
+    ) -> Result<Option<(GuestRange, Mapping)>> {
+        if !walk.stretch.as_ref().is_some_and(|stretch| stretch.covers.contains(rest.start)) {
+            walk.stretch = self.read_stretch(rest).await?;
         }
-        match stretch {
-            Some(stretch) => {
-                let decoder = self.0.meta.lock().decoder;
-                match stretch.run(&decoder, rest) {
-                    Ok(run) => Ok(run),
-                    Err(error) => Err(self.mark_corrupt(error).await),
-                }
+        match &walk.stretch {
+            Some(stretch) => match teller.tell(stretch, rest, &mut walk.builder) {
+                Ok(open) => Ok(open),
+                Err(error) => Err(self.mark_corrupt(error).await),
+            },
+            None => {
+                let run = self.plan(|meta| meta.run(rest)).await?;
+                Ok(Some((GuestRange::new(rest.start, run.len), run.mapping)))
             }
-            None => self.plan(|meta| meta.run(rest)).await,
+        }
+    }
+
+    fn teller(&self) -> Teller {
+        Teller {
+            decoder: self.0.meta.lock().decoder,
+            has_backing: self.0.backing.is_some(),
+            detail: self.0.detail,
         }
     }
 
@@ -128,8 +151,7 @@ impl<S: Storage> Image<S> {
         mapping: Mapping,
         builder: &mut ExtentBuilder,
     ) -> Result<()> {
-        let is_hole = mapping.host().is_none();
-        let nothing = ExtentStatus { is_hole, host: mapping.host(), ..ExtentStatus::UNALLOCATED };
+        let nothing = nothing(mapping);
         let there = match &self.0.backing {
             Some(backing) => backing.size().saturating_sub(range.start.0).min(range.len),
             None => 0,
@@ -157,12 +179,41 @@ impl<S: Storage> Image<S> {
     }
 }
 
-impl Stretch {
-    /// Returns the run at the start of `rest`, at most to the end of the stretch.
-    fn run(&self, decoder: &Decoder, rest: GuestRange) -> Result<Run> {
-        let skipped = (rest.start - self.covers.start) >> decoder.geometry.cluster_bits();
-        let entries = &self.entries[(skipped * decoder.geometry.entry_width().bytes()) as usize..];
-        decoder.run(entries, rest)
+impl Teller {
+    /// Adds the runs at the start of `range`, at most to the end of the stretch: all in one go, since
+    /// there may be millions. Stops at a run about which others must be asked and returns it.
+    fn tell(
+        &self,
+        stretch: &Stretch,
+        range: GuestRange,
+        builder: &mut ExtentBuilder,
+    ) -> Result<Option<(GuestRange, Mapping)>> {
+        let (mut at, end) = (range.start, range.end().min(stretch.covers.end()));
+        while at < end {
+            let run = self.run(stretch, GuestRange::new(at, end - at))?;
+            let found = GuestRange::new(at, run.len);
+            let Some(status) = self.status(run.mapping) else {
+                return Ok(Some((found, run.mapping)));
+            };
+            builder.push(Extent { range: found, status });
+            at = found.end();
+        }
+        Ok(None)
+    }
+
+    fn run(&self, stretch: &Stretch, rest: GuestRange) -> Result<Run> {
+        let geometry = &self.decoder.geometry;
+        let skipped = (rest.start - stretch.covers.start) >> geometry.cluster_bits();
+        let entries = &stretch.entries[(skipped * geometry.entry_width().bytes()) as usize..];
+        self.decoder.run(entries, rest)
+    }
+
+    fn status(&self, mapping: Mapping) -> Option<ExtentStatus> {
+        match mapping {
+            Mapping::Data { .. } if self.detail == ExtentDetail::Host => None,
+            Mapping::Unallocated { .. } if !self.has_backing => Some(nothing(mapping)),
+            _ => status(mapping),
+        }
     }
 }
 
@@ -178,6 +229,12 @@ async fn is_known_zero(layer: &Arc<dyn DynLayer>, range: GuestRange) -> Result<b
         }
     }
     Ok(true)
+}
+
+/// Returns the facts of a run that no layer allocates.
+fn nothing(mapping: Mapping) -> ExtentStatus {
+    let is_hole = mapping.host().is_none();
+    ExtentStatus { is_hole, host: mapping.host(), ..ExtentStatus::UNALLOCATED }
 }
 
 /// Returns the facts of a mapping; nothing where the backing layer has to be asked.
