@@ -5,7 +5,7 @@ use std::path::Path;
 use lacuna::block::{Extent, Layer, is_zero};
 use lacuna::blocking::Disk;
 use lacuna::qcow2::{Access, ExtentDetail, Image, OpenOptions, Parts};
-use lacuna::storage::{FileOptions, FileStorage};
+use lacuna::storage::{FileOptions, FileStorage, Locking};
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
 use testkit::foreign::{QEMU_IMG, QEMU_IO};
@@ -16,6 +16,8 @@ fn open(path: &Path, access: Access, detail: ExtentDetail) -> Disk<Image<FileSto
         Access::ReadOnly => FileOptions::read_only(),
         Access::ReadWrite => FileOptions::read_write(),
     };
+    // One image is held open both ways here; nobody changes it.
+    let options = FileOptions { locking: Locking::Off, ..options };
     let storage = FileStorage::open(path, &options).unwrap();
     let options = OpenOptions::new(access).extent_detail(detail);
     Disk::new(block_on(Image::open(Parts::alone(storage), options)).unwrap())

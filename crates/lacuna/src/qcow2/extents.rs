@@ -55,7 +55,7 @@ impl<S: Storage> Image<S> {
             if let Some((found, mapping)) = self.tell(&teller, rest, &mut walk).await? {
                 self.push_run(found, mapping, &mut walk).await?;
             }
-            at = walk.builder.end().unwrap_or(range.end());
+            at = walk.builder.end().unwrap_or_else(|| range.end());
         }
         Ok(walk.builder.finish())
     }
