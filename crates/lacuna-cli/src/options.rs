@@ -228,7 +228,8 @@ pub(crate) fn check(name: &str, kind: Kind, value: &str) -> CliResult<()> {
     problem.map_or(Ok(()), |text| Err(CliError::new(text)))
 }
 
-fn no_size(name: &str) -> String {
+/// Says that a value is no size.
+pub(crate) fn no_size(name: &str) -> String {
     format!(
         "Parameter '{name}' expects a non-negative number below 2^64\n\
          Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\

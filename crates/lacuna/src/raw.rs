@@ -91,8 +91,38 @@ impl<S: Storage> Raw<S> {
     }
 }
 
+/// Gives a raw disk another size, with what is added preallocated. Durable when it returns.
+///
+/// A disk that somebody sees as [`Raw`] keeps the size it had there. What is added reads as zeros;
+/// what is cut off is lost.
+///
+/// # Errors
+/// `InvalidRequest` for [`Preallocation::Metadata`], which raw disks do not have, and for
+/// preallocation without growth; otherwise what the storage says.
+///
+/// ```
+/// use lacuna::block::Preallocation;
+/// use lacuna::raw::resize;
+/// use lacuna::storage::{MemoryStorage, Storage};
+///
+/// let storage = MemoryStorage::new();
+/// pollster::block_on(async {
+///     resize(&storage, 4096, Preallocation::Full).await?;
+///     resize(&storage, 512, Preallocation::Off).await?;
+///     assert_eq!(storage.len().await?, 512);
+///     Ok::<_, lacuna::Error>(())
+/// }).unwrap();
+/// ```
+pub async fn resize<S: Storage>(storage: &S, size_bytes: u64, mode: Preallocation) -> Result<()> {
+    match mode {
+        Preallocation::Off => storage.set_len(size_bytes).await?,
+        _ => grow(storage, size_bytes, mode).await?,
+    }
+    storage.flush().await
+}
+
 /// Makes a raw disk longer.
-pub(crate) async fn grow<S: Storage>(storage: &S, to: u64, mode: Preallocation) -> Result<()> {
+async fn grow<S: Storage>(storage: &S, to: u64, mode: Preallocation) -> Result<()> {
     let old = storage.len().await?;
     let Some(added) = to.checked_sub(old) else {
         return Err(Error::invalid(format!("The disk has {old} bytes already, more than {to}")));
@@ -100,7 +130,8 @@ pub(crate) async fn grow<S: Storage>(storage: &S, to: u64, mode: Preallocation) 
     if mode == Preallocation::Metadata {
         return Err(Error::invalid("A raw disk has no metadata that could be preallocated"));
     }
-    reserve(storage, HostRange::new(HostOffset(old), added), mode.of_data()).await
+    let range = HostRange::new(HostOffset(old), added);
+    reserve(storage, range, mode.of_data(), Hold::none()).await.map(drop)
 }
 
 impl<S: Storage> Layer for Raw<S> {

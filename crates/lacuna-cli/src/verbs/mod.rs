@@ -17,6 +17,7 @@ mod man;
 mod map;
 pub(crate) mod open;
 mod progress;
+mod resize;
 pub(crate) mod spec;
 
 pub(crate) use help::version;
@@ -74,7 +75,7 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 13] = [
+const VERBS: [&Verb; 14] = [
     &bench::VERB,
     &check::VERB,
     &compare::VERB,
@@ -88,6 +89,7 @@ const VERBS: [&Verb; 13] = [
     &io::VERB,
     &man::VERB,
     &map::VERB,
+    &resize::VERB,
 ];
 
 /// What may stand before the verb.
@@ -231,6 +233,10 @@ fn offered(tool: &Tool, tables: &[&[Flag]]) -> Vec<Flag> {
 }
 
 fn run_verb(tool: &Tool, verb: &Verb, arguments: &[String]) -> CliResult<u8> {
+    let arguments = match verb.name == resize::VERB.name {
+        true => &resize::size_last(arguments)[..],
+        false => arguments,
+    };
     let parsed = args::parse(&offered(tool, &[&EVERYWHERE, verb.flags]), arguments)?;
     check_error_format(&parsed)?;
     if parsed.has("help") {

@@ -356,6 +356,21 @@ impl Meta {
         Ok(start)
     }
 
+    /// Hands out up to `count` clusters, at least one: from `at` on as far as they are free, else
+    /// as [`allocate`](Self::allocate) does.
+    pub(super) fn allocate_at(&mut self, at: HostOffset, count: u64) -> Planned<Allocation> {
+        if self.gate.dirty_bit {
+            return Err(Need::DirtyBit.into());
+        }
+        let found = self.refcounts.allocate_at(at, count)?;
+        if found.clusters == 0 {
+            return Ok(Allocation { start: self.allocate(count)?, clusters: count });
+        }
+        let len = found.clusters * self.geometry().cluster_bytes();
+        self.note_allocated(HostRange::new(found.start, len))?;
+        Ok(found)
+    }
+
     /// Hands out up to `count` clusters, at least one: right behind `behind` as far as that is
     /// free and the placement goes that way, else as [`allocate`](Self::allocate) does.
     pub(super) fn allocate_behind(
@@ -366,15 +381,10 @@ impl Meta {
         let follows = behind.filter(|behind| {
             self.refcounts.follows_the_last() && self.geometry().is_aligned(behind.0)
         });
-        if let (Some(behind), false) = (follows, self.gate.dirty_bit) {
-            let found = self.refcounts.allocate_at(behind, count)?;
-            if found.clusters > 0 {
-                let len = found.clusters * self.geometry().cluster_bytes();
-                self.note_allocated(HostRange::new(found.start, len))?;
-                return Ok(found);
-            }
+        match follows {
+            Some(behind) => self.allocate_at(behind, count),
+            None => Ok(Allocation { start: self.allocate(count)?, clusters: count }),
         }
-        Ok(Allocation { start: self.allocate(count)?, clusters: count })
     }
 
     /// Hands out bytes for a compressed cluster.

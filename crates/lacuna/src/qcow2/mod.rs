@@ -28,6 +28,7 @@ mod options;
 mod overlap;
 mod plan_write;
 mod plan_zero;
+mod preallocate;
 mod quarantine;
 mod read;
 mod refcount_space;

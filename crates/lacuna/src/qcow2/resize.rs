@@ -7,8 +7,9 @@ use super::need::Planned;
 use super::plan_zero::Intent;
 use super::quarantine::FreedBy;
 use super::write_back::Refcounting;
-use crate::block::ZeroFlags;
-use crate::storage::Storage;
+use crate::block::{Preallocation, ZeroFlags};
+use crate::buffer::Hold;
+use crate::storage::{Storage, ZeroMode, reserve};
 use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
 
@@ -43,7 +44,9 @@ impl<S: Storage> Image<S> {
         self.check_resize(old, size_bytes, shrink)?;
         match size_bytes.cmp(&old) {
             std::cmp::Ordering::Equal => Ok(()),
-            std::cmp::Ordering::Greater => self.grow(old, size_bytes).await,
+            std::cmp::Ordering::Greater => {
+                self.grow_from(old, size_bytes, Preallocation::Off).await
+            }
             std::cmp::Ordering::Less => self.shrink(old, size_bytes).await,
         }
     }
@@ -78,32 +81,108 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    async fn grow(&self, old: u64, new: u64) -> Result<()> {
-        let added = GuestRange::new(GuestOffset(old), new - old);
-        self.plan(|meta| meta.before_change(added)).await?;
-        if let Some(data) = &self.0.data {
-            data.set_len(new).await?;
+    /// Makes the disk larger, to `size_bytes`, with what is added preallocated. Durable on return.
+    ///
+    /// What is added reads as zeros, whatever lies in a longer backing file. With a raw external
+    /// data file it is mapped in any case. Dropped or failed half-way, it leaves the old size, and
+    /// maybe some of the space taken.
+    ///
+    /// # Errors
+    /// As for [`resize`](Self::resize); `InvalidRequest` where the disk would not grow.
+    ///
+    /// ```
+    /// use lacuna::block::{Layer, Preallocation};
+    /// use lacuna::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, create};
+    /// use lacuna::storage::MemoryStorage;
+    ///
+    /// pollster::block_on(async {
+    ///     let storage = MemoryStorage::new();
+    ///     create(&storage, &CreateOptions { size_bytes: 1 << 20, ..Default::default() }).await?;
+    ///     let image = Image::open(Parts::alone(storage), OpenOptions::new(Access::ReadWrite)).await?;
+    ///     image.grow(2 << 20, Preallocation::Metadata).await?;
+    ///     assert_eq!(image.size_bytes(), 2 << 20);
+    ///     image.close().await
+    /// }).unwrap();
+    /// ```
+    pub async fn grow(&self, size_bytes: u64, preallocation: Preallocation) -> Result<()> {
+        let old = self.size();
+        if size_bytes <= old {
+            return Err(Error::invalid(format!(
+                "The disk has {old} bytes; growing it to {size_bytes} is no growth"
+            )));
         }
+        self.check_resize(old, size_bytes, Shrink::Refuse)?;
+        self.grow_from(old, size_bytes, preallocation).await
+    }
+
+    async fn grow_from(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
+        let raw = self.0.header.lock().has_raw_external_data();
+        let mode = mode.max(if raw { Preallocation::Metadata } else { Preallocation::Off });
+        self.plan(|meta| meta.before_change(GuestRange::new(GuestOffset(old), 0))).await?;
+        self.grow_data_file(old, new, mode).await?;
         let mut back = SizeBackOnDrop { image: self, old: Some(old) };
         self.plan(|meta| {
-            meta.before_change(added)?;
-            meta.grow_l1(new)?;
-            meta.size_bytes = new;
-            Ok(())
+            meta.before_change(GuestRange::new(GuestOffset(old), 0))?;
+            meta.grow_l1(new)
         })
         .await?;
-        let hidden = self.0.backing.as_ref().map_or(0, |backing| backing.size());
-        let cluster_end = old.next_multiple_of(self.geometry().cluster_bytes());
-        let end = hidden.max(cluster_end).min(new);
-        if end > old {
-            // Left-overs of the last cluster, and backing bytes that the old end hid (D.1-49).
-            let range = GuestRange::new(GuestOffset(old), end - old);
-            self.zero_guest(range, ZeroFlags::MAY_UNMAP).await?;
-            // A crash must not leave the larger disk without these zeros.
-            self.flush_all().await?;
+        match mode {
+            Preallocation::Off => self.clear_added(old, new).await?,
+            mode => self.preallocate_added(old, new, mode).await?,
         }
         self.commit_size(new).await?;
         back.old = None;
+        Ok(())
+    }
+
+    async fn grow_data_file(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
+        let Some(data) = &self.0.data else { return Ok(()) };
+        let len = data.len().await?;
+        if mode != Preallocation::Off && len > old {
+            // What the file has behind the disk must not come to light.
+            let stale = HostRange::new(HostOffset(old), len.min(new) - old);
+            data.write_zeroes_at(stale, ZeroMode::MayUnmap, Hold::none()).await?;
+        }
+        if mode >= Preallocation::Falloc {
+            let added = HostRange::new(HostOffset(old), new - old);
+            drop(reserve(data, added, mode.of_data(), Hold::none()).await?);
+        }
+        data.set_len(new).await
+    }
+
+    /// Shows the larger disk, and zeroes what the old end hid: the rest of its last cluster, and
+    /// what a longer backing layer has (D.1-49).
+    async fn clear_added(&self, old: u64, new: u64) -> Result<()> {
+        self.0.meta.lock().size_bytes = new;
+        let hidden = self.0.backing.as_ref().map_or(0, |backing| backing.size());
+        let cluster_end = old.next_multiple_of(self.geometry().cluster_bytes());
+        let like_qemu = self.0.meta.lock().refcounts.follows_the_last();
+        let end = match hidden > old && like_qemu {
+            // QEMU leaves nothing to what the backing layer may become.
+            true => new,
+            false => hidden.max(cluster_end).min(new),
+        };
+        if end <= old {
+            return Ok(());
+        }
+        let range = GuestRange::new(GuestOffset(old), end - old);
+        if hidden <= old && self.reads_zero(range).await? {
+            return Ok(());
+        }
+        self.zero_guest(range, ZeroFlags::MAY_UNMAP).await?;
+        // A crash must not leave the larger disk without these zeros.
+        self.flush_all().await
+    }
+
+    /// As [`clear_added`](Self::clear_added), with space for all that is added.
+    async fn preallocate_added(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
+        let cluster_end = old.next_multiple_of(self.geometry().cluster_bytes()).min(new);
+        self.0.meta.lock().size_bytes = cluster_end;
+        let rest = GuestRange::new(GuestOffset(old), cluster_end - old);
+        self.zero_by_bytes(rest, ZeroFlags::empty()).await?;
+        self.preallocate(old, new, mode).await?;
+        self.flush_all().await?;
+        self.0.meta.lock().size_bytes = new;
         Ok(())
     }
 

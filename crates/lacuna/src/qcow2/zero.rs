@@ -155,7 +155,7 @@ impl<S: Storage> Image<S> {
         self.zero_by_bytes(part, flags).await
     }
 
-    async fn zero_by_bytes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+    pub(super) async fn zero_by_bytes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
         if flags.contains(ZeroFlags::FAST) {
             return Err(Error::unsupported(format!(
                 "{} bytes at {} cannot be zeroed faster than written",

@@ -4,7 +4,7 @@
 //! * Always: may be dropped at any await; part of the range is reserved then.
 
 use super::{Capability, Storage};
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Hold};
 use crate::units::{HostOffset, HostRange};
 use crate::{ErrorKind, Result};
 
@@ -23,19 +23,25 @@ pub(crate) enum Reserve {
 }
 
 /// Sets space aside for a range that reads as zeros, which it still does afterwards; extends a
-/// shorter object.
-pub(crate) async fn reserve<S: Storage>(storage: &S, range: HostRange, how: Reserve) -> Result<()> {
+/// shorter object. `hold` stays with whatever may still be written, and comes back in the end.
+pub(crate) async fn reserve<S: Storage>(
+    storage: &S,
+    range: HostRange,
+    how: Reserve,
+    hold: Hold,
+) -> Result<Hold> {
     if range.is_empty() {
-        return Ok(());
+        return Ok(hold);
     }
-    let refused = match how {
-        Reserve::Hole => return extend(storage, range.end()).await,
-        Reserve::Promised => storage.allocate_at(range).await,
-        Reserve::Written => return write_zeros(storage, range).await,
-    };
-    match refused {
-        Err(error) if error.kind() == ErrorKind::Unsupported => write_zeros(storage, range).await,
-        done => done.map_err(|error| error.context("Reserving space")),
+    match how {
+        Reserve::Hole => extend(storage, range.end()).await.map(|()| hold),
+        Reserve::Written => write_zeros(storage, range, hold).await,
+        Reserve::Promised => match storage.allocate_at(range).await {
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                write_zeros(storage, range, hold).await
+            }
+            done => done.map(|()| hold).map_err(|error| error.context("Reserving space")),
+        },
     }
 }
 
@@ -48,7 +54,7 @@ async fn extend<S: Storage>(storage: &S, end: HostOffset) -> Result<()> {
     storage.set_len(end.0).await
 }
 
-async fn write_zeros<S: Storage>(storage: &S, range: HostRange) -> Result<()> {
+async fn write_zeros<S: Storage>(storage: &S, range: HostRange, mut hold: Hold) -> Result<Hold> {
     let end = range.end();
     let (mut at, mut zeros) = (range.start, Buffer::new(0));
     while at < end {
@@ -56,12 +62,14 @@ async fn write_zeros<S: Storage>(storage: &S, range: HostRange) -> Result<()> {
         if zeros.len() as u64 != piece {
             zeros = Buffer::zeroed(piece as usize);
         }
+        zeros.set_hold(hold);
         let result;
         (result, zeros) = storage.write_at(at, zeros).await;
+        hold = zeros.take_hold();
         result.map_err(|error| error.context("Writing zeros to reserve space"))?;
         at = HostOffset(at.0 + piece);
     }
-    Ok(())
+    Ok(hold)
 }
 
 #[cfg(test)]
@@ -74,7 +82,7 @@ mod tests {
     fn what_is_written_is_allocated_and_reads_as_zeros() {
         let storage = MemoryStorage::from(&[7; 100][..]);
         let range = HostRange::new(HostOffset(100), (5 << 20) + 17);
-        block_on(reserve(&storage, range, Reserve::Written)).unwrap();
+        drop(block_on(reserve(&storage, range, Reserve::Written, Hold::none())).unwrap());
         assert_eq!(block_on(storage.len()).unwrap(), range.end().0);
         let bytes = storage.to_vec();
         assert!(bytes[..100].iter().all(|byte| *byte == 7));

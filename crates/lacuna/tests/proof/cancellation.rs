@@ -39,7 +39,11 @@ fn operations(kind: &Kind) -> Vec<Operation> {
         Operation::WriteZeroes { range: range(3 * cluster, cluster), flags: ZeroFlags::FUA },
         Operation::Discard { range: range(2 * cluster, 3 * cluster), mode: DiscardMode::Guest },
         Operation::Flush,
+        // All kinds of preallocation, which the sizes choose.
         Operation::Resize { size_bytes: kind.size_bytes() * 2 },
+        Operation::Resize { size_bytes: kind.size_bytes() * 2 + 512 },
+        Operation::Resize { size_bytes: kind.size_bytes() * 2 + 1024 },
+        Operation::Resize { size_bytes: kind.size_bytes() * 2 + 1536 },
         Operation::Resize { size_bytes: 5 * cluster },
     ];
     if kind.allows_compression() {

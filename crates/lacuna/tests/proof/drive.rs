@@ -1,6 +1,6 @@
 //! Operations done to an image, and what may be seen after them.
 
-use lacuna::block::{DiscardMode, Layer};
+use lacuna::block::{DiscardMode, Layer, Preallocation};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::check::{CheckOptions, CheckReport, check};
 use lacuna::qcow2::{Image, Shrink};
@@ -38,10 +38,21 @@ pub(crate) async fn perform<S: Storage>(
         Operation::WriteZeroes { range, flags } => image.write_zeroes(range, flags).await?,
         Operation::Discard { range, mode } => image.discard(range, mode).await?,
         Operation::Flush => image.flush().await?,
-        Operation::Resize { size_bytes } => image.resize(size_bytes, Shrink::Allow).await?,
+        Operation::Resize { size_bytes } => resize(image, size_bytes).await?,
         Operation::Reopen => {}
     }
     Ok(Vec::new())
+}
+
+/// Grows by one of the kinds of preallocation, which one the size says.
+async fn resize<S: Storage>(image: &Image<S>, size_bytes: u64) -> lacuna::Result<()> {
+    const MODES: [Preallocation; 4] =
+        [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full];
+    let mode = MODES[(size_bytes / 512 % 4) as usize];
+    match size_bytes > image.size_bytes() && mode != Preallocation::Off {
+        true => image.grow(size_bytes, mode).await,
+        false => image.resize(size_bytes, Shrink::Allow).await,
+    }
 }
 
 /// Tells the model of an operation that is over.

@@ -140,7 +140,7 @@ impl EmptyImage {
         }
         match self.preallocation {
             Preallocation::Metadata => self.show_data(storage, range).await,
-            mode => reserve(storage, range, mode.of_data()).await,
+            mode => reserve(storage, range, mode.of_data(), Hold::none()).await.map(drop),
         }
     }
 
@@ -153,7 +153,7 @@ impl EmptyImage {
         let disk = HostRange::new(range.start, range.len - unused);
         let rest = used.next_multiple_of(geometry.subcluster_bytes()) - used;
         match rest {
-            0 => reserve(storage, disk, Reserve::Hole).await,
+            0 => reserve(storage, disk, Reserve::Hole, Hold::none()).await.map(drop),
             rest => write(storage, disk.end(), Buffer::zeroed(rest as usize)).await,
         }
     }

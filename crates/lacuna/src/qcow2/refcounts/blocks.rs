@@ -8,7 +8,7 @@ use super::Refcounts;
 use crate::qcow2::need::{Planned, Stop};
 use crate::qcow2::overlap::Structure;
 use crate::qcow2::refcount_space::{RefcountSpace, Room};
-use crate::units::{HostCluster, HostRange};
+use crate::units::{HostCluster, HostOffset, HostRange};
 use crate::{Error, ErrorKind};
 
 /// The refcount table may not take more bytes than this (B.11).
@@ -41,6 +41,23 @@ impl Refcounts {
         self.write(HostCluster(block), 1)?;
         self.single_cursor = self.single_cursor.max(block + 1);
         Ok(())
+    }
+
+    /// Makes the blocks that count `count` clusters at the end of the file. Returns the first of
+    /// those clusters.
+    pub(in crate::qcow2) fn cover_behind_end(&mut self, count: u64) -> Planned<HostOffset> {
+        let per_block = self.entries();
+        let mut index = self.end / per_block;
+        // Blocks, and maybe a table, move the end.
+        while index * per_block < self.end + count {
+            self.check_limit(index * per_block)?;
+            if self.block(index)?.is_some() {
+                index += 1;
+                continue;
+            }
+            self.make_block((index * per_block).max(self.end), self.end, 0..0)?;
+        }
+        Ok(self.end())
     }
 
     fn install_block(&mut self, index: u64, block: u64) {
