@@ -4,7 +4,7 @@ use lacuna::block::{Layer, Preallocation};
 use lacuna::qcow2::format::{MAX_L1_BYTES, Version};
 use lacuna::qcow2::{Access, Image, Shrink};
 use lacuna::raw;
-use lacuna::storage::FileStorage;
+use lacuna::storage::Storage;
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
 
@@ -157,7 +157,7 @@ impl Change {
         }
     }
 
-    fn resize_image(self, image: &Image<FileStorage>) -> CliResult<()> {
+    fn resize_image<S: Storage>(self, image: &Image<S>) -> CliResult<()> {
         self.check_image(image)?;
         let result = match self.mode {
             Preallocation::Off => block_on(image.resize(self.new, Shrink::Allow)),
@@ -167,7 +167,7 @@ impl Change {
     }
 
     /// Says in QEMU's words what the format forbids.
-    fn check_image(self, image: &Image<FileStorage>) -> CliResult<()> {
+    fn check_image<S: Storage>(self, image: &Image<S>) -> CliResult<()> {
         let header = image.header();
         if !self.new.is_multiple_of(512) {
             return Err(CliError::new("The new size must be a multiple of 512"));
@@ -182,7 +182,7 @@ impl Change {
         Ok(())
     }
 
-    fn words(self, image: &Image<FileStorage>, error: Error) -> CliError {
+    fn words<S: Storage>(self, image: &Image<S>, error: Error) -> CliError {
         let reserves = self.mode >= Preallocation::Falloc;
         if !reserves || error.kind() != ErrorKind::NoSpace {
             return error.into();
