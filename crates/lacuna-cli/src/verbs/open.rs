@@ -278,21 +278,6 @@ pub(crate) fn of_host(error: &std::io::Error) -> String {
     error.raw_os_error().map_or_else(|| error.to_string(), host_words)
 }
 
-/// A raw disk whose format was guessed has limits that QEMU's programs warn of.
-pub(crate) fn warn_of_guess(request: &Request, chain: &FileChain) {
-    let was_told = !matches!(request.image.format(), Ok(None));
-    let is_raw = chain.disk().as_qcow2().is_none();
-    if is_raw && !was_told && request.access == Access::ReadWrite {
-        let file = &request.image.file;
-        output::complain(&format!(
-            "WARNING: Image format was not specified for '{file}' and probing guessed raw.\n\
-             \x20        Automatically detecting the format is dangerous for raw images, write \
-             operations on block 0 will be restricted.\n\
-             \x20        Specify the 'raw' format explicitly to remove the restrictions.\n"
-        ));
-    }
-}
-
 /// Wraps what kept an image from being opened.
 pub(crate) fn cannot_open(shown: &str, error: CliError) -> CliError {
     error.under(format!("Could not open '{shown}'")).with_fact("file", shown)
