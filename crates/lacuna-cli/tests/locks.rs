@@ -128,7 +128,7 @@ const ACCESSES: [&str; 37] = [
     "qemu-img convert -O raw a.qcow2 new.raw",
     "qemu-img convert -O raw -f raw r.raw new.raw",
     "qemu-img convert -O qcow2 n.qcow2 a.qcow2",
-    "qemu-img convert -n -O qcow2 n.qcow2 a.qcow2",
+    "qemu-img convert -n --target-is-zero -O qcow2 n.qcow2 a.qcow2",
     "qemu-img convert -O qcow2 -B a.qcow2 -F qcow2 n.qcow2 new.qcow2",
     "qemu-io -c length a.qcow2",
     "qemu-io -U -c length a.qcow2",

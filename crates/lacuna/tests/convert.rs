@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use lacuna::block::Layer;
 use lacuna::chain::{self, Allow, Chain, ChainOptions, FileOpener, Format};
 use lacuna::job::{
-    self, CompareOptions, ConvertOptions, Copied, Encoding, Target, TargetContent, WriteOrder,
+    self, CompareOptions, ConvertOptions, Copied, Encoding, Target, TargetContent, Threads,
+    WriteOrder,
 };
 use lacuna::qcow2::format::{CompressionType, EntryWidth, Version};
 use lacuna::qcow2::{Access, BackingName, CreateOptions, OpenOptions, Placement, create};
@@ -211,6 +212,45 @@ fn compressed_images_of_qemu_read_the_same_here() {
         to_raw(&open(&image, Format::Qcow2, Access::ReadOnly), &back);
         assert_same_file(&back, &source, name);
     }
+}
+
+#[test]
+fn compression_gives_one_file_however_many_threads_and_requests() {
+    let scratch = Scratch::new();
+    let (source, first, other) = (scratch.path("source"), scratch.path("0"), scratch.path("1"));
+    raw_disk(&source, 24 * MIB + 512);
+    let opened = open(&source, Format::Raw, Access::ReadOnly);
+    for compression in [CompressionType::Deflate, CompressionType::Zstd] {
+        let created = || CreateOptions { compression, ..CreateOptions::default() };
+        let one = ConvertOptions { in_flight: 1, threads: Threads::Caller, ..compressed() };
+        to_qcow2(&opened, &first, created(), &one);
+        for in_flight in [1, 3, 16] {
+            let options = ConvertOptions { in_flight, ..compressed() };
+            to_qcow2(&opened, &other, created(), &options);
+            assert_same_file(&other, &first, "threads");
+        }
+        let any = ConvertOptions { order: WriteOrder::Any, ..compressed() };
+        to_qcow2(&opened, &other, created(), &any);
+        assert_clean(&other);
+        assert_same_guest(("raw", &source), ("qcow2", &other));
+    }
+}
+
+#[test]
+fn zeros_onto_what_reads_as_zeros_leave_the_target_as_it_is() {
+    let scratch = Scratch::new();
+    let (source, target) = (scratch.path("source"), scratch.path("target"));
+    for path in [&source, &target] {
+        qemu_img(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "8T"]);
+    }
+    qemu_io("qcow2", &source, &["write -z 3T 1G", "write -P 0 4T 64k"]);
+    let before = std::fs::read(&target).unwrap();
+    let disk = open(&target, Format::Qcow2, Access::ReadWrite);
+    let source = open(&source, Format::Qcow2, Access::ReadOnly);
+    let copied = copy(source.disk(), disk.disk(), &ConvertOptions::default());
+    block_on(disk.into_disk().close()).unwrap();
+    assert_eq!(copied.skipped_bytes, 8 << 40, "{copied:?}");
+    assert!(std::fs::read(&target).unwrap() == before);
 }
 
 #[test]

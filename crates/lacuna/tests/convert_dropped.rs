@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lacuna::ErrorKind;
 use lacuna::job::{
-    self, CompareOptions, ConvertOptions, Encoding, TargetContent, WriteOrder, compare,
+    self, CompareOptions, ConvertOptions, Encoding, TargetContent, Threads, WriteOrder, compare,
 };
 use lacuna::qcow2::{Access, Image, OpenOptions, Parts};
 use lacuna::raw::Raw;
@@ -81,7 +81,12 @@ fn kinds() -> impl Iterator<Item = ConvertOptions> {
     [
         fresh,
         ConvertOptions { order: WriteOrder::Any, sparse_bytes: 65536, ..fresh },
-        ConvertOptions { encoding: Encoding::Compressed, in_flight: 3, ..fresh },
+        ConvertOptions {
+            encoding: Encoding::Compressed,
+            in_flight: 3,
+            threads: Threads::Caller,
+            ..fresh
+        },
     ]
     .into_iter()
 }

@@ -7,7 +7,7 @@ use lacuna::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::chain::{Disk, Format};
 use lacuna::job::Target;
-use lacuna::qcow2::Image;
+use lacuna::qcow2::{Encoder, Image, Stream};
 use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
 
@@ -103,11 +103,16 @@ impl Layer for ToolDisk {
 }
 
 impl Target for ToolDisk {
-    fn compressed_unit_bytes(&self) -> Option<u64> {
-        self.disk.compressed_unit_bytes()
+    fn encoder(&self) -> Option<Encoder> {
+        self.disk.encoder()
     }
 
-    async fn write_compressed(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
-        self.disk.write_compressed(offset, buffer).await
+    async fn write_encoded(
+        &self,
+        offset: GuestOffset,
+        buffer: Buffer,
+        stream: Option<Stream>,
+    ) -> Transfer {
+        self.disk.write_encoded(offset, buffer, stream).await
     }
 }

@@ -9,5 +9,6 @@ mod convert;
 
 pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
 pub use convert::{
-    ConvertOptions, Copied, Encoding, Phase, Progress, Target, TargetContent, WriteOrder, convert,
+    ConvertOptions, Copied, Encoding, Phase, Progress, Target, TargetContent, Threads, WriteOrder,
+    convert,
 };

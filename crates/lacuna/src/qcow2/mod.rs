@@ -12,6 +12,7 @@ mod bitmaps;
 pub mod check;
 pub(crate) mod codec;
 mod create;
+mod encode;
 mod extents;
 mod flush;
 pub mod format;
@@ -44,6 +45,7 @@ mod zero;
 pub(crate) use host_status::HostStatuses;
 
 pub use create::{BackingName, CreateOptions, DataFileName, create};
+pub use encode::{Encoder, Stream};
 pub use image::{Counts, Image};
 pub use open::read_header;
 pub use options::{Access, DiscardPolicy, ExtentDetail, OpenOptions, Parts};

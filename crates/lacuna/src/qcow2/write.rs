@@ -1,6 +1,6 @@
 //! Writing guest bytes.
 
-use super::codec;
+use super::encode::{Encoder, Stream};
 use super::format::{CompressedRun, L2Entry};
 use super::image::Image;
 use super::in_flight::Touch;
@@ -162,7 +162,33 @@ impl<S: Storage> Image<S> {
         if let Err(error) = self.check_compressible(range) {
             return (Err(error), buffer);
         }
-        match self.compress(&buffer) {
+        match self.encoder().encode(&buffer) {
+            Ok(stream) => self.write_encoded(offset, buffer, stream).await,
+            Err(error) => (Err(error), buffer),
+        }
+    }
+
+    /// Returns what compresses clusters for this image, on whatever thread.
+    #[must_use]
+    pub fn encoder(&self) -> Encoder {
+        Encoder::new(self.0.header.lock().compression, self.geometry().cluster_bytes())
+    }
+
+    /// Writes one whole cluster whose compressed form the image's [`encoder`](Self::encoder) made;
+    /// without one, as it is. As [`write_compressed`](Self::write_compressed) otherwise.
+    ///
+    /// # Errors
+    /// As for [`write_compressed`](Self::write_compressed); `InvalidRequest` for the stream of
+    /// another image's encoder.
+    pub async fn write_encoded(
+        &self,
+        offset: GuestOffset,
+        buffer: Buffer,
+        stream: Option<Stream>,
+    ) -> Transfer {
+        let range = GuestRange::new(offset, buffer.len() as u64);
+        let stream = stream.map(|stream| stream.for_encoder(&self.encoder())).transpose();
+        match self.check_compressible(range).and(stream) {
             Ok(Some(stream)) => (self.write_stream(range, stream).await, buffer),
             Ok(None) => self.write_guest(offset, buffer, WriteFlags::empty()).await,
             Err(error) => (Err(error), buffer),
@@ -189,24 +215,6 @@ impl<S: Storage> Image<S> {
             )),
             DataPlace::ImageFile => Ok(()),
         }
-    }
-
-    /// Returns the compressed bytes, unless they would not be fewer.
-    fn compress(&self, bytes: &[u8]) -> Result<Option<Buffer>> {
-        let cluster_bytes = self.geometry().cluster_bytes() as usize;
-        let kind = self.0.header.lock().compression;
-        let mut stream = Buffer::new(cluster_bytes);
-        let len = if bytes.len() == cluster_bytes {
-            codec::compress(kind, bytes, &mut stream)?
-        } else {
-            let mut padded = Buffer::zeroed(cluster_bytes);
-            padded[..bytes.len()].copy_from_slice(bytes);
-            codec::compress(kind, &padded, &mut stream)?
-        };
-        Ok(len.map(|len| {
-            stream.truncate(len);
-            stream
-        }))
     }
 
     async fn write_stream(&self, range: GuestRange, mut stream: Buffer) -> Result<()> {

@@ -25,6 +25,8 @@ pub use file::{
 };
 pub use memory::MemoryStorage;
 pub(crate) use reserve::{Reserve, reserve};
+#[cfg(target_os = "linux")]
+pub(crate) use sys::Pool;
 
 use crate::Result;
 use crate::buffer::{Buffer, Hold};

@@ -1,11 +1,12 @@
 //! Copies a disk to another one: [`cut`] decides what to read, [`pump`] moves it, [`sparse`] finds
-//! zeros in what was read.
+//! zeros in what was read, [`units`] compresses it on all cores.
 //!
 //! * Never reads what extents call zero; never writes zeros where the target is zero already.
 //! * Always in guest order by default, one write at a time while reads run ahead, so that a new
-//!   image is laid out as `qemu-img convert` lays it out.
+//!   image is laid out as `qemu-img convert` lays it out, and the same for any number of threads.
 //! * Memory: at most `in_flight + 2` buffers of [`REQUEST_BYTES`] with writes in order, twice
-//!   `in_flight` and one more with writes in any order; larger ones where a cluster is larger.
+//!   `in_flight` and one more with writes in any order. Compressing, they are of
+//!   [`ENCODE_BYTES`] or a cluster, and each has what it is compressed to beside it.
 //! * Dropping the future at any await leaves a valid target with part of the content.
 
 mod cut;
@@ -14,6 +15,8 @@ mod sparse;
 mod target;
 #[cfg(test)]
 mod tests;
+mod units;
+mod workers;
 
 pub use target::Target;
 
@@ -22,6 +25,9 @@ use crate::{Error, Result};
 
 /// How many bytes one request reads at most: what `qemu-img convert` uses.
 const REQUEST_BYTES: u64 = 2 << 20;
+
+/// How many bytes are compressed on one thread in one go: enough to make the hop not count.
+const ENCODE_BYTES: u64 = 512 << 10;
 
 /// What is known of the target before the first write.
 ///
@@ -73,6 +79,20 @@ pub enum WriteOrder {
     Any,
 }
 
+/// Where content is compressed.
+///
+/// ```
+/// assert_eq!(lacuna::job::Threads::default(), lacuna::job::Threads::Cores);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Threads {
+    /// Where the job is polled. For executors that must know of everything that goes on.
+    Caller,
+    /// On threads of the library's own, as many as the host has cores; all jobs share them.
+    #[default]
+    Cores,
+}
+
 /// How to convert.
 ///
 /// ```
@@ -97,6 +117,8 @@ pub struct ConvertOptions {
     /// Runs of zeros in data become zeros of the target from this length on, found in blocks of
     /// the largest power of two in it. 0 writes every byte of the source, known zeros included.
     pub sparse_bytes: u64,
+    /// Where content is compressed; what comes of it is the same.
+    pub threads: Threads,
 }
 
 impl Default for ConvertOptions {
@@ -107,6 +129,7 @@ impl Default for ConvertOptions {
             in_flight: 8,
             order: WriteOrder::default(),
             sparse_bytes: 4096,
+            threads: Threads::default(),
         }
     }
 }
@@ -248,7 +271,7 @@ fn rules<A: Layer, B: Target>(source: &A, target: &B, options: &ConvertOptions) 
         options: *options,
         size_bytes,
         unit_bytes,
-        request_bytes: unit_bytes.unwrap_or(REQUEST_BYTES),
+        request_bytes: unit_bytes.map_or(REQUEST_BYTES, |unit| unit.max(ENCODE_BYTES)),
         same_size: size_bytes == room,
     })
 }

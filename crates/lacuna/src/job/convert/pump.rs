@@ -13,16 +13,25 @@ use futures_util::{Stream, StreamExt, TryStreamExt};
 
 use super::cut::{Action, Cutter, Next, Piece};
 use super::sparse::{Run, runs};
-use super::{Copied, Rules, Target, WriteOrder};
+use super::units::{self, Form, Unit};
+use super::workers::compute;
+use super::{Copied, Rules, Target, TargetContent, Threads, WriteOrder};
 use crate::Result;
-use crate::block::{BoxFuture, Layer, WriteFlags, ZeroFlags};
+use crate::block::{AllocationDepth, BoxFuture, Extent, Layer, WriteFlags, ZeroFlags, no_status};
 use crate::buffer::Buffer;
+use crate::qcow2::Encoder;
 use crate::units::{GuestOffset, GuestRange};
 
-/// A piece whose bytes are at hand where it has any.
+/// A piece and what is at hand of it.
 struct Loaded {
     piece: Piece,
-    bytes: Option<Buffer>,
+    content: Content,
+}
+
+enum Content {
+    Bytes(Buffer),
+    Nothing,
+    Units(Vec<Unit>),
 }
 
 /// Copies everything; `report` is told the bytes that are done.
@@ -34,8 +43,10 @@ pub(super) async fn run<A: Layer, B: Target>(
 ) -> Result<Copied> {
     let in_flight = rules.options.in_flight.max(1);
     let writers = if rules.options.order == WriteOrder::Guest { 1 } else { in_flight };
-    let reads = pieces(source, *rules)
-        .map_ok(move |piece| Box::pin(load(source, piece)) as BoxFuture<'_, Result<Loaded>>);
+    let encoder = rules.unit_bytes.and_then(|_| target.encoder());
+    let reads = pieces(source, *rules).map_ok(move |piece| {
+        Box::pin(load(source, piece, *rules, encoder)) as BoxFuture<'_, Result<Loaded>>
+    });
     let mut reads: Pin<&mut (dyn Stream<Item = Result<Loaded>> + Send)> = match rules.options.order
     {
         WriteOrder::Guest => pin!(reads.try_buffered(in_flight)),
@@ -91,33 +102,56 @@ fn pieces<A: Layer>(source: &A, rules: Rules) -> impl Stream<Item = Result<Piece
     })
 }
 
-async fn load<A: Layer>(source: &A, piece: Piece) -> Result<Loaded> {
-    let len = piece.range.len as usize;
+async fn load<A: Layer>(
+    source: &A,
+    piece: Piece,
+    rules: Rules,
+    encoder: Option<Encoder>,
+) -> Result<Loaded> {
+    let (start, len) = (piece.range.start, piece.range.len as usize);
     let bytes = match piece.action {
         Action::Copy => {
-            let (result, buffer) = source.read(piece.range.start, Buffer::new(len)).await;
+            let (result, buffer) = source.read(start, Buffer::new(len)).await;
             result?;
-            Some(buffer)
+            buffer
         }
-        Action::Expand => Some(Buffer::zeroed(len)),
-        Action::Skip | Action::Zero => None,
+        Action::Expand => Buffer::zeroed(len),
+        Action::Skip | Action::Zero => return Ok(Loaded { piece, content: Content::Nothing }),
     };
-    Ok(Loaded { piece, bytes })
+    let content = match encoder {
+        Some(encoder) => {
+            let work = move || units::encode(bytes, start, &rules, encoder);
+            let units = match rules.options.threads {
+                Threads::Caller => work(),
+                Threads::Cores => compute(work).await,
+            };
+            Content::Units(units?)
+        }
+        None => Content::Bytes(bytes),
+    };
+    Ok(Loaded { piece, content })
 }
 
 /// Brings a piece to the target.
 async fn store<B: Target>(target: &B, loaded: Loaded, rules: &Rules) -> Result<Copied> {
-    let Loaded { piece: Piece { range, action }, bytes } = loaded;
+    let Loaded { piece: Piece { range, action }, content } = loaded;
     let mut copied = Copied::default();
-    match (bytes, action) {
-        (None, Action::Zero) => copied.add(zero(target, range, rules).await?),
-        (None, _) => copied.skipped_bytes += range.len,
-        (Some(mut bytes), _) => {
+    match content {
+        Content::Nothing if action == Action::Zero => {
+            copied.add(zero(target, range, rules).await?);
+        }
+        Content::Nothing => copied.skipped_bytes += range.len,
+        Content::Bytes(mut bytes) => {
             let mut at = range.start;
             for run in runs(&bytes, at, rules) {
                 let rest = bytes.split_off(run.len);
                 copied.add(store_run(target, at, run, bytes, rules).await?);
                 (at, bytes) = (at + run.len as u64, rest);
+            }
+        }
+        Content::Units(units) => {
+            for unit in units {
+                copied.add(store_unit(target, unit, rules).await?);
             }
         }
     }
@@ -135,21 +169,51 @@ async fn store_run<B: Target>(
     if run.is_zero {
         return zero(target, GuestRange::new(at, written_bytes), rules).await;
     }
-    match rules.unit_bytes {
-        // A rest of the source that is no rest of the target is no unit.
-        Some(unit) if written_bytes == unit || rules.same_size => {
-            target.write_compressed(at, bytes).await.0?;
-        }
-        _ => target.write(at, bytes, WriteFlags::empty()).await.0?,
+    target.write(at, bytes, WriteFlags::empty()).await.0?;
+    Ok(Copied { written_bytes, ..Copied::default() })
+}
+
+async fn store_unit<B: Target>(target: &B, unit: Unit, rules: &Rules) -> Result<Copied> {
+    let Unit { at, bytes, form } = unit;
+    let written_bytes = bytes.len() as u64;
+    match form {
+        Form::Encoded(stream) => target.write_encoded(at, bytes, stream).await.0?,
+        Form::Plain => target.write(at, bytes, WriteFlags::empty()).await.0?,
+        Form::Zero => return zero(target, GuestRange::new(at, written_bytes), rules).await,
     }
     Ok(Copied { written_bytes, ..Copied::default() })
 }
 
 /// Makes the range read as zeros, where it does not yet.
+///
+/// What the target itself knows to be zero is left alone: zeros over nothing would only make
+/// tables. Zeros of its backing layer are no reason: one day that may be another.
 async fn zero<B: Target>(target: &B, range: GuestRange, rules: &Rules) -> Result<Copied> {
+    let mut copied = Copied::default();
     if rules.zeros_are_there() {
-        return Ok(Copied { skipped_bytes: range.len, ..Copied::default() });
+        copied.skipped_bytes += range.len;
+        return Ok(copied);
     }
-    target.write_zeroes(range, ZeroFlags::MAY_UNMAP).await?;
-    Ok(Copied { zeroed_bytes: range.len, ..Copied::default() })
+    let is_there = |extent: &Extent| {
+        rules.options.content == TargetContent::Unknown
+            && extent.status.reads_zero
+            && extent.status.depth <= AllocationDepth::TOP
+    };
+    let mut at = range.start;
+    while at < range.end() {
+        let rest = GuestRange::new(at, range.end() - at);
+        let known = target.extents(rest).await?;
+        at = known.last().ok_or_else(|| no_status(rest))?.range.end();
+        for run in known.chunk_by(|left, right| is_there(left) == is_there(right)) {
+            let len = run.iter().map(|extent| extent.range.len).sum();
+            let part = GuestRange::new(run[0].range.start, len);
+            if is_there(&run[0]) {
+                copied.skipped_bytes += len;
+            } else {
+                target.write_zeroes(part, ZeroFlags::MAY_UNMAP).await?;
+                copied.zeroed_bytes += len;
+            }
+        }
+    }
+    Ok(copied)
 }

@@ -14,14 +14,13 @@ pub(super) struct Run {
 /// Splits what lies at `offset` into runs of zeros and of data.
 ///
 /// Blocks of a power of two, aligned in the guest, are zero or not as a whole; zeros between data
-/// count only from the sparse size on. Compressed units are zero or not as a whole.
+/// count only from the sparse size on.
 pub(super) fn runs(bytes: &[u8], offset: GuestOffset, rules: &Rules) -> Vec<Run> {
     let whole = |is_zero| vec![Run { len: bytes.len(), is_zero }];
-    match (rules.unit_bytes, usize::try_from(rules.options.sparse_bytes)) {
-        (_, Ok(0)) => whole(false),
-        (Some(_), _) => whole(is_zero(bytes)),
-        (None, Ok(sparse)) => split(bytes, offset, sparse),
-        (None, Err(_)) => whole(is_zero(bytes)),
+    match usize::try_from(rules.options.sparse_bytes) {
+        Ok(0) => whole(false),
+        Ok(sparse) => split(bytes, offset, sparse),
+        Err(_) => whole(is_zero(bytes)),
     }
 }
 

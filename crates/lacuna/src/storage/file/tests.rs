@@ -53,7 +53,7 @@ fn poll_once<F: Future>(future: F) -> Poll<F::Output> {
 /// A pool whose only thread waits until the sender is used.
 fn gated_pool() -> (Arc<Pool>, Sender<()>) {
     let (open_gate, gate) = channel();
-    let pool = Pool::new(1);
+    let pool = Pool::new(1, "test");
     drop(pool.run(None, move || gate.recv().expect("the test opens the gate")));
     (pool, open_gate)
 }

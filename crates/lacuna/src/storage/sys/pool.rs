@@ -1,4 +1,4 @@
-//! A few threads for calls that block.
+//! A few threads for calls that block, or that compute.
 //!
 //! * Always: a job runs to its end, even when nobody waits for it any more.
 //! * Never: more than `limit` threads; unused ones leave after a minute.
@@ -23,6 +23,7 @@ type Job = Box<dyn FnOnce() + Send>;
 /// Threads that start when there is work.
 pub(crate) struct Pool {
     limit: usize,
+    name: &'static str,
     queue: Mutex<Queue>,
     work: Condvar,
 }
@@ -34,7 +35,7 @@ struct Queue {
     idle: usize,
 }
 
-static SHARED: LazyLock<Arc<Pool>> = LazyLock::new(|| Pool::new(SHARED_LIMIT));
+static SHARED: LazyLock<Arc<Pool>> = LazyLock::new(|| Pool::new(SHARED_LIMIT, "lacuna-storage"));
 
 /// An eventfd that tells a foreign event loop that something is done.
 #[derive(Clone, Debug)]
@@ -51,9 +52,9 @@ impl Bell {
 }
 
 impl Pool {
-    /// Makes a pool of at most `limit` threads; none runs yet.
-    pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, queue: Mutex::default(), work: Condvar::new() })
+    /// Makes a pool of at most `limit` threads of that name; none runs yet.
+    pub(crate) fn new(limit: usize, name: &'static str) -> Arc<Self> {
+        Arc::new(Self { limit, name, queue: Mutex::default(), work: Condvar::new() })
     }
 
     /// Returns the one pool of the process.
@@ -91,7 +92,7 @@ impl Pool {
 
     fn start_thread(self: &Arc<Self>) {
         let pool = Arc::clone(self);
-        let named = std::thread::Builder::new().name("lacuna-storage".into());
+        let named = std::thread::Builder::new().name(self.name.into());
         if named.spawn(move || pool.work()).is_ok() {
             return;
         }
@@ -143,7 +144,7 @@ mod tests {
 
     #[test]
     fn more_jobs_than_threads_all_get_done() {
-        let pool = Pool::new(2);
+        let pool = Pool::new(2, "test");
         let tasks: Vec<_> = (0..50).map(|n| pool.run(None, move || n * 2)).collect();
         let sum: i32 = tasks.into_iter().map(pollster::block_on).sum();
         assert_eq!(sum, 49 * 50);
@@ -152,7 +153,7 @@ mod tests {
 
     #[test]
     fn a_job_nobody_waits_for_runs_and_drops_its_value_there() {
-        let pool = Pool::new(1);
+        let pool = Pool::new(1, "test");
         let (open_gate, gate) = channel::<()>();
         let (dropped, drops) = channel::<()>();
         struct Value(std::sync::mpsc::Sender<()>);
@@ -172,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_panicking_job_leaves_the_pool_alive() {
-        let pool = Pool::new(1);
+        let pool = Pool::new(1, "test");
         drop(pool.run(None, || panic!("on purpose")));
         assert_eq!(pollster::block_on(pool.run(None, || 7)), 7);
     }

@@ -63,7 +63,7 @@ impl<T> Future for Task<T> {
                 *state = State::Waiting(Some(context.waker().clone()));
                 Poll::Pending
             }
-            State::Gone => panic!("a storage thread panicked, or its task was polled again"),
+            State::Gone => panic!("a thread of the pool panicked, or its task was polled again"),
         }
     }
 }
