@@ -1,7 +1,7 @@
 //! The commands of the shell: their names, how many words they take, and what executes them.
 
 use super::session::Session;
-use super::{access, allocation, image, transfer};
+use super::{access, allocation, image, reopen, transfer};
 use crate::args::Flag;
 
 /// How a command ended, apart from success.
@@ -248,7 +248,7 @@ pub(super) const COMMANDS: &[Command] = &[
         usage: "[(-r|-w)] [-c cache] [-o options]",
         summary: "reopens an image with new options",
         flags: &[R, flag('w', "w"), value('c', "c"), value('o', "o")],
-        run: image::reopen,
+        run: reopen::reopen,
     },
     Command {
         name: "sigraise",

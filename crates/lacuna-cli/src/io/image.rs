@@ -29,6 +29,10 @@ pub(super) struct OpenFlags {
     /// Whether writes go to a file of their own that is gone when the image is closed.
     pub(super) snapshot: bool,
     pub(super) unnamed: UnnamedFormat,
+    /// Whether the kernel's own asynchronous calls are asked for.
+    pub(super) is_native: bool,
+    /// Whether discards are passed on.
+    pub(super) discards: Option<bool>,
 }
 
 impl OpenFlags {
@@ -45,9 +49,12 @@ impl OpenFlags {
             None if parsed.has("nocache") => CacheMode::Direct,
             None => CacheMode::Buffered,
         };
+        let is_native = parsed.has("native-aio") || parsed.last("aio") == Some("native");
+        let discards = parsed.last("discard").map(|mode| ["unmap", "on"].contains(&mode));
         let access = super::access(parsed.has("read-only"));
         let (snapshot, unnamed) = (parsed.has("snapshot"), unnamed(parsed));
-        Ok(Self { access, cache, sharing: sharing(parsed), snapshot, unnamed })
+        let sharing = sharing(parsed);
+        Ok(Self { access, cache, sharing, snapshot, unnamed, is_native, discards })
     }
 }
 
@@ -67,7 +74,7 @@ pub(super) fn open(session: &mut Session<'_>, command: &Command, words: &[String
         Err(error) => return session.report(error.text()),
     };
     let shown = match &parsed.operands[..] {
-        [] if parsed.has("o") => "",
+        [] => "",
         [file] => file,
         _ => return Err(Failure::Usage),
     };
@@ -100,32 +107,6 @@ fn spec(parsed: &Parsed, file: &str) -> CliResult<ImageSpec> {
 pub(super) fn close(session: &mut Session<'_>, _: &Command, _: &[String]) -> Done {
     match session.close() {
         Ok(_) => Ok(()),
-        Err(error) => session.report(error.text()),
-    }
-}
-
-pub(super) fn reopen(session: &mut Session<'_>, command: &Command, words: &[String]) -> Done {
-    let parsed = session.parse(command, words)?;
-    if !parsed.operands.is_empty() || (parsed.has("r") && parsed.has("w")) {
-        return Err(Failure::Usage);
-    }
-    if let Some(name) = parsed.last("c").filter(|name| cache_mode(name).is_none()) {
-        return session.report(&format!("Invalid cache option: {name}"));
-    }
-    if let Some(option) = parsed.last("o") {
-        let key = option.split('=').next().unwrap_or_default();
-        return session.report(&format!("Cannot change the option '{key}'"));
-    }
-    let changed = session.reopen(|request| {
-        request.access = match (parsed.has("r"), parsed.has("w")) {
-            (true, _) => Access::ReadOnly,
-            (_, true) => Access::ReadWrite,
-            _ => request.access,
-        };
-        request.cache = parsed.last("c").and_then(cache_mode).unwrap_or(request.cache);
-    });
-    match changed {
-        Ok(()) => Ok(()),
         Err(error) => session.report(error.text()),
     }
 }
@@ -181,7 +162,7 @@ pub(super) fn length(session: &mut Session<'_>, _: &Command, _: &[String]) -> Do
 pub(super) fn info(session: &mut Session<'_>, _: &Command, _: &[String]) -> Done {
     let disk = session.disk()?;
     let Some(image) = disk.as_qcow2() else {
-        return session.say("format name: raw\ncluster size: 0 bytes\nvm state offset: 0 bytes\n");
+        return raw_info(session);
     };
     let header = image.header();
     let specific = match specifics(&header, image.storage()) {
@@ -189,6 +170,22 @@ pub(super) fn info(session: &mut Session<'_>, _: &Command, _: &[String]) -> Done
         Err(error) => return session.report(error.text()),
     };
     session.say(&described(&header, &specific))
+}
+
+/// What stands for a disk without being one has nothing more to say.
+fn raw_info(session: &mut Session<'_>) -> Done {
+    let name = session.image()?.request.image.disk.storage_name;
+    match name {
+        None => session.say("format name: raw\ncluster size: 0 bytes\nvm state offset: 0 bytes\n"),
+        // The name of the format, and that of the protocol.
+        Some(name) => {
+            session.say(&format!("format name: {name}\nformat name: {name}\n"))?;
+            match name.starts_with("null") {
+                true => Err(Failure::Said),
+                false => session.say("cluster size: 0 bytes\nvm state offset: 0 bytes\n"),
+            }
+        }
+    }
 }
 
 fn described(header: &Header, specific: &Value) -> String {

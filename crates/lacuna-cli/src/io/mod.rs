@@ -6,8 +6,10 @@
 mod access;
 mod allocation;
 mod commands;
+mod corruption;
 mod image;
 mod overlay;
+mod reopen;
 mod report;
 mod session;
 mod transfer;

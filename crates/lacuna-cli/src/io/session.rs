@@ -6,13 +6,13 @@
 use futures_util::StreamExt as _;
 use futures_util::future::FutureExt as _;
 use futures_util::stream::FuturesOrdered;
+use lacuna::ErrorKind;
 use lacuna::block::{BoxFuture, Layer};
-use lacuna::qcow2::Access;
 use pollster::block_on;
 
 use super::commands::{self, Command, Done, Failure, Needs};
 use super::image::OpenFlags;
-use super::overlay;
+use super::{corruption, overlay};
 use crate::args::{self, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::nodes::ToolDisk;
@@ -33,6 +33,8 @@ pub(super) struct Session<'t> {
     opened: Option<Opened>,
     in_flight: FuturesOrdered<BoxFuture<'static, String>>,
     is_over: bool,
+    /// Whether QEMU's words for an image that contradicts itself were said.
+    told_of_corruption: bool,
     /// Standard output or error is gone: there is nothing left to do.
     broken: Option<CliError>,
 }
@@ -40,7 +42,14 @@ pub(super) struct Session<'t> {
 impl<'t> Session<'t> {
     /// Starts without an image.
     pub(super) fn new(tool: &'t Tool) -> Self {
-        Self { tool, opened: None, in_flight: FuturesOrdered::new(), is_over: false, broken: None }
+        Self {
+            tool,
+            opened: None,
+            in_flight: FuturesOrdered::new(),
+            is_over: false,
+            told_of_corruption: false,
+            broken: None,
+        }
     }
 
     /// Returns the name the program goes by.
@@ -107,9 +116,9 @@ impl<'t> Session<'t> {
         match (&self.opened, command.needs) {
             (_, Needs::Nothing) | (Some(_), Needs::Image) => Ok(()),
             (None, _) => self.complain("no file open, try 'help open'\n"),
-            (Some(opened), Needs::WritableImage) => match opened.request.access {
-                Access::ReadWrite => Ok(()),
-                Access::ReadOnly => self.report("Block node is read-only"),
+            (Some(opened), Needs::WritableImage) => match opened.chain.disk().is_read_only() {
+                false => Ok(()),
+                true => self.report("Block node is read-only"),
             },
         }
     }
@@ -122,8 +131,24 @@ impl<'t> Session<'t> {
         })
     }
 
+    /// Under QEMU's names, says that the image contradicts itself, where it was found out now.
+    fn warn_of_corruption(&mut self) {
+        let failure = self.opened.as_ref().and_then(|opened| opened.chain.disk().failure());
+        let Some(failure) = failure.filter(|error| error.kind() == ErrorKind::Corrupt) else {
+            return;
+        };
+        if !self.tool.is_own() && !std::mem::replace(&mut self.told_of_corruption, true) {
+            output::complain(&format!(
+                "qcow2: Marking image as corrupt: {}; further corruption events will be \
+                 suppressed\n",
+                corruption::words(failure.message())
+            ));
+        }
+    }
+
     /// Prints a result.
     pub(super) fn say(&mut self, text: &str) -> Done {
+        self.warn_of_corruption();
         output::print(text).map_err(|error| {
             self.broken = Some(error);
             Failure::Said
@@ -168,6 +193,9 @@ impl<'t> Session<'t> {
     /// Opens an image where none is open.
     pub(super) fn open(&mut self, image: ImageSpec, flags: &OpenFlags) -> CliResult<()> {
         let (access, cache, unnamed) = (flags.access, flags.cache, flags.unnamed);
+        open::check_native(flags.is_native, cache)?;
+        let mut image = image;
+        image.disk.common.discard = image.disk.common.discard.or(flags.discards);
         let request = Request { image, access, cache, sharing: flags.sharing, unnamed };
         if !flags.snapshot {
             return self.open_request(request);
@@ -209,8 +237,12 @@ impl<'t> Session<'t> {
     /// Closes the image; gives back how it had been asked for.
     pub(super) fn close(&mut self) -> CliResult<Option<Request>> {
         let Some(Opened { chain, request }) = self.opened.take() else { return Ok(None) };
-        block_on(chain.into_disk().close())?;
-        Ok(Some(request))
+        let closed = block_on(chain.into_disk().close());
+        // What closed it to changes was said already.
+        match std::mem::replace(&mut self.told_of_corruption, false) {
+            true => Ok(Some(request)),
+            false => Ok(closed.map(|()| Some(request))?),
+        }
     }
 
     /// Closes the image and opens it in another way; as before where that cannot be.

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use lacuna::Result;
 use lacuna::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::chain::{Disk, Format};
@@ -10,6 +9,7 @@ use lacuna::job::Target;
 use lacuna::qcow2::{Encoder, Image, Stream};
 use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
+use lacuna::{Error, Result};
 
 use super::any::AnyStorage;
 
@@ -48,6 +48,11 @@ impl ToolDisk {
     /// Returns the image where this is one of qcow2.
     pub(crate) const fn as_qcow2(&self) -> Option<&Image<AnyStorage>> {
         self.disk.as_qcow2()
+    }
+
+    /// Returns what closed the image to changes, if anything did.
+    pub(crate) fn failure(&self) -> Option<Error> {
+        self.as_qcow2().and_then(Image::failure)
     }
 
     /// Returns the storage of the image file.

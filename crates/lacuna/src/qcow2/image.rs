@@ -147,6 +147,13 @@ impl<S: Storage> Image<S> {
         &self.0.storage
     }
 
+    /// Returns what closed the image to changes, if anything did: a contradiction that was found in
+    /// it, or a flush that failed.
+    #[must_use]
+    pub fn failure(&self) -> Option<Error> {
+        self.0.meta.lock().failed.clone()
+    }
+
     /// Returns what was counted since the image was opened.
     #[must_use]
     pub fn counts(&self) -> Counts {

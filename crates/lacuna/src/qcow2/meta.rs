@@ -276,7 +276,7 @@ impl Meta {
     }
 
     fn make_table(&mut self, guest: GuestOffset) -> Planned<()> {
-        let new = self.allocate(1)?;
+        let new = self.allocate(1).map_err(|stop| stop.context("L2 table"))?;
         self.l2.make_fresh(new);
         self.install_table(guest, new);
         Ok(())
@@ -291,7 +291,7 @@ impl Meta {
             return Err(Need::L2Table(old).into());
         }
         self.refcounts.read(self.geometry().host_cluster(old))?;
-        let new = self.allocate(1)?;
+        let new = self.allocate(1).map_err(|stop| stop.context("L2 table"))?;
         let Some(loaded) = self.loaded_table.take() else { return Err(Need::L2Table(old).into()) };
         self.l2.make_fresh(new);
         let slice_bytes = self.l2.slice_bytes();

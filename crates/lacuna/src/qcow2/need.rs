@@ -38,6 +38,16 @@ pub(super) enum Stop {
 /// A plan, or what stops it.
 pub(super) type Planned<T> = Result<T, Stop>;
 
+impl Stop {
+    /// Says what was being allocated when the contradiction was found.
+    pub(super) fn context(self, what: &str) -> Self {
+        match self {
+            Self::Corrupt(error) => Self::Corrupt(error.context(format!("Allocating: {what}"))),
+            other => other,
+        }
+    }
+}
+
 impl From<Error> for Stop {
     fn from(error: Error) -> Self {
         Self::Fail(error)

@@ -39,6 +39,25 @@ impl Keys {
         }
     }
 
+    /// Returns a text without taking it.
+    pub(crate) fn text(&self, key: &str) -> Option<&str> {
+        self.0.iter().find_map(|(name, value)| match value {
+            Scalar::Text(text) if name == key => Some(&**text),
+            _ => None,
+        })
+    }
+
+    /// Returns all of them.
+    pub(crate) fn pairs(&self) -> impl Iterator<Item = (&str, &Scalar)> {
+        self.0.iter().map(|(key, value)| (&**key, value))
+    }
+
+    /// Keeps those whose key passes.
+    #[must_use]
+    pub(crate) fn only(self, passes: impl Fn(&str) -> bool) -> Self {
+        Self(self.0.into_iter().filter(|(key, _)| passes(key)).collect())
+    }
+
     /// Takes a value out.
     pub(crate) fn take(&mut self, key: &str) -> Option<Scalar> {
         let at = self.0.iter().position(|(name, _)| name == key)?;

@@ -2,6 +2,7 @@
 //!
 //! All three come down to a tree of options ([`tree`]); a plain name is a tree of one file.
 
+pub(crate) mod change;
 mod json;
 pub(crate) mod keys;
 pub(crate) mod runtime;
@@ -26,6 +27,10 @@ pub(crate) struct ImageSpec {
     pub(crate) disk: DiskSpec,
     /// The name of a format that is not known, as the user wrote it.
     unknown: Option<String>,
+    /// All options, those in a `json:` name among them.
+    keys: Keys,
+    /// The name beside them, where it is none of `json:`.
+    name: Option<String>,
 }
 
 impl ImageSpec {
@@ -72,9 +77,14 @@ impl ImageSpec {
             keys.add_missing(json::keys(json)?);
             name = None;
         }
-        let disk = DiskSpec::read(keys, name)?;
+        Self::build(shown, keys, name)
+    }
+
+    fn build(shown: &str, keys: Keys, name: Option<&str>) -> CliResult<Self> {
+        let disk = DiskSpec::read(keys.clone(), name)?;
         let file = disk.file.path().to_string_lossy().into_owned();
-        Ok(Self { shown: shown.to_owned(), file, disk, unknown: None })
+        let (shown, name) = (shown.to_owned(), name.map(str::to_owned));
+        Ok(Self { shown, file, disk, unknown: None, keys, name })
     }
 
     /// Returns the format if one was named.
