@@ -109,7 +109,7 @@ const HOLDERS: [&str; 10] = [
     "-r x.qcow2",
 ];
 
-const ACCESSES: [&str; 37] = [
+const ACCESSES: [&str; 42] = [
     "qemu-img info a.qcow2",
     "qemu-img info -U a.qcow2",
     "qemu-img info -f raw a.qcow2",
@@ -130,6 +130,11 @@ const ACCESSES: [&str; 37] = [
     "qemu-img convert -O qcow2 n.qcow2 a.qcow2",
     "qemu-img convert -n --target-is-zero -O qcow2 n.qcow2 a.qcow2",
     "qemu-img convert -O qcow2 -B a.qcow2 -F qcow2 n.qcow2 new.qcow2",
+    "qemu-img resize a.qcow2 1M",
+    "qemu-img resize -f raw d.raw 1M",
+    "qemu-img dd if=a.qcow2 of=new.raw",
+    "qemu-img bench -c 1 o.qcow2 2>&1 | grep -v Run",
+    "qemu-img bench -w -c 1 n.qcow2 2>&1 | grep -v Run",
     "qemu-io -c length a.qcow2",
     "qemu-io -U -c length a.qcow2",
     "qemu-io -r -c length a.qcow2",

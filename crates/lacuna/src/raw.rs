@@ -39,7 +39,7 @@ impl<S: Storage> Raw<S> {
     /// # Errors
     /// What setting the length gives.
     pub async fn create(storage: S, size_bytes: u64) -> Result<Self> {
-        storage.set_len(size_bytes).await?;
+        storage.set_len(size_bytes, Hold::none()).await?;
         Ok(Self { storage, size_bytes })
     }
 
@@ -115,7 +115,7 @@ impl<S: Storage> Raw<S> {
 /// ```
 pub async fn resize<S: Storage>(storage: &S, size_bytes: u64, mode: Preallocation) -> Result<()> {
     match mode {
-        Preallocation::Off => storage.set_len(size_bytes).await?,
+        Preallocation::Off => storage.set_len(size_bytes, Hold::none()).await?,
         _ => grow(storage, size_bytes, mode).await?,
     }
     storage.flush().await

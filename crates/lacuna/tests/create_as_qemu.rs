@@ -389,7 +389,7 @@ impl Storage for Device {
         self.0.len().await
     }
 
-    async fn set_len(&self, _: u64) -> lacuna::Result<()> {
+    async fn set_len(&self, _: u64, _: Hold) -> lacuna::Result<()> {
         Err(lacuna::Error::unsupported("A device has one length"))
     }
 

@@ -54,7 +54,7 @@ fn runs(storage: &FileStorage, start: u64, end: u64) -> Vec<(HostStatus, u64)> {
 fn a_reserved_range_is_unwritten_and_a_gap_is_a_hole() {
     let (_folder, storage) = new_file(CacheMode::Buffered);
     block_on(storage.allocate_at(range(0, MIB))).expect("space can be reserved");
-    block_on(storage.set_len(2 * MIB)).expect("the length can be set");
+    block_on(storage.set_len(2 * MIB, Hold::none())).expect("the length can be set");
     let expected = [(HostStatus::Unwritten, MIB), (HostStatus::Hole, 2 * MIB)];
     assert_eq!(runs(&storage, 0, 3 * MIB), expected);
 }
@@ -117,7 +117,7 @@ fn an_answer_starts_and_ends_where_the_question_does() {
     // The last page belongs to the file up to its end only.
     assert_eq!(ask(9000, 10_000), HostExtent { len: 1000, status: HostStatus::Data });
     assert_eq!(ask(10_000, 10_000), HostExtent { len: 10_000, status: HostStatus::Hole });
-    block_on(storage.set_len(20_000)).expect("the length can be set");
+    block_on(storage.set_len(20_000, Hold::none())).expect("the length can be set");
     assert_eq!(ask(15_001, 10_000), HostExtent { len: 4999, status: HostStatus::Hole });
 }
 

@@ -27,6 +27,7 @@ struct Slow {
     holds_writes: AtomicBool,
     holds_zeroes: AtomicBool,
     holds_punches: AtomicBool,
+    holds_cuts: AtomicBool,
     fails_set_len: AtomicBool,
     held: Mutex<Vec<Held>>,
 }
@@ -36,6 +37,7 @@ type Answer = Arc<Mutex<Option<(Option<Buffer>, Hold)>>>;
 enum Call {
     Write(HostOffset, Buffer),
     Zero(HostRange, Hold),
+    Cut(u64, Hold),
 }
 
 struct Held(Call, Answer);
@@ -49,7 +51,8 @@ impl Slow {
 
     /// Does all that is held, and holds nothing any more.
     fn finish(&self) {
-        for flag in [&self.holds_writes, &self.holds_zeroes, &self.holds_punches] {
+        for flag in [&self.holds_writes, &self.holds_zeroes, &self.holds_punches, &self.holds_cuts]
+        {
             flag.store(false, Ordering::SeqCst);
         }
         let held = std::mem::take(&mut *self.held.lock().unwrap());
@@ -63,6 +66,10 @@ impl Slow {
                 Call::Zero(range, hold) => {
                     let mode = ZeroMode::MayUnmap;
                     block_on(self.memory.write_zeroes_at(range, mode, Hold::none())).unwrap();
+                    (None, hold)
+                }
+                Call::Cut(len, hold) => {
+                    block_on(self.memory.set_len(len, Hold::none())).unwrap();
                     (None, hold)
                 }
             });
@@ -125,11 +132,16 @@ impl Storage for Slow {
         self.memory.len().await
     }
 
-    async fn set_len(&self, len: u64) -> Result<()> {
-        match self.fails_set_len.load(Ordering::SeqCst) {
-            true => Err(Error::new(ErrorKind::Io, "No cut today")),
-            false => self.memory.set_len(len).await,
+    async fn set_len(&self, len: u64, hold: Hold) -> Result<()> {
+        if self.fails_set_len.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorKind::Io, "No cut today"));
         }
+        if !self.holds_cuts.load(Ordering::SeqCst) {
+            return self.memory.set_len(len, hold).await;
+        }
+        let answer = self.hold(Call::Cut(len, hold));
+        answered(answer).await;
+        Ok(())
     }
 
     async fn status_at(&self, range: HostRange) -> Result<HostExtent> {
@@ -312,6 +324,57 @@ fn bytes_that_a_failed_cut_left_in_the_file_do_not_show() {
     write(&image, 4 * CLUSTER, 2, 512).unwrap();
     assert_reads(&image, 4 * CLUSTER, 2, 512);
     assert_reads(&image, 4 * CLUSTER + 512, 0, CLUSTER - 512);
+}
+
+#[test]
+fn a_dropped_cut_of_the_file_does_not_take_what_is_written_later() {
+    let options = CreateOptions { size_bytes: 8 * CLUSTER, ..CreateOptions::default() };
+    let (image, storage) = disk(&options, DiscardPolicy::default());
+    write(&image, 0, 1, 8 * CLUSTER).unwrap();
+    shrink_and_drop(&image, &storage);
+    let grow: Pin<Box<dyn Future<Output = _>>> =
+        Box::pin(image.resize(8 * CLUSTER, Shrink::Refuse));
+    end_with(&storage, grow).unwrap();
+    end_with(&storage, later_write(&image, CLUSTER, 2, 7 * CLUSTER)).unwrap();
+    storage.finish();
+    assert_reads(&image, 0, 1, CLUSTER);
+    assert_reads(&image, CLUSTER, 2, 7 * CLUSTER);
+    // Nor does the pause outlast the cut.
+    block_on(image.flush()).unwrap();
+    block_on(image.resize(CLUSTER, Shrink::Allow)).unwrap();
+}
+
+#[test]
+fn a_dropped_cut_of_the_data_file_does_not_take_what_is_written_later() {
+    let (storage, data) = (Arc::new(Slow::default()), Arc::new(Slow::default()));
+    let options = CreateOptions {
+        size_bytes: 8 * CLUSTER,
+        data_file: Some(DataFileName { name: "data".to_owned(), raw: false }),
+        ..CreateOptions::default()
+    };
+    block_on(create(&storage, &options)).unwrap();
+    let parts = Parts { storage, data: Some(Arc::clone(&data)), backing: None };
+    let image = block_on(Image::open(parts, OpenOptions::new(Access::ReadWrite))).unwrap();
+    write(&image, 0, 1, 8 * CLUSTER).unwrap();
+    shrink_and_drop(&image, &data);
+    let grow: Pin<Box<dyn Future<Output = _>>> =
+        Box::pin(image.resize(8 * CLUSTER, Shrink::Refuse));
+    end_with(&data, grow).unwrap();
+    end_with(&data, later_write(&image, CLUSTER, 2, 7 * CLUSTER)).unwrap();
+    data.finish();
+    assert_reads(&image, 0, 1, CLUSTER);
+    assert_reads(&image, CLUSTER, 2, 7 * CLUSTER);
+}
+
+/// Shrinks to one cluster, up to the moment in which `cut` is cut.
+fn shrink_and_drop(image: &Image<Arc<Slow>>, cut: &Slow) {
+    cut.holds_cuts.store(true, Ordering::SeqCst);
+    let mut shrink: Pin<Box<dyn Future<Output = _>>> =
+        Box::pin(image.resize(CLUSTER, Shrink::Allow));
+    assert!(poll(&mut shrink).is_none());
+    assert_eq!(cut.held.lock().unwrap().len(), 1);
+    drop(shrink);
+    cut.holds_cuts.store(false, Ordering::SeqCst);
 }
 
 #[test]

@@ -150,7 +150,7 @@ fn a_storage_opened_for_reading_refuses_every_change() {
             storage.write_zeroes_at(range, ZeroMode::MayUnmap, Hold::none()).await,
             storage.punch_hole_at(range, Hold::none()).await,
             storage.allocate_at(range).await,
-            storage.set_len(1).await,
+            storage.set_len(1, Hold::none()).await,
         ];
         for result in results {
             assert_eq!(result.expect_err("a change").kind(), ErrorKind::ReadOnly);

@@ -103,9 +103,10 @@ fn a_block_device_works_like_a_file_that_cannot_grow() {
             let mut model = vec![0; DEVICE_BYTES as usize];
             random_calls(&storage, &mut model, &mut Random::new(1)).await;
             storage.flush().await.expect("flushes");
-            let error = storage.set_len(DEVICE_BYTES + 4096).await.expect_err("cannot grow");
+            let error =
+                storage.set_len(DEVICE_BYTES + 4096, Hold::none()).await.expect_err("cannot grow");
             assert_eq!(error.kind(), ErrorKind::Unsupported);
-            storage.set_len(DEVICE_BYTES).await.expect("no change is fine");
+            storage.set_len(DEVICE_BYTES, Hold::none()).await.expect("no change is fine");
             for (offset, len) in [(DEVICE_BYTES, 4096), (DEVICE_BYTES - 100, 200)] {
                 let (result, _) = storage.write_at(HostOffset(offset), Buffer::zeroed(len)).await;
                 assert_eq!(result.expect_err("no room").kind(), ErrorKind::NoSpace);

@@ -61,7 +61,7 @@ impl Storage for Watched {
         self.file.len().await
     }
 
-    async fn set_len(&self, _: u64) -> Result<()> {
+    async fn set_len(&self, _: u64, _: Hold) -> Result<()> {
         unreachable!("the image is only read")
     }
 

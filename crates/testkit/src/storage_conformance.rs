@@ -34,7 +34,7 @@ pub fn storage_conformance<S: Storage>(make: impl Fn() -> S) {
         a_buffer_at_any_address_and_offset_will_do,
         the_buffer_comes_back_with_its_hold,
         zeroing_zeroes_and_extends,
-        zeroing_lets_go_of_its_hold,
+        changes_let_go_of_their_hold,
         punching_zeroes_and_keeps_the_length,
         reserving_changes_no_byte,
         setting_the_length_cuts_and_adds_zeros,
@@ -186,7 +186,7 @@ fn the_buffer_comes_back_with_its_hold<S: Storage>(storage: &S) {
 
 fn zeroing_zeroes_and_extends<S: Storage>(storage: &S) {
     for mode in [ZeroMode::Allocate, ZeroMode::MayUnmap] {
-        block_on(storage.set_len(0)).expect("the length can be set");
+        block_on(storage.set_len(0, Hold::none())).expect("the length can be set");
         write(storage, 0, &[7; 20_000]);
         zero(storage, at(100, 12_300), mode);
         assert_eq!(read(storage, 0, 100), [7; 100]);
@@ -202,16 +202,18 @@ fn zeroing_zeroes_and_extends<S: Storage>(storage: &S) {
     }
 }
 
-fn zeroing_lets_go_of_its_hold<S: Storage>(storage: &S) {
+fn changes_let_go_of_their_hold<S: Storage>(storage: &S) {
     let (owner, released) = told();
     write(storage, 0, &[7; 8192]);
     let hold = Hold::new(owner.clone(), 1);
     block_on(storage.write_zeroes_at(at(10, 5000), ZeroMode::MayUnmap, hold)).expect("zeroes");
     assert_eq!(released.try_recv(), Ok(1));
-    let hold = Hold::new(owner, 2);
+    let hold = Hold::new(owner.clone(), 2);
     // Whether it can or not.
     block_on(storage.punch_hole_at(at(0, 4096), hold)).ok();
     assert_eq!(released.try_recv(), Ok(2));
+    block_on(storage.set_len(5000, Hold::new(owner, 3))).expect("the length can be set");
+    assert_eq!(released.try_recv(), Ok(3));
 }
 
 fn punching_zeroes_and_keeps_the_length<S: Storage>(storage: &S) {
@@ -239,10 +241,10 @@ fn reserving_changes_no_byte<S: Storage>(storage: &S) {
 
 fn setting_the_length_cuts_and_adds_zeros<S: Storage>(storage: &S) {
     write(storage, 0, &[7; 10_000]);
-    block_on(storage.set_len(5001)).expect("the length can be set");
+    block_on(storage.set_len(5001, Hold::none())).expect("the length can be set");
     assert_eq!(len(storage), 5001);
     assert_eq!(read(storage, 5000, 10), [7, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
-    block_on(storage.set_len(10_000)).expect("the length can be set");
+    block_on(storage.set_len(10_000, Hold::none())).expect("the length can be set");
     assert_eq!(len(storage), 10_000);
     assert_eq!(read(storage, 5001, 4999), [0; 4999], "what was cut came back");
     assert_eq!(read(storage, 0, 5001), [7; 5001]);
@@ -404,9 +406,10 @@ fn dropped_calls_let_go_in_the_end_and_harm_nothing_else<S: Storage>(storage: &S
     let zeroes = storage.write_zeroes_at(at(20_000, 5000), ZeroMode::Allocate, hold(5));
     start_and_drop(zeroes);
     start_and_drop(storage.punch_hole_at(at(30_000, 5000), hold(6)));
+    start_and_drop(storage.set_len(60_000, hold(7)));
     start_and_drop(storage.flush());
     start_and_drop(storage.status_at(at(0, 60_000)));
-    for _ in 0..6 {
+    for _ in 0..7 {
         // Bounds a failing check, and nothing else.
         released.recv_timeout(Duration::from_secs(60)).expect("every hold is released");
     }
@@ -483,7 +486,7 @@ fn random_call<S: Storage>(storage: &S, model: &mut Vec<u8>, random: &mut Random
             model.resize(len(storage) as usize, 0);
         }
         _ => {
-            block_on(storage.set_len(range.end().0)).expect("the length can be set");
+            block_on(storage.set_len(range.end().0, Hold::none())).expect("the length can be set");
             model.resize(range.end().0 as usize, 0);
         }
     }

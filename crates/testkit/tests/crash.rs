@@ -109,7 +109,7 @@ fn newest_write_in_a_long_list_may_be_the_only_survivor_and_the_only_loss() {
 fn lost_extension_leaves_a_short_file() {
     let states = states(|file| async move {
         write(&file, 8192, &NEW).await;
-        file.set_len(100).await.unwrap();
+        file.set_len(100, Hold::none()).await.unwrap();
     });
     let lengths: BTreeSet<_> = states.iter().map(|state| state.files[0].len()).collect();
     assert!(lengths.is_superset(&[4096, 8704, 100].into()), "{lengths:?}");

@@ -1,9 +1,10 @@
 //! Commands about the image as a whole: open, close, reopen, truncate, length, info.
 
+use lacuna::buffer::Hold;
 use lacuna::chain::{Sharing, UnnamedFormat};
 use lacuna::qcow2::format::Header;
 use lacuna::qcow2::{Access, Shrink};
-use lacuna::storage::{CacheMode, LockConflict, Permissions, Storage};
+use lacuna::storage::{CacheMode, Storage};
 use pollster::block_on;
 use serde_json::Value;
 
@@ -16,9 +17,9 @@ use crate::nodes::AnyStorage;
 use crate::options::{self, Asked};
 use crate::output::io_size;
 use crate::persona::Tool;
-use crate::verbs::open::{cache_mode, check_force_share, sharing, unnamed};
+use crate::verbs::open::{cache_mode, check_force_share, hold_length, sharing, unnamed};
 use crate::verbs::spec::ImageSpec;
-use crate::verbs::{busy, dump, specifics};
+use crate::verbs::{dump, specifics};
 
 /// How an image is to be opened.
 #[derive(Clone, Copy, Debug)]
@@ -146,12 +147,8 @@ pub(super) fn truncate(session: &mut Session<'_>, command: &Command, words: &[St
 
 /// Changes the length of a raw disk, if nobody minds.
 fn cut(tool: &Tool, storage: &AnyStorage, size: u64) -> CliResult<()> {
-    let claimed = storage.hold_more(Permissions::RESIZE);
-    claimed.map_err(|error| match LockConflict::of(&error) {
-        Some(conflict) => busy::refusal(tool, conflict, Access::ReadWrite),
-        None => error.into(),
-    })?;
-    Ok(block_on(storage.set_len(size))?)
+    hold_length(tool, storage)?;
+    Ok(block_on(storage.set_len(size, Hold::none()))?)
 }
 
 pub(super) fn length(session: &mut Session<'_>, _: &Command, _: &[String]) -> Done {

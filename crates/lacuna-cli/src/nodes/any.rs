@@ -58,7 +58,7 @@ pub(crate) trait DynStorage: Send + Sync {
     fn allocate_boxed(&self, range: HostRange) -> BoxFuture<'_, Result<()>>;
     fn flush_boxed(&self) -> BoxFuture<'_, Result<()>>;
     fn len_boxed(&self) -> BoxFuture<'_, Result<u64>>;
-    fn set_len_boxed(&self, len: u64) -> BoxFuture<'_, Result<()>>;
+    fn set_len_boxed(&self, len: u64, hold: Hold) -> BoxFuture<'_, Result<()>>;
     fn status_boxed(&self, range: HostRange) -> BoxFuture<'_, Result<HostExtent>>;
     fn abilities(&self) -> Capabilities;
 }
@@ -97,8 +97,8 @@ impl<S: Storage> DynStorage for S {
         Box::pin(self.len())
     }
 
-    fn set_len_boxed(&self, len: u64) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.set_len(len))
+    fn set_len_boxed(&self, len: u64, hold: Hold) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.set_len(len, hold))
     }
 
     fn status_boxed(&self, range: HostRange) -> BoxFuture<'_, Result<HostExtent>> {
@@ -160,10 +160,10 @@ impl Storage for AnyStorage {
         }
     }
 
-    async fn set_len(&self, len: u64) -> Result<()> {
+    async fn set_len(&self, len: u64, hold: Hold) -> Result<()> {
         match self {
-            Self::File(file) => file.set_len(len).await,
-            Self::Other(other) => other.set_len_boxed(len).await,
+            Self::File(file) => file.set_len(len, hold).await,
+            Self::Other(other) => other.set_len_boxed(len, hold).await,
         }
     }
 

@@ -93,12 +93,14 @@ impl Storage for Nested {
         Ok(self.0.size_bytes())
     }
 
-    async fn set_len(&self, len: u64) -> Result<()> {
-        match (len == self.0.size_bytes(), self.0.as_qcow2()) {
+    async fn set_len(&self, len: u64, hold: Hold) -> Result<()> {
+        let result = match (len == self.0.size_bytes(), self.0.as_qcow2()) {
             (true, _) => Ok(()),
             (false, Some(image)) => image.resize(len.next_multiple_of(512), Shrink::Allow).await,
             (false, None) => Err(Error::unsupported("A disk below a format keeps its length")),
-        }
+        };
+        drop(hold);
+        result
     }
 
     async fn status_at(&self, range: HostRange) -> Result<HostExtent> {

@@ -43,7 +43,7 @@ impl Storage for Null {
         Ok(self.len)
     }
 
-    async fn set_len(&self, _: u64) -> Result<()> {
+    async fn set_len(&self, _: u64, _: Hold) -> Result<()> {
         Err(Error::unsupported("Image format driver does not support resize"))
     }
 

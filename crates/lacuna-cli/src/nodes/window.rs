@@ -108,10 +108,10 @@ impl Storage for Window {
         }
     }
 
-    async fn set_len(&self, len: u64) -> Result<()> {
+    async fn set_len(&self, len: u64, hold: Hold) -> Result<()> {
         match self.size {
             Some(_) => Err(Error::unsupported("Cannot resize fixed-size raw disks")),
-            None => self.below.set_len(self.shifted(HostOffset(len))?.0).await,
+            None => self.below.set_len(self.shifted(HostOffset(len))?.0, hold).await,
         }
     }
 
@@ -149,14 +149,14 @@ mod tests {
         assert!(result.is_ok() && bytes[..512] == [7; 512] && bytes[512..] == [0; 512]);
         let (result, _) = block_on(window.write_at(HostOffset(512), Buffer::zeroed(513)));
         assert_eq!(result.unwrap_err().kind(), ErrorKind::NoSpace);
-        assert!(block_on(window.set_len(0)).is_err());
+        assert!(block_on(window.set_len(0, Hold::none())).is_err());
     }
 
     #[test]
     fn a_part_without_size_goes_to_the_end() {
         let window = window(None).unwrap();
         assert_eq!(block_on(window.len()).unwrap(), 1536);
-        block_on(window.set_len(512)).unwrap();
+        block_on(window.set_len(512, Hold::none())).unwrap();
         assert_eq!(block_on(window.len()).unwrap(), 512);
     }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use lacuna::chain::{self, Allow, ChainOptions, FormatChoice, Levels, Sharing, UnnamedFormat};
 use lacuna::qcow2::{Access, ExtentDetail};
-use lacuna::storage::{CacheMode, FileOptions, LockConflict};
+use lacuna::storage::{CacheMode, FileOptions, LockConflict, Permissions};
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
 
@@ -23,7 +23,7 @@ use crate::output;
 use crate::persona::{Persona, Tool};
 
 pub(crate) use crate::nodes::FileChain;
-use crate::nodes::{Base, Opening};
+use crate::nodes::{AnyStorage, Base, Opening};
 
 /// What to open and how.
 #[derive(Clone, Debug)]
@@ -127,6 +127,14 @@ fn open_in_detail(tool: &Tool, request: &Request, detail: ExtentDetail) -> CliRe
     }
     check_below(spec, &chain)?;
     Ok(chain)
+}
+
+/// Claims the length of an image file, which a raw disk leaves to others unless it is resized.
+pub(crate) fn hold_length(tool: &Tool, storage: &AnyStorage) -> CliResult<()> {
+    storage.hold_more(Permissions::RESIZE).map_err(|error| match LockConflict::of(&error) {
+        Some(conflict) => busy::refusal(tool, conflict, Access::ReadWrite),
+        None => error.into(),
+    })
 }
 
 /// Says that a file of the chain cannot be had.

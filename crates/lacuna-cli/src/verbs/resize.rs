@@ -73,6 +73,8 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let request =
         Request { access: Access::ReadWrite, ..Request::reading(name, parsed, "format")? };
     let chain = open::open(tool, &request)?;
+    open::hold_length(tool, chain.disk().storage())
+        .map_err(|error| open::cannot_open(&request.image.shown, error))?;
     open::warn_of_guess(&request, &chain);
     let change = Change { old: chain.disk().size_bytes(), new: 0, mode };
     let change = Change { new: wish.applied_to(change.old)?, ..change };

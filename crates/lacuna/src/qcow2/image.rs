@@ -24,6 +24,9 @@ use crate::{Error, Result};
 /// The hold of a metadata write, as opposed to that of a request.
 pub(super) const METADATA: u64 = u64::MAX;
 
+/// The hold of a cut of the file: nothing is changed meanwhile.
+pub(super) const CUT: u64 = u64::MAX - 1;
+
 /// A qcow2 image.
 ///
 /// Cheap to clone; all clones are one image. Requests may run at the same time from any thread.
@@ -85,6 +88,7 @@ impl<S: Storage> Release for Inner<S> {
         let mut meta = self.meta.lock();
         match token {
             METADATA => meta.in_flight.metadata_write_over(),
+            CUT => meta.resume(),
             token => meta.end(Token(token)),
         }
     }
@@ -188,7 +192,11 @@ impl<S: Storage> Image<S> {
         let len = self.0.storage.len().await?;
         let grown_to = self.0.meta.lock().refcounts.grown_to();
         let right = grown_to.map_or(0, |end| end.0).max(len.next_multiple_of(512));
-        if right > len { self.0.storage.set_len(right).await } else { Ok(()) }
+        match right > len {
+            // Nobody writes any more.
+            true => self.0.storage.set_len(right, Hold::none()).await,
+            false => Ok(()),
+        }
     }
 
     // ---- planning --------------------------------------------------------------------------

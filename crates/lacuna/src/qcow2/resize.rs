@@ -1,20 +1,25 @@
 //! Changing the size of the disk.
 
+use std::sync::Arc;
+
 use super::format::{L1Entry, Version};
-use super::image::Image;
+use super::image::{CUT, Image};
 use super::meta::Meta;
-use super::need::Planned;
+use super::need::{Need, Planned};
 use super::plan_zero::Intent;
 use super::quarantine::FreedBy;
 use super::write_back::Refcounting;
 use crate::block::{Preallocation, ZeroFlags};
-use crate::buffer::Hold;
+use crate::buffer::{Hold, Release};
 use crate::storage::{Storage, ZeroMode, reserve};
 use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
 
 /// Most bytes an active L1 table may have (B.1).
 const MAX_L1_BYTES: u64 = 32 << 20;
+
+/// Beyond every disk there can be; clusters up to here can be counted.
+const MAX_SIZE_BYTES: u64 = 1 << 62;
 
 /// Whether guest bytes may be cut off.
 ///
@@ -137,17 +142,20 @@ impl<S: Storage> Image<S> {
 
     async fn grow_data_file(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
         let Some(data) = &self.0.data else { return Ok(()) };
+        let mut hold = self.exclude_behind(old).await?;
         let len = data.len().await?;
         if mode != Preallocation::Off && len > old {
             // What the file has behind the disk must not come to light.
             let stale = HostRange::new(HostOffset(old), len.min(new) - old);
-            data.write_zeroes_at(stale, ZeroMode::MayUnmap, Hold::none()).await?;
+            let riding;
+            (hold, riding) = hold.shared();
+            data.write_zeroes_at(stale, ZeroMode::MayUnmap, riding).await?;
         }
         if mode >= Preallocation::Falloc {
             let added = HostRange::new(HostOffset(old), new - old);
-            drop(reserve(data, added, mode.of_data(), Hold::none()).await?);
+            hold = reserve(data, added, mode.of_data(), hold).await?;
         }
-        data.set_len(new).await
+        data.set_len(new, hold).await
     }
 
     /// Shows the larger disk, and zeroes what the old end hid: the rest of its last cluster, and
@@ -208,7 +216,8 @@ impl<S: Storage> Image<S> {
         back.old = None;
         self.write_back(Refcounting::Written).await?;
         if let Some(data) = &self.0.data {
-            data.set_len(new).await?;
+            let hold = self.exclude_behind(new).await?;
+            data.set_len(new, hold).await?;
         }
         self.cut_file().await
     }
@@ -224,14 +233,25 @@ impl<S: Storage> Image<S> {
     /// Shortens the file to the end of its last used cluster.
     async fn cut_file(&self) -> Result<()> {
         let end = self.plan(Meta::pause_and_cut).await?;
-        let _resume = ResumeOnDrop(self);
+        let pause = Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, CUT);
         if self.0.storage.len().await? <= end.0 {
             return Ok(());
         }
-        self.0.storage.set_len(end.0).await?;
+        // Dropped half-way, the driver may still cut: the pause lasts until it has.
+        let (pause, riding) = pause.shared();
+        self.0.storage.set_len(end.0, riding).await?;
         let mut meta = self.0.meta.lock();
         meta.zero_from = meta.zero_from.min(end);
+        drop(meta);
+        drop(pause);
         Ok(())
+    }
+
+    /// Lets no guest byte from `offset` on be changed while the hold lives, now or when the disk is
+    /// larger: it rides with what is done to the end of the data file, dropped or not.
+    async fn exclude_behind(&self, offset: u64) -> Result<Hold> {
+        let rest = MAX_SIZE_BYTES.saturating_sub(offset);
+        self.exclude_others(GuestRange::new(GuestOffset(offset), rest)).await
     }
 }
 
@@ -250,17 +270,6 @@ impl<S: Storage> Drop for SizeBackOnDrop<'_, S> {
             // The new size may be on its way to storage.
             meta.size_dirty = true;
         }
-    }
-}
-
-/// Lets changes go on again.
-struct ResumeOnDrop<'a, S: Storage>(&'a Image<S>);
-
-impl<S: Storage> Drop for ResumeOnDrop<'_, S> {
-    fn drop(&mut self) {
-        let mut meta = self.0.0.meta.lock();
-        meta.paused = false;
-        meta.in_flight.wake_all();
     }
 }
 
@@ -301,6 +310,9 @@ impl Meta {
     /// Finds the end of the last used cluster, and lets nothing be allocated until the file was
     /// cut there.
     fn pause_and_cut(&mut self) -> Planned<HostOffset> {
+        if self.paused {
+            return Err(Need::Turn(self.in_flight.wait()).into());
+        }
         let mut end = self.geometry().host_cluster(self.refcounts.end()).0;
         while end > 1 && self.refcounts.read(HostCluster(end - 1))? == 0 {
             end -= 1;
@@ -309,5 +321,11 @@ impl Meta {
         self.refcounts.cut_at(end);
         self.paused = true;
         Ok(end)
+    }
+
+    /// Lets changes go on again.
+    pub(super) fn resume(&mut self) {
+        self.paused = false;
+        self.in_flight.wake_all();
     }
 }

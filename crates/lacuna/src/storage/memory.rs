@@ -142,7 +142,7 @@ impl Storage for MemoryStorage {
         Ok(self.0.read().len)
     }
 
-    async fn set_len(&self, len: u64) -> Result<()> {
+    async fn set_len(&self, len: u64, _: Hold) -> Result<()> {
         let mut pages = self.0.write();
         let end = pages.len.max(len);
         pages.clear(len, end);

@@ -181,7 +181,10 @@ pub trait Storage: Send + Sync + 'static {
     }
 
     /// Cuts or extends to `len` bytes; what is added reads as zeros.
-    fn set_len(&self, len: u64) -> impl Future<Output = Result<()>> + Send;
+    ///
+    /// A call that was dropped may still cut what is written later: `hold` is let go when that
+    /// cannot happen any more.
+    fn set_len(&self, len: u64, hold: Hold) -> impl Future<Output = Result<()>> + Send;
 
     /// Returns the status of the first run of `range`, never longer than it.
     ///

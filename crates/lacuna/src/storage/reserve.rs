@@ -34,7 +34,7 @@ pub(crate) async fn reserve<S: Storage>(
         return Ok(hold);
     }
     match how {
-        Reserve::Hole => extend(storage, range.end()).await.map(|()| hold),
+        Reserve::Hole => extend(storage, range.end(), hold).await,
         Reserve::Written => write_zeros(storage, range, hold).await,
         Reserve::Promised => match storage.allocate_at(range).await {
             Err(error) if error.kind() == ErrorKind::Unsupported => {
@@ -46,12 +46,14 @@ pub(crate) async fn reserve<S: Storage>(
 }
 
 /// Makes an object at least as long as `end` says; one of fixed length is as long as it is.
-async fn extend<S: Storage>(storage: &S, end: HostOffset) -> Result<()> {
+async fn extend<S: Storage>(storage: &S, end: HostOffset, hold: Hold) -> Result<Hold> {
     let fixed = storage.capabilities().set_len == Capability::Unsupported;
     if fixed || storage.len().await? >= end.0 {
-        return Ok(());
+        return Ok(hold);
     }
-    storage.set_len(end.0).await
+    let (hold, riding) = hold.shared();
+    storage.set_len(end.0, riding).await?;
+    Ok(hold)
 }
 
 async fn write_zeros<S: Storage>(storage: &S, range: HostRange, mut hold: Hold) -> Result<Hold> {

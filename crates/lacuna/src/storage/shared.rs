@@ -54,8 +54,8 @@ impl<S: Storage> Storage for Arc<S> {
         S::is_empty(self)
     }
 
-    fn set_len(&self, len: u64) -> impl Future<Output = Result<()>> + Send {
-        S::set_len(self, len)
+    fn set_len(&self, len: u64, hold: Hold) -> impl Future<Output = Result<()>> + Send {
+        S::set_len(self, len, hold)
     }
 
     fn status_at(&self, range: HostRange) -> impl Future<Output = Result<HostExtent>> + Send {

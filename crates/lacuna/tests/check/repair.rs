@@ -1,5 +1,6 @@
 //! What a repair keeps, clears and leaves alone.
 
+use lacuna::buffer::Hold;
 use lacuna::qcow2::check::{CheckOptions, CheckReport, FindingKind, Phase, Repair, check};
 use lacuna::storage::{MemoryStorage, Storage};
 use lacuna::{ErrorKind, Result};
@@ -272,9 +273,9 @@ fn check_bytes(storage: &MemoryStorage) -> Result<u64> {
 fn file_of_too_many_clusters_is_refused_before_anything_is_counted() {
     let image = Image::new("cluster_size=512", "1M", &[]);
     let storage = MemoryStorage::from(image.bytes().as_slice());
-    pollster::block_on(storage.set_len((1 << 31) * 512)).unwrap();
+    pollster::block_on(storage.set_len((1 << 31) * 512, Hold::none())).unwrap();
     assert_eq!(check_bytes(&storage).unwrap_err().kind(), ErrorKind::Unsupported);
-    pollster::block_on(storage.set_len(((1 << 31) - 1) * 512)).unwrap();
+    pollster::block_on(storage.set_len(((1 << 31) - 1) * 512, Hold::none())).unwrap();
     assert_eq!(check_bytes(&storage).unwrap(), 0);
 }
 

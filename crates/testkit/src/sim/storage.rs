@@ -162,9 +162,9 @@ impl Storage for SimStorage {
         Ok(self.host.with_content(self.file, crate::SparseBytes::len))
     }
 
-    async fn set_len(&self, len: u64) -> Result<()> {
+    async fn set_len(&self, len: u64, hold: Hold) -> Result<()> {
         self.offers(self.capabilities.set_len, "change of length")?;
-        self.change(OperationKind::SetLen, Effect::SetLen { len }, Hold::none()).await
+        self.change(OperationKind::SetLen, Effect::SetLen { len }, hold).await
     }
 
     async fn status_at(&self, range: HostRange) -> Result<HostExtent> {

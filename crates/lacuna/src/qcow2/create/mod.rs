@@ -76,7 +76,7 @@ async fn empty<S: Storage>(storage: &S, end: HostOffset) -> Result<()> {
         return Ok(());
     }
     if storage.capabilities().set_len != Capability::Unsupported {
-        return storage.set_len(0).await;
+        return storage.set_len(0, Hold::none()).await;
     }
     let used = HostRange::new(HostOffset(0), end.0);
     storage.write_zeroes_at(used, ZeroMode::MayUnmap, Hold::none()).await

@@ -331,8 +331,8 @@ impl Storage for FileStorage {
         self.inner.len().await
     }
 
-    async fn set_len(&self, len: u64) -> Result<()> {
-        self.inner.set_len(len).await
+    async fn set_len(&self, len: u64, hold: Hold) -> Result<()> {
+        self.inner.set_len(len, hold).await
     }
 
     async fn status_at(&self, range: HostRange) -> Result<HostExtent> {

@@ -232,7 +232,7 @@ impl Inner {
         ))
     }
 
-    pub(super) async fn set_len(self: &Arc<Self>, len: u64) -> Result<()> {
+    pub(super) async fn set_len(self: &Arc<Self>, len: u64, hold: Hold) -> Result<()> {
         self.require_write_access()?;
         self.end_of(len, 0)?;
         if self.kind == Kind::BlockDevice {
@@ -248,7 +248,7 @@ impl Inner {
         let file = Arc::clone(&self.file);
         let call = move || {
             let result = uninterrupted(|| rustix::fs::ftruncate(&file, len));
-            drop(lock);
+            drop((lock, hold));
             result
         };
         let result = self.on_thread(call).await;
