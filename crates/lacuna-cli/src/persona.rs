@@ -8,7 +8,7 @@
 
 use std::path::Path;
 
-use lacuna::qcow2::Placement;
+use lacuna::qcow2::{DiscardUnit, Placement};
 
 /// Whose ways the program follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +53,14 @@ impl Tool {
             "" => program.clone(),
             _ if self.persona == Persona::QemuIo => program.clone(),
             verb => format!("{program} {verb}"),
+        }
+    }
+
+    /// Returns the smallest unit of a discard.
+    pub(crate) fn discard_unit(&self) -> DiscardUnit {
+        match self.persona {
+            Persona::Lacuna => DiscardUnit::Subcluster,
+            Persona::QemuImg | Persona::QemuIo => DiscardUnit::Cluster,
         }
     }
 

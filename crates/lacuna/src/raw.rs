@@ -10,6 +10,9 @@ use crate::{Error, ErrorKind, Result};
 /// How many runs one status answer holds at most, so that memory stays bounded.
 const EXTENTS_AT_ONCE: usize = 1024;
 
+/// What most hosts can zero without writing bytes.
+const HOST_BLOCK_BYTES: u64 = 4096;
+
 /// A raw disk: guest offset equals host offset.
 ///
 /// ```
@@ -141,6 +144,10 @@ impl<S: Storage> Layer for Raw<S> {
 
     fn is_read_only(&self) -> bool {
         !self.storage.capabilities().writable
+    }
+
+    fn zero_unit_bytes(&self) -> u64 {
+        HOST_BLOCK_BYTES
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {

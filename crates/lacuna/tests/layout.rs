@@ -89,7 +89,7 @@ fn same_layout(options: &str, size: u64, seed: u64, zeroes: bool) {
     run("qemu-io", &args);
     let theirs = std::fs::read(&path).unwrap();
     let storage = std::sync::Arc::new(MemoryStorage::from(&empty[..]));
-    let keep = DiscardPolicy { guest: true, tables: false };
+    let keep = DiscardPolicy::default();
     let image = block_on(Image::open(
         Parts::alone(storage.clone()),
         OpenOptions::new(Access::ReadWrite).placement(Placement::QemuCompatible).discard(keep),

@@ -10,7 +10,8 @@ use lacuna::block::{DiscardMode, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::{Buffer, Hold};
 use lacuna::qcow2::check::{CheckOptions, Repair, check};
 use lacuna::qcow2::{
-    Access, CreateOptions, DataFileName, DiscardPolicy, Image, OpenOptions, Parts, Shrink, create,
+    Access, CreateOptions, DataFileName, DiscardPolicy, GuestDiscard, Image, OpenOptions, Parts,
+    Shrink, create,
 };
 use lacuna::storage::{Capabilities, HostExtent, MemoryStorage, Storage, Transfer, ZeroMode};
 use lacuna::units::{GuestOffset, GuestRange, HostOffset, HostRange};
@@ -163,7 +164,8 @@ fn disk(options: &CreateOptions, policy: DiscardPolicy) -> (Disk, Arc<Slow>) {
     (image, storage)
 }
 
-const KEEPS_SPACE: DiscardPolicy = DiscardPolicy { guest: false, tables: false };
+const KEEPS_SPACE: DiscardPolicy =
+    DiscardPolicy { guest: GuestDiscard::Unmap, request: false, snapshot: false, other: false };
 
 fn poll<T>(future: &mut Pin<Box<dyn Future<Output = T> + '_>>) -> Option<T> {
     match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {

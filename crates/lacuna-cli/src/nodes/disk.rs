@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use lacuna::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{
+    DetectZeroes, DiscardMode, Extent, Layer, WriteFlags, ZeroDetection, ZeroFlags,
+};
 use lacuna::buffer::Buffer;
 use lacuna::chain::{Disk, Format};
 use lacuna::job::Target;
@@ -16,7 +18,7 @@ use super::any::AnyStorage;
 /// An opened disk. Clones are the same disk.
 #[derive(Clone)]
 pub(crate) struct ToolDisk {
-    disk: Disk<AnyStorage>,
+    disk: DetectZeroes<Disk<AnyStorage>>,
     /// Disks that play storages somewhere below, innermost last.
     nested: Arc<[Disk<AnyStorage>]>,
     /// What a discard does.
@@ -34,20 +36,21 @@ pub(crate) enum Discards {
 impl ToolDisk {
     pub(super) fn new(
         disk: Disk<AnyStorage>,
+        detection: ZeroDetection,
         nested: Vec<Disk<AnyStorage>>,
         discards: Discards,
     ) -> Self {
-        Self { disk, nested: nested.into(), discards }
+        Self { disk: DetectZeroes::new(disk, detection), nested: nested.into(), discards }
     }
 
     /// Returns the format.
     pub(crate) const fn format(&self) -> Format {
-        self.disk.format()
+        self.disk.below().format()
     }
 
     /// Returns the image where this is one of qcow2.
     pub(crate) const fn as_qcow2(&self) -> Option<&Image<AnyStorage>> {
-        self.disk.as_qcow2()
+        self.disk.below().as_qcow2()
     }
 
     /// Returns what closed the image to changes, if anything did.
@@ -57,12 +60,12 @@ impl ToolDisk {
 
     /// Returns the storage of the image file.
     pub(crate) fn storage(&self) -> &AnyStorage {
-        self.disk.storage()
+        self.disk.below().storage()
     }
 
     /// Makes everything durable and leaves all images as they should be left, from the top down.
     pub(crate) async fn close(self) -> Result<()> {
-        self.disk.close().await?;
+        self.disk.into_below().close().await?;
         for disk in self.nested.iter().rev() {
             disk.clone().close().await?;
         }
@@ -77,6 +80,10 @@ impl Layer for ToolDisk {
 
     fn is_read_only(&self) -> bool {
         self.disk.is_read_only()
+    }
+
+    fn zero_unit_bytes(&self) -> u64 {
+        self.disk.zero_unit_bytes()
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
@@ -109,7 +116,7 @@ impl Layer for ToolDisk {
 
 impl Target for ToolDisk {
     fn encoder(&self) -> Option<Encoder> {
-        self.disk.encoder()
+        self.disk.below().encoder()
     }
 
     async fn write_encoded(
@@ -118,6 +125,6 @@ impl Target for ToolDisk {
         buffer: Buffer,
         stream: Option<Stream>,
     ) -> Transfer {
-        self.disk.write_encoded(offset, buffer, stream).await
+        self.disk.below().write_encoded(offset, buffer, stream).await
     }
 }

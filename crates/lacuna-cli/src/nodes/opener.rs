@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use lacuna::Result;
-use lacuna::block::BoxFuture;
+use lacuna::block::{BoxFuture, ZeroDetection};
 use lacuna::chain::{
     self, ChainOptions, Disk, FileOpener, FormatChoice, Identity, Instead, LevelInfo, Levels,
     Opener, StandIn,
 };
-use lacuna::qcow2::{Access, DiscardPolicy, OpenOptions};
+use lacuna::qcow2::{Access, DiscardPolicy, GuestDiscard, OpenOptions};
 use lacuna::storage::{CacheMode, Claim, FileAccess, FileOptions, FileStorage, Locking};
 
 use super::any::AnyStorage;
@@ -47,6 +47,7 @@ pub(crate) struct Opening {
     options: ChainOptions,
     opener: SpecOpener,
     discards: Discards,
+    detection: ZeroDetection,
 }
 
 impl Opening {
@@ -69,14 +70,14 @@ impl Opening {
             Some(false) => Discards::Ignored,
             _ => Discards::Passed,
         };
-        Self { path, options, opener, discards }
+        Self { path, options, opener, discards, detection: disk.common.detect_zeroes }
     }
 
     /// Opens it with its backing chain.
     pub(crate) async fn open(self) -> Result<FileChain> {
         let chain = chain::open(&self.opener, &self.path, &self.options).await?;
         let nested = self.opener.into_nested();
-        let disk = ToolDisk::new(chain.disk().clone(), nested, self.discards);
+        let disk = ToolDisk::new(chain.disk().clone(), self.detection, nested, self.discards);
         Ok(FileChain::new(chain, disk))
     }
 
@@ -109,10 +110,21 @@ const fn cache(direct: Option<bool>, otherwise: CacheMode) -> CacheMode {
 
 fn image_options(disk: &DiskSpec, options: OpenOptions) -> OpenOptions {
     let runtime = &disk.runtime;
-    let mut discard = DiscardPolicy::default();
-    discard.guest = runtime.pass_discard_request.unwrap_or(discard.guest);
-    discard.tables = runtime.pass_discard_other.unwrap_or(discard.tables);
-    let options = options.discard(discard).lazy_refcounts(runtime.lazy_refcounts);
+    let usual = DiscardPolicy::default();
+    let discard = DiscardPolicy {
+        guest: match disk.common.discard {
+            Some(false) => GuestDiscard::Ignore,
+            _ => GuestDiscard::Unmap,
+        },
+        request: runtime.pass_discard_request.unwrap_or(usual.request),
+        snapshot: runtime.pass_discard_snapshot.unwrap_or(usual.snapshot),
+        other: runtime.pass_discard_other.unwrap_or(usual.other),
+    };
+    let options = options
+        .discard(discard)
+        .on_discard(runtime.on_discard)
+        .zero_unmap(runtime.zero_unmap)
+        .lazy_refcounts(runtime.lazy_refcounts);
     match runtime.table_cache_bytes() {
         Some(bytes) => options.cache_bytes(bytes.max(LEAST_CACHE_BYTES)),
         None => options,

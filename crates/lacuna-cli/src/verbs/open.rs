@@ -221,7 +221,7 @@ pub(crate) fn options(tool: &Tool, request: &Request) -> CliResult<ChainOptions>
     options.backing = Allow::Named;
     options.data_file = Allow::Named;
     options.sharing = request.sharing();
-    options.image = options.image.placement(tool.placement());
+    options.image = options.image.placement(tool.placement()).discard_unit(tool.discard_unit());
     options.unnamed_format = match tool.persona {
         Persona::Lacuna => request.unnamed,
         _ => UnnamedFormat::Probe,

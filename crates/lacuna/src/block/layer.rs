@@ -38,6 +38,10 @@ bitflags! {
         const MAY_UNMAP = 2;
         /// Fail with `Unsupported` rather than write bytes; nothing is changed then.
         const FAST = 4;
+        /// Where less than a unit is zeroed, read the rest of the unit to learn whether all of it
+        /// can become one (004-5b): up to two reads of less than a unit each. Layers that have no
+        /// units ignore it.
+        const THOROUGH = 8;
     }
 }
 
@@ -81,6 +85,10 @@ pub trait Layer: Send + Sync {
 
     /// Says whether writes are refused.
     fn is_read_only(&self) -> bool;
+
+    /// Returns the unit in bytes, a power of two of at least 512, in which the layer can make
+    /// aligned ranges read as zeros without writing bytes. A hint: smaller ranges work too.
+    fn zero_unit_bytes(&self) -> u64;
 
     /// Fills the buffer from `offset` on. `OutOfBounds` where that passes the end.
     fn read(

@@ -1,12 +1,14 @@
 //! What a guest sees: requests, extents and the [`Layer`] trait.
 
 mod cursor;
+mod detect_zeroes;
 mod extent;
 mod layer;
 mod preallocation;
 mod zero;
 
 pub(crate) use cursor::{ExtentCursor, no_status};
+pub use detect_zeroes::{DetectZeroes, ZeroDetection};
 pub use extent::{AllocationDepth, Extent, ExtentBuilder, ExtentStatus};
 pub use layer::{BoxFuture, DiscardMode, DynLayer, Layer, WriteFlags, ZeroFlags};
 pub use preallocation::Preallocation;

@@ -90,6 +90,10 @@ impl<S: Storage> Layer for Below<S> {
         true
     }
 
+    fn zero_unit_bytes(&self) -> u64 {
+        512
+    }
+
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         let mut cursors = self.cursors();
         let (mut done, mut rest, mut at) = (None, buffer, offset);

@@ -158,6 +158,10 @@ impl<S: Storage> Layer for RawDisk<S> {
         self.access == Access::ReadOnly || self.raw.is_read_only()
     }
 
+    fn zero_unit_bytes(&self) -> u64 {
+        self.raw.zero_unit_bytes()
+    }
+
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         self.raw.read(offset, buffer).await
     }
@@ -200,6 +204,13 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.is_read_only(),
             Self::Raw(disk) => disk.is_read_only(),
+        }
+    }
+
+    fn zero_unit_bytes(&self) -> u64 {
+        match self {
+            Self::Qcow2(image) => image.zero_unit_bytes(),
+            Self::Raw(disk) => disk.zero_unit_bytes(),
         }
     }
 

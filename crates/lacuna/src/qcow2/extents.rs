@@ -171,6 +171,20 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
+    /// Returns how many leading bytes of a range are known to be zeros below this image; from the
+    /// first answer of the backing layer only.
+    pub(super) async fn zero_prefix_below(&self, range: GuestRange) -> Result<u64> {
+        let Some(backing) = &self.0.backing else { return Ok(range.len) };
+        let there = backing.size().saturating_sub(range.start.0).min(range.len);
+        if there == 0 {
+            return Ok(range.len);
+        }
+        let extents = backing.extents_boxed(GuestRange::new(range.start, there)).await?;
+        let zeros = extents.iter().take_while(|extent| extent.status.reads_zero);
+        let prefix = zeros.map(|extent| extent.range.len).sum::<u64>();
+        Ok(if prefix == there { range.len } else { prefix })
+    }
+
     /// Says whether all of a range is known to be zeros below this image.
     pub(super) async fn is_zero_below(&self, range: GuestRange) -> Result<bool> {
         let Some(backing) = &self.0.backing else { return Ok(true) };

@@ -13,6 +13,7 @@ use futures_util::{StreamExt, stream};
 use super::image::{Image, METADATA};
 use super::meta::Meta;
 use super::need::Planned;
+use super::options::GuestDiscard;
 use super::quarantine::{Freed, FreedBy};
 use super::write_back::{self, Piece, Refcounting, Step, Undo};
 use crate::buffer::{Buffer, Hold, Release};
@@ -168,11 +169,12 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    fn gives_back(&self, by: FreedBy) -> bool {
+    pub(super) fn gives_back(&self, by: FreedBy) -> bool {
         match by {
+            FreedBy::Always => true,
             FreedBy::CopyOnWrite => false,
-            FreedBy::Guest => self.0.discard.guest,
-            FreedBy::Table => self.0.discard.tables,
+            FreedBy::Guest => self.0.discard.guest == GuestDiscard::Unmap && self.0.discard.request,
+            FreedBy::Other => self.0.discard.other,
         }
     }
 }

@@ -13,7 +13,7 @@ use super::in_flight::Token;
 use super::mapping::DataPlace;
 use super::meta::{LoadedTable, Meta};
 use super::need::{Need, Planned, Stop};
-use super::options::{DiscardPolicy, ExtentDetail, OpenOptions, Parts};
+use super::options::{DiscardPolicy, ExtentDetail, OpenOptions, Parts, ZeroUnmap};
 use super::write_back::{Piece, Refcounting};
 use crate::block::{BoxFuture, DynLayer};
 use crate::buffer::{Buffer, Hold, Release};
@@ -75,6 +75,7 @@ pub(super) struct Inner<S> {
     pub(super) detail: ExtentDetail,
     /// Whether refcounts may be written late.
     pub(super) lazy: bool,
+    pub(super) zero_unmap: ZeroUnmap,
     /// One write-back at a time.
     pub(super) turn: async_lock::Mutex<()>,
     /// How many flushes were asked for, and up to which one all is durable.
@@ -126,6 +127,7 @@ impl<S: Storage> Image<S> {
             discard: options.discard,
             detail: options.detail,
             lazy,
+            zero_unmap: options.zero_unmap,
             turn: async_lock::Mutex::new(()),
             flushes_asked: AtomicU64::new(0),
             flushes_done: AtomicU64::new(0),

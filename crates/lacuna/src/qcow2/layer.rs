@@ -16,6 +16,10 @@ impl<S: Storage> Layer for Image<S> {
         !self.0.meta.lock().writable
     }
 
+    fn zero_unit_bytes(&self) -> u64 {
+        self.geometry().subcluster_bytes()
+    }
+
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         self.read_guest(offset, buffer).await
     }

@@ -13,6 +13,7 @@ use super::format::{CompressedRun, Geometry, L1Entry, L2Entry, Version};
 use super::in_flight::{InFlight, Token};
 use super::mapping::{DataPlace, Decoder, Mapping, Run};
 use super::need::{Need, Planned, Stop};
+use super::options::{DiscardUnit, OnDiscard};
 use super::overlap::{Structure, Structures};
 use super::quarantine::{Freed, FreedBy, Quarantine};
 use super::refcounts::{Allocation, Refcounts};
@@ -93,6 +94,8 @@ pub(super) struct Meta {
     pub(super) closed: bool,
     /// Why nothing more may be changed.
     pub(super) failed: Option<Error>,
+    pub(super) on_discard: OnDiscard,
+    pub(super) discard_unit: DiscardUnit,
 }
 
 /// Where the entry of a guest byte lies.
@@ -304,7 +307,7 @@ impl Meta {
             }
         }
         self.install_table(guest, new);
-        self.free(self.geometry().host_cluster(old), FreedBy::Table)
+        self.free(self.geometry().host_cluster(old), FreedBy::Other)
     }
 
     fn install_table(&mut self, guest: GuestOffset, table: HostOffset) {

@@ -10,8 +10,10 @@
 
 mod bitmaps;
 pub mod check;
+mod clear;
 pub(crate) mod codec;
 mod create;
+mod discard;
 mod encode;
 mod extents;
 mod flush;
@@ -48,6 +50,9 @@ pub use create::{BackingName, CreateOptions, DataFileName, create};
 pub use encode::{Encoder, Stream};
 pub use image::{Counts, Image};
 pub use open::read_header;
-pub use options::{Access, DiscardPolicy, ExtentDetail, OpenOptions, Parts};
+pub use options::{
+    Access, DiscardPolicy, DiscardUnit, ExtentDetail, GuestDiscard, OnDiscard, OpenOptions, Parts,
+    ZeroUnmap,
+};
 pub use refcounts::Placement;
 pub use resize::Shrink;

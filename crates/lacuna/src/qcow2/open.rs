@@ -10,7 +10,7 @@ use super::image::Image;
 use super::in_flight::InFlight;
 use super::mapping::{DataPlace, Decoder};
 use super::meta::{Gate, L1Table, Meta};
-use super::options::{Access, OpenOptions, Parts};
+use super::options::{Access, OnDiscard, OpenOptions, Parts};
 use super::overlap::{Structure, Structures};
 use super::quarantine::Quarantine;
 use super::refcounts::Refcounts;
@@ -37,6 +37,7 @@ impl<S: Storage> Image<S> {
     pub async fn open(parts: Parts<S>, options: OpenOptions) -> Result<Self> {
         let mut header = read_header(&parts.storage).await?;
         check_parts(&header, &parts)?;
+        check_options(&header, &options)?;
         let writable = options.access == Access::ReadWrite;
         if writable {
             prepare_for_writing(&parts.storage, &mut header).await?;
@@ -108,6 +109,16 @@ fn check_parts<S>(header: &Header, parts: &Parts<S>) -> Result<()> {
         return Err(Error::invalid("The image has a backing file, which was not given"));
     }
     Ok(())
+}
+
+fn check_options(header: &Header, options: &OpenOptions) -> Result<()> {
+    match (options.on_discard, header.geometry.version()) {
+        (OnDiscard::KeepMapping, Version::V2) => Err(Error::unsupported(
+            "Version 2 cannot mark a cluster as zeros and keep its place: discard-no-unref needs \
+             version 3",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses what must not be written, repairs what may be, and clears foreign autoclear bits.
@@ -203,6 +214,8 @@ async fn load_meta<S: Storage>(
         paused: false,
         closed: false,
         failed: None,
+        on_discard: options.on_discard,
+        discard_unit: options.discard_unit,
     })
 }
 

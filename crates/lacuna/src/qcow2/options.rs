@@ -18,24 +18,45 @@ pub enum Access {
     ReadWrite,
 }
 
-/// What happens to the host space of clusters that are freed (A.3.1).
-///
-/// Whether a cluster is freed at all is decided elsewhere; freed clusters are reused in any case.
+/// Whether a guest's wish to give space back is heard (QEMU: `discard=`).
 ///
 /// ```
-/// assert!(lacuna::qcow2::DiscardPolicy::default().guest);
+/// assert_ne!(lacuna::qcow2::GuestDiscard::Ignore, lacuna::qcow2::GuestDiscard::Unmap);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum GuestDiscard {
+    /// Discards change nothing, and zeroing keeps the space, leave to unmap or not.
+    Ignore,
+    /// Discarded and zeroed clusters are freed.
+    #[default]
+    Unmap,
+}
+
+/// What happens to the host space of clusters that are freed, by the reason they are (A.3.1).
+///
+/// Freed clusters are reused in any case; this decides which are punched out of the file before.
+/// Clusters about to be reused never are, those behind the end of a shrunk disk always are.
+///
+/// ```
+/// use lacuna::qcow2::{DiscardPolicy, GuestDiscard};
+/// let quiet = DiscardPolicy { guest: GuestDiscard::Ignore, ..DiscardPolicy::default() };
+/// assert!(quiet.snapshot && !quiet.other);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DiscardPolicy {
-    /// Punch what the guest discarded or zeroed with leave to unmap.
-    pub guest: bool,
-    /// Punch tables that are no longer needed.
-    pub tables: bool,
+    /// Whether discards are heard at all.
+    pub guest: GuestDiscard,
+    /// Punch what the guest discarded or zeroed with leave to unmap (`pass-discard-request`).
+    pub request: bool,
+    /// Punch what only a deleted snapshot used (`pass-discard-snapshot`).
+    pub snapshot: bool,
+    /// Punch anything else, as tables that are no longer needed (`pass-discard-other`).
+    pub other: bool,
 }
 
 impl Default for DiscardPolicy {
     fn default() -> Self {
-        Self { guest: true, tables: false }
+        Self { guest: GuestDiscard::Unmap, request: true, snapshot: true, other: false }
     }
 }
 
@@ -54,6 +75,52 @@ pub enum ExtentDetail {
     Host,
 }
 
+/// What the map says of clusters that were zeroed with leave to unmap, or discarded (001-2).
+///
+/// ```
+/// assert_eq!(lacuna::qcow2::ZeroUnmap::default(), lacuna::qcow2::ZeroUnmap::Flag);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ZeroUnmap {
+    /// That they read as zeros, whatever may be put below later.
+    #[default]
+    Flag,
+    /// Nothing, where that reads as zeros too: no backing layer, or one that is known to be zero
+    /// there (001-6). A backing file that is put below later shows (001-8).
+    Unallocate,
+}
+
+/// Whether a discard takes the place on the host from a cluster (002-6).
+///
+/// ```
+/// assert_eq!(lacuna::qcow2::OnDiscard::default(), lacuna::qcow2::OnDiscard::Free);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum OnDiscard {
+    /// The cluster is freed.
+    #[default]
+    Free,
+    /// The cluster keeps its place and reads as zeros (QEMU: `discard-no-unref`), so that nothing
+    /// the guest does changes where its clusters lie. Its bytes are punched out of the file,
+    /// where nothing else references them and the policy says so.
+    KeepMapping,
+}
+
+/// The smallest unit of a discard.
+///
+/// ```
+/// use lacuna::qcow2::DiscardUnit;
+/// assert_eq!(DiscardUnit::default(), DiscardUnit::Subcluster);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DiscardUnit {
+    /// Whole clusters, as with QEMU: less is ignored.
+    Cluster,
+    /// Subclusters, where the image has them (002-15).
+    #[default]
+    Subcluster,
+}
+
 /// How to open an image.
 ///
 /// ```
@@ -70,6 +137,9 @@ pub struct OpenOptions {
     pub(super) discard: DiscardPolicy,
     pub(super) detail: ExtentDetail,
     pub(super) lazy_refcounts: Option<bool>,
+    pub(super) zero_unmap: ZeroUnmap,
+    pub(super) on_discard: OnDiscard,
+    pub(super) discard_unit: DiscardUnit,
 }
 
 impl OpenOptions {
@@ -83,6 +153,9 @@ impl OpenOptions {
             discard: DiscardPolicy::default(),
             detail: ExtentDetail::default(),
             lazy_refcounts: None,
+            zero_unmap: ZeroUnmap::default(),
+            on_discard: OnDiscard::default(),
+            discard_unit: DiscardUnit::default(),
         }
     }
 
@@ -122,6 +195,24 @@ impl OpenOptions {
     #[must_use]
     pub const fn discard(self, discard: DiscardPolicy) -> Self {
         Self { discard, ..self }
+    }
+
+    /// Chooses what zeroed and discarded clusters become.
+    #[must_use]
+    pub const fn zero_unmap(self, zero_unmap: ZeroUnmap) -> Self {
+        Self { zero_unmap, ..self }
+    }
+
+    /// Chooses whether discarded clusters keep their place. Version 3 only.
+    #[must_use]
+    pub const fn on_discard(self, on_discard: OnDiscard) -> Self {
+        Self { on_discard, ..self }
+    }
+
+    /// Chooses the smallest unit of a discard.
+    #[must_use]
+    pub const fn discard_unit(self, discard_unit: DiscardUnit) -> Self {
+        Self { discard_unit, ..self }
     }
 }
 

@@ -1,63 +1,118 @@
 //! Decides what zeroing and discarding leave in the map: the table of A.2.1, as code. Pure.
 
-use super::format::{L2Entry, SubclusterBitmap};
-use super::meta::Meta;
-use super::need::Planned;
-use super::quarantine::FreedBy;
-use crate::units::{GuestOffset, GuestRange};
+use smallvec::SmallVec;
 
-/// What the caller wants of whole clusters.
+use super::format::{L2Entry, SubclusterBitmap};
+use super::mapping::DataPlace;
+use super::meta::Meta;
+use super::need::{Planned, Stop};
+use super::options::{DiscardUnit, OnDiscard};
+use super::quarantine::FreedBy;
+use crate::units::{GuestOffset, GuestRange, HostRange};
+
+/// What the caller wants of whole clusters or subclusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Intent {
+    /// Nothing of this image remains, and the host gets its space back in any case.
+    Cut,
     /// A guest discard: reads as zeros afterwards, space is given back.
     Discard,
     /// Nothing of this image remains: the backing layer shows through.
     Forget,
-    /// Reads as zeros, the host cluster stays reserved.
-    ZeroKeep,
     /// Reads as zeros, space may be given back.
     ZeroFree,
+    /// Reads as zeros, the host cluster stays reserved.
+    ZeroKeep,
 }
 
-/// Applies `intent` to the leading whole clusters of `range` (all bounds on cluster borders).
-/// Returns how many bytes are done: a slice's worth, or a table's where none is needed.
-pub(super) fn clear_clusters(meta: &mut Meta, range: GuestRange, intent: Intent) -> Planned<u64> {
+impl Intent {
+    const fn freed_by(self) -> FreedBy {
+        match self {
+            Self::Cut => FreedBy::Always,
+            Self::Discard | Self::Forget | Self::ZeroFree | Self::ZeroKeep => FreedBy::Guest,
+        }
+    }
+
+    const fn may_free(self) -> bool {
+        !matches!(self, Self::ZeroKeep)
+    }
+}
+
+/// What a step of clearing did.
+#[derive(Debug, Default)]
+pub(super) struct Cleared {
+    /// How many bytes of the range are done.
+    pub(super) len: u64,
+    /// Host bytes that stay reserved, hold nothing any more, and belong to nobody else.
+    pub(super) vacated: SmallVec<[HostRange; 2]>,
+}
+
+/// Applies `intent` to the leading whole clusters of `range` (all bounds on cluster borders): at
+/// most a slice's worth, or a table's where none is needed.
+pub(super) fn clear_clusters(
+    meta: &mut Meta,
+    range: GuestRange,
+    intent: Intent,
+) -> Planned<Cleared> {
     meta.before_change(GuestRange::new(range.start, 0))?;
     if leaves_no_table(meta, range.start, intent)? {
         let coverage = meta.geometry().l2_coverage_bytes();
         let table_end = GuestOffset((range.start.0 / coverage + 1) * coverage);
-        return Ok(table_end.min(range.end()) - range.start);
+        let len = table_end.min(range.end()) - range.start;
+        return Ok(Cleared { len, ..Cleared::default() });
     }
     let end = meta.slice_end(range.start).min(range.end());
     meta.before_change(GuestRange::new(range.start, end - range.start))?;
-    let cluster_bytes = meta.geometry().cluster_bytes() as usize;
-    for start in (range.start.0..end.0).step_by(cluster_bytes) {
-        clear_cluster(meta, GuestOffset(start), intent)?;
+    let mut done = Cleared::default();
+    while range.start + done.len < end {
+        match clear_cluster(meta, range.start + done.len, intent, &mut done.vacated) {
+            // What was vacated must not be forgotten by planning again from the start.
+            Err(Stop::Need(_)) if done.len > 0 => break,
+            result => result?,
+        }
+        done.len += meta.geometry().cluster_bytes();
     }
-    Ok(end - range.start)
+    Ok(done)
 }
 
 /// Says whether there is no L2 table and need not be one.
 fn leaves_no_table(meta: &Meta, guest: GuestOffset, intent: Intent) -> Planned<bool> {
     let needs_entries = match intent {
         Intent::Discard => meta.has_backing,
-        Intent::Forget => false,
+        Intent::Cut | Intent::Forget => false,
         Intent::ZeroFree | Intent::ZeroKeep => true,
     };
     Ok(!needs_entries && meta.table(guest)?.is_none())
 }
 
-fn clear_cluster(meta: &mut Meta, guest: GuestOffset, intent: Intent) -> Planned<()> {
+fn clear_cluster(
+    meta: &mut Meta,
+    guest: GuestOffset,
+    intent: Intent,
+    vacated: &mut SmallVec<[HostRange; 2]>,
+) -> Planned<()> {
     let old = meta.entry_to_change(guest)?;
     let new = cleared(meta, old, intent);
     if new == old && meta.table(guest)?.is_some() {
         // 001-3: an entry that is in the target state is not dirtied.
         return Ok(());
     }
-    replace(meta, guest, old, new)
+    let cluster = GuestRange::new(guest, meta.geometry().cluster_bytes());
+    let left = vacates(meta, old, new, cluster, intent)?;
+    replace(meta, guest, old, new, intent.freed_by())?;
+    if let Some(range) = left {
+        add_joined(vacated, range);
+    }
+    Ok(())
 }
 
-fn replace(meta: &mut Meta, guest: GuestOffset, old: L2Entry, new: L2Entry) -> Planned<()> {
+fn replace(
+    meta: &mut Meta,
+    guest: GuestOffset,
+    old: L2Entry,
+    new: L2Entry,
+    by: FreedBy,
+) -> Planned<()> {
     meta.own_table(guest)?;
     // A table just copied or made has the same entry, and its slice is at hand after this.
     meta.entry(guest)?;
@@ -67,20 +122,23 @@ fn replace(meta: &mut Meta, guest: GuestOffset, old: L2Entry, new: L2Entry) -> P
     }
     meta.set_entry(guest, new)?;
     if frees {
-        meta.free_entry(old, FreedBy::Guest)?;
+        meta.free_entry(old, by)?;
     }
     Ok(())
 }
 
 /// Returns what `intent` leaves of an entry (A.2.1; extended entries likewise).
 fn cleared(meta: &Meta, old: L2Entry, intent: Intent) -> L2Entry {
+    let place = meta.decoder.host(old).map(|_| old).filter(|entry| !entry.is_compressed());
     match intent {
-        Intent::Forget => L2Entry::UNALLOCATED,
+        Intent::Cut | Intent::Forget => L2Entry::UNALLOCATED,
         Intent::Discard if !meta.has_backing && old == L2Entry::UNALLOCATED => old,
         Intent::Discard if !meta.has_zero_flag() => L2Entry::UNALLOCATED,
-        Intent::Discard | Intent::ZeroFree => zero_entry(meta, None),
-        Intent::ZeroKeep if old.is_compressed() => zero_entry(meta, None),
-        Intent::ZeroKeep => zero_entry(meta, meta.decoder.host(old).map(|_| old)),
+        Intent::Discard | Intent::ZeroFree => match meta.on_discard {
+            OnDiscard::Free => zero_entry(meta, None),
+            OnDiscard::KeepMapping => zero_entry(meta, place),
+        },
+        Intent::ZeroKeep => zero_entry(meta, place),
     }
 }
 
@@ -92,28 +150,88 @@ fn zero_entry(meta: &Meta, keep: Option<L2Entry>) -> L2Entry {
     }
 }
 
-/// What became of subclusters that were to be zeroed.
+/// Returns the host bytes of `part`, a part of one cluster, where the cluster keeps them but they
+/// hold nothing any more. Never those that a snapshot or another cluster shares (002-6).
+fn vacates(
+    meta: &mut Meta,
+    old: L2Entry,
+    new: L2Entry,
+    part: GuestRange,
+    intent: Intent,
+) -> Planned<Option<HostRange>> {
+    let Some(host) = new.host().filter(|host| old.host() == Some(*host)) else { return Ok(None) };
+    if !intent.may_free() || meta.decoder.place == DataPlace::External {
+        return Ok(None);
+    }
+    if meta.refcounts.read(meta.geometry().host_cluster(host))? != 1 {
+        return Ok(None);
+    }
+    let within = meta.geometry().within_cluster(part.start.0);
+    Ok(Some(HostRange::new(host + within, part.len)))
+}
+
+fn add_joined(ranges: &mut SmallVec<[HostRange; 2]>, next: HostRange) {
+    match ranges.last_mut() {
+        Some(last) if last.end() == next.start => last.len += next.len,
+        _ => ranges.push(next),
+    }
+}
+
+/// What became of subclusters that were to be cleared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Subzeroed {
-    Done,
-    /// Compressed clusters have no subclusters: write bytes instead.
+pub(super) enum Subcleared {
+    /// They read as asked; these host bytes are vacated.
+    Done(Option<HostRange>),
+    /// Compressed clusters have no subclusters.
     NotPossible,
 }
 
-/// Makes whole subclusters of one cluster read as zeros; the host cluster stays.
-pub(super) fn zero_subclusters(meta: &mut Meta, range: GuestRange) -> Planned<Subzeroed> {
+/// Applies `intent` to whole subclusters of one cluster.
+///
+/// A cluster none of whose subclusters holds data any more is freed, where `intent` allows it
+/// (002-15).
+pub(super) fn clear_subclusters(
+    meta: &mut Meta,
+    range: GuestRange,
+    intent: Intent,
+) -> Planned<Subcleared> {
     meta.before_change(range)?;
     let cluster = meta.geometry().cover_clusters(GuestRange::new(range.start, 1)).start;
+    if leaves_no_table(meta, cluster, intent)? {
+        return Ok(Subcleared::Done(None));
+    }
     let old = meta.entry_to_change(cluster)?;
     if old.is_compressed() {
-        return Ok(Subzeroed::NotPossible);
+        return Ok(Subcleared::NotPossible);
     }
+    let new = subcleared(meta, old, range, intent);
+    if new == old && meta.table(cluster)?.is_some() {
+        return Ok(Subcleared::Done(None));
+    }
+    let left = match meta.discard_unit {
+        DiscardUnit::Cluster => None,
+        DiscardUnit::Subcluster => vacates(meta, old, new, range, intent)?,
+    };
+    replace(meta, cluster, old, new, intent.freed_by())?;
+    Ok(Subcleared::Done(left))
+}
+
+fn subcleared(meta: &Meta, old: L2Entry, range: GuestRange, intent: Intent) -> L2Entry {
     let unit = meta.geometry().subcluster_bytes();
-    let from = (range.start - cluster) / unit;
-    let to = (range.end() - cluster) / unit;
-    let new = old.with_subclusters(old.subclusters.with_zero(from as u32, to as u32));
-    if new != old || meta.table(cluster)?.is_none() {
-        replace(meta, cluster, old, new)?;
-    }
-    Ok(Subzeroed::Done)
+    let within = meta.geometry().within_cluster(range.start.0);
+    let (from, to) = ((within / unit) as u32, ((within + range.len) / unit) as u32);
+    let bitmap = match intent {
+        Intent::Cut | Intent::Forget => old.subclusters.with_unallocated(from, to),
+        // Unallocated reads as zeros already.
+        Intent::Discard if !meta.has_backing => old.subclusters.with_zero_for_data(from, to),
+        Intent::Discard | Intent::ZeroFree | Intent::ZeroKeep => {
+            old.subclusters.with_zero(from, to)
+        }
+    };
+    let frees = intent.may_free()
+        && meta.on_discard == OnDiscard::Free
+        && meta.discard_unit == DiscardUnit::Subcluster
+        && !bitmap.has_data();
+    let entry = if frees { L2Entry::UNALLOCATED } else { old };
+    entry.with_subclusters(bitmap)
 }

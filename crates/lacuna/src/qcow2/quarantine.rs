@@ -15,12 +15,14 @@ const MAX_WAITING: usize = 1 << 18;
 /// Why a cluster is freed, which decides whether its host range is punched (A.3.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum FreedBy {
+    /// It lies beyond the end of the disk, or its mapping was removed on purpose.
+    Always,
     /// The space is about to be reused, as after a copy on write.
     CopyOnWrite,
     /// The guest discarded it, or zeroed it and allowed holes.
     Guest,
-    /// A table that is no longer needed.
-    Table,
+    /// A table that is no longer needed, or anything else.
+    Other,
 }
 
 /// One reference that is gone.

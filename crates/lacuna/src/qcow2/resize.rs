@@ -201,7 +201,7 @@ impl<S: Storage> Image<S> {
         let cut = GuestRange::new(GuestOffset(from), to - from);
         // Kept until the size is the new one, or a write could get in between.
         let hold = self.exclude_others(cut).await?;
-        self.clear_held(cut, Intent::Forget).await?;
+        let hold = self.clear_held(cut, Intent::Cut, hold).await?;
         let mut back = SizeBackOnDrop { image: self, old: Some(old) };
         self.plan(|meta| {
             meta.drop_tables(new)?;
@@ -298,7 +298,7 @@ impl Meta {
         let first = self.geometry().l1_entries_for(size_bytes) as usize;
         for index in first..self.l1.entries.len() {
             let Some(table) = self.l1.entries[index].table() else { continue };
-            self.free(self.geometry().host_cluster(table), FreedBy::Table)?;
+            self.free(self.geometry().host_cluster(table), FreedBy::Always)?;
             self.l1.set(index, L1Entry::UNALLOCATED);
             let range = HostRange::new(table, self.geometry().cluster_bytes());
             self.structures.remove(range);

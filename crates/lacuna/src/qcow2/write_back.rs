@@ -195,7 +195,7 @@ fn freed_table(meta: &mut Meta, range: HostRange) -> Vec<Freed> {
     let first = meta.geometry().host_cluster(range.start).0;
     let at = meta.in_flight.moment();
     (first..first + meta.geometry().clusters_for(range.len))
-        .map(|cluster| Freed { cluster: HostCluster(cluster), by: FreedBy::Table, at })
+        .map(|cluster| Freed { cluster: HostCluster(cluster), by: FreedBy::Other, at })
         .collect()
 }
 

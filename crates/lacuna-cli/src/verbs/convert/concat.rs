@@ -56,6 +56,10 @@ impl Layer for Concat {
         true
     }
 
+    fn zero_unit_bytes(&self) -> u64 {
+        512
+    }
+
     async fn read(&self, offset: GuestOffset, mut buffer: Buffer) -> Transfer {
         let mut done = 0;
         while done < buffer.len() {

@@ -1,6 +1,8 @@
 //! Options that say how an image is opened, not which one it is.
 
-use lacuna::qcow2::format::Header;
+use lacuna::block::ZeroDetection;
+use lacuna::qcow2::format::{Header, Version};
+use lacuna::qcow2::{OnDiscard, ZeroUnmap};
 use lacuna::storage::CacheMode;
 
 use super::keys::Keys;
@@ -29,6 +31,7 @@ pub(crate) struct Common {
     pub(crate) node_name: Option<String>,
     /// Whether discards reach what is below.
     pub(crate) discard: Option<bool>,
+    pub(crate) detect_zeroes: ZeroDetection,
     pub(crate) locking: Option<Locking>,
     aio_native: bool,
 }
@@ -60,21 +63,13 @@ impl Common {
         // always done.
         keys.take_switch("auto-read-only")?;
         keys.take_switch("cache.no-flush")?;
-        common.check_zero_detection(keys)?;
-        Ok(common)
-    }
-
-    fn check_zero_detection(&mut self, keys: &mut Keys) -> CliResult<()> {
-        match keys.take_text("detect-zeroes").as_deref() {
-            None | Some("off") => Ok(()),
-            Some("unmap") if self.discard == Some(false) => Err(CliError::new(
+        common.detect_zeroes = detection(keys)?;
+        match (common.detect_zeroes, common.discard) {
+            (ZeroDetection::Unmap | ZeroDetection::Thorough, Some(false)) => Err(CliError::new(
                 "setting detect-zeroes to unmap is not allowed without setting discard operation \
                  to unmap",
             )),
-            Some(mode @ ("on" | "unmap")) => {
-                Err(CliError::new(format!("detect-zeroes={mode} is not supported yet")))
-            }
-            Some(other) => Err(invalid(other)),
+            _ => Ok(common),
         }
     }
 
@@ -116,6 +111,24 @@ fn is_node_name(name: &str) -> bool {
     name.len() < 32 && name.starts_with(|c: char| c.is_ascii_alphabetic()) && name.bytes().all(fits)
 }
 
+fn detection(keys: &mut Keys) -> CliResult<ZeroDetection> {
+    match keys.take_text("detect-zeroes").as_deref() {
+        None => Ok(ZeroDetection::Off),
+        Some(level) => zero_detection(level).ok_or_else(|| invalid(level)),
+    }
+}
+
+/// Reads a level of zero detection; nothing where there is no such level.
+pub(crate) fn zero_detection(level: &str) -> Option<ZeroDetection> {
+    Some(match level {
+        "off" => ZeroDetection::Off,
+        "on" => ZeroDetection::On,
+        "unmap" => ZeroDetection::Unmap,
+        "thorough" => ZeroDetection::Thorough,
+        _ => return None,
+    })
+}
+
 fn discard(keys: &mut Keys) -> CliResult<Option<bool>> {
     match keys.take_text("discard").as_deref() {
         None => Ok(None),
@@ -132,6 +145,8 @@ pub(crate) struct Runtime {
     pub(crate) pass_discard_request: Option<bool>,
     pub(crate) pass_discard_snapshot: Option<bool>,
     pub(crate) pass_discard_other: Option<bool>,
+    pub(crate) on_discard: OnDiscard,
+    pub(crate) zero_unmap: ZeroUnmap,
     cache_bytes: Option<u64>,
     l2_cache_bytes: Option<u64>,
     l2_entry_bytes: Option<u64>,
@@ -149,6 +164,15 @@ impl Runtime {
             pass_discard_request: keys.take_switch("pass-discard-request")?,
             pass_discard_snapshot: keys.take_switch("pass-discard-snapshot")?,
             pass_discard_other: keys.take_switch("pass-discard-other")?,
+            on_discard: match keys.take_switch("discard-no-unref")? {
+                Some(true) => OnDiscard::KeepMapping,
+                _ => OnDiscard::Free,
+            },
+            zero_unmap: match keys.take_text("zero-unmap").as_deref() {
+                None | Some("flag") => ZeroUnmap::Flag,
+                Some("unallocate") => ZeroUnmap::Unallocate,
+                Some(other) => return Err(invalid(other)),
+            },
             cache_bytes: keys.take_size("cache-size")?,
             l2_cache_bytes: keys.take_size("l2-cache-size")?,
             l2_entry_bytes: keys.take_size("l2-cache-entry-size")?,
@@ -161,9 +185,6 @@ impl Runtime {
         for check in OVERLAP_CHECKS {
             keys.take_switch(check)?;
         }
-        if keys.take_switch("discard-no-unref")? == Some(true) {
-            return Err(CliError::new("discard-no-unref=on is not supported"));
-        }
         Ok(runtime)
     }
 
@@ -172,7 +193,8 @@ impl Runtime {
         let problem = self
             .problem_of_sizes(header)
             .or_else(|| self.problem_of_overlap_check())
-            .or_else(|| self.problem_of_interval());
+            .or_else(|| self.problem_of_interval())
+            .or_else(|| self.problem_of_discard(header));
         problem.map_or(Ok(()), |text| Err(CliError::new(text)))
     }
 
@@ -227,6 +249,12 @@ impl Runtime {
                  of the following: none, constant, cached, all"
             )
         })
+    }
+
+    fn problem_of_discard(&self, header: &Header) -> Option<String> {
+        let is_old = header.geometry.version() == Version::V2;
+        (is_old && self.on_discard == OnDiscard::KeepMapping)
+            .then(|| "discard-no-unref is only supported since qcow2 version 3".to_owned())
     }
 
     fn problem_of_interval(&self) -> Option<String> {

@@ -135,6 +135,10 @@ impl Layer for Slow {
         self.below.size_bytes()
     }
 
+    fn zero_unit_bytes(&self) -> u64 {
+        512
+    }
+
     fn is_read_only(&self) -> bool {
         true
     }

@@ -206,6 +206,13 @@ impl SubclusterBitmap {
         Self(self.with_unallocated(from, to).0 | bits(from, to) << 32)
     }
 
+    /// Returns the bitmap with those of the subclusters `from..to` as zeros that hold data.
+    #[must_use]
+    pub const fn with_zero_for_data(self, from: u32, to: u32) -> Self {
+        let data = self.0 & bits(from, to);
+        Self(self.0 & !data | data << 32)
+    }
+
     /// Returns the bitmap with subclusters `from..to` as unallocated.
     #[must_use]
     pub const fn with_unallocated(self, from: u32, to: u32) -> Self {

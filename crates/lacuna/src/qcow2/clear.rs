@@ -1,0 +1,194 @@
+//! Clearing whole clusters and subclusters: what zeroing, discarding and shrinking share.
+//!
+//! * Always: others are kept away from the clusters from before the map changes until the host
+//!   bytes that were vacated are punched, dropped calls included; a later write finds its place
+//!   as it left it.
+//! * Never: a host byte is punched that a snapshot or another cluster shares.
+
+use super::image::Image;
+use super::in_flight::Touch;
+use super::need::Need;
+use super::options::{OnDiscard, ZeroUnmap};
+use super::plan_zero::{Intent, Subcleared, clear_clusters, clear_subclusters};
+use super::quarantine::FreedBy;
+use crate::buffer::Hold;
+use crate::storage::Storage;
+use crate::units::{GuestOffset, GuestRange, HostRange};
+use crate::{ErrorKind, Result};
+
+/// A range cut at the borders of a unit: what is before, whole units, what is behind.
+pub(super) struct Parts {
+    pub(super) head: GuestRange,
+    pub(super) middle: GuestRange,
+    pub(super) tail: GuestRange,
+}
+
+/// Cuts `range` at multiples of `unit`. The end of the disk counts as a border: whole units then
+/// reach past it.
+pub(super) fn cut(range: GuestRange, unit: u64, disk_bytes: u64) -> Parts {
+    let end = match range.end().0 == disk_bytes {
+        true => range.end().0.next_multiple_of(unit),
+        false => range.end().0,
+    };
+    let part = |from: u64, to: u64| GuestRange::new(GuestOffset(from), to.saturating_sub(from));
+    let first = range.start.0.next_multiple_of(unit);
+    if first >= range.end().0 {
+        // Inside one unit, be it the last one: the end of the disk completes no unit whose start
+        // is left out.
+        let nothing = part(range.end().0, range.end().0);
+        return Parts { head: range, middle: nothing, tail: nothing };
+    }
+    let last = (end / unit * unit).max(first);
+    Parts {
+        head: part(range.start.0, first),
+        middle: part(first, last),
+        tail: part(last, range.end().0),
+    }
+}
+
+/// Parts of clusters that have no subclusters, as they are compressed.
+pub(super) type Refused = Vec<GuestRange>;
+
+impl<S: Storage> Image<S> {
+    /// Waits until nothing else changes these clusters, and keeps it so while the hold lives.
+    pub(super) async fn exclude_others(&self, range: GuestRange) -> Result<Hold> {
+        let clusters = self.geometry().cover_clusters(range);
+        let token = self
+            .plan(|meta| Ok(meta.in_flight.begin(Touch::Map, clusters).map_err(Need::Turn)?))
+            .await?;
+        Ok(self.hold(token))
+    }
+
+    /// Clears whole clusters.
+    pub(super) async fn clear(&self, range: GuestRange, intent: Intent) -> Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let hold = self.exclude_others(range).await?;
+        self.clear_by_rule(range, intent, hold).await.map(drop)
+    }
+
+    /// Clears whole subclusters (clusters, where there are none) that `hold` keeps others away
+    /// from. Returns the hold and what could not be cleared.
+    pub(super) async fn clear_units(
+        &self,
+        range: GuestRange,
+        intent: Intent,
+        hold: Hold,
+    ) -> Result<(Hold, Refused)> {
+        let end_of_units = self.size().next_multiple_of(self.geometry().subcluster_bytes());
+        let parts = cut(range, self.geometry().cluster_bytes(), end_of_units);
+        let mut refused = Refused::new();
+        let hold = self.clear_some_subclusters(parts.head, intent, hold, &mut refused).await?;
+        let hold = self.clear_by_rule(parts.middle, intent, hold).await?;
+        let hold = self.clear_some_subclusters(parts.tail, intent, hold, &mut refused).await?;
+        Ok((hold, refused))
+    }
+
+    async fn clear_some_subclusters(
+        &self,
+        range: GuestRange,
+        intent: Intent,
+        hold: Hold,
+        refused: &mut Refused,
+    ) -> Result<Hold> {
+        if range.is_empty() {
+            return Ok(hold);
+        }
+        let (_, intent) = self.leading_below(range, intent).await?;
+        match self.plan(|meta| clear_subclusters(meta, range, intent)).await? {
+            Subcleared::Done(None) => Ok(hold),
+            Subcleared::Done(Some(vacated)) => self.punch_vacated(vacated, hold).await,
+            Subcleared::NotPossible => {
+                refused.push(range);
+                Ok(hold)
+            }
+        }
+    }
+
+    /// Clears whole clusters, and leaves unallocated what may be and reads as zeros so (001-2).
+    async fn clear_by_rule(&self, range: GuestRange, intent: Intent, hold: Hold) -> Result<Hold> {
+        let (mut at, mut hold) = (range.start, hold);
+        while at < range.end() {
+            let rest = GuestRange::new(at, range.end() - at);
+            let (len, intent) = self.leading_below(rest, intent).await?;
+            hold = self.clear_held(GuestRange::new(at, len), intent, hold).await?;
+            at = at + len;
+        }
+        Ok(hold)
+    }
+
+    /// Returns what to do with how many leading bytes of `range`: whole clusters, or all of it.
+    async fn leading_below(&self, range: GuestRange, intent: Intent) -> Result<(u64, Intent)> {
+        let may_forget = matches!(intent, Intent::Discard | Intent::ZeroFree)
+            && self.0.zero_unmap == ZeroUnmap::Unallocate
+            && self.0.meta.lock().on_discard == OnDiscard::Free;
+        if !may_forget {
+            return Ok((range.len, intent));
+        }
+        if self.0.backing.is_none() {
+            return Ok((range.len, Intent::Forget));
+        }
+        let unit = self.geometry().cluster_bytes().min(range.len);
+        match self.zero_prefix_below(range).await? / unit * unit {
+            0 => Ok((unit, intent)),
+            zeros => Ok((zeros.min(range.len), Intent::Forget)),
+        }
+    }
+
+    /// Changes the map of whole clusters that `hold` keeps others away from.
+    pub(super) async fn clear_held(
+        &self,
+        range: GuestRange,
+        intent: Intent,
+        hold: Hold,
+    ) -> Result<Hold> {
+        let (mut at, mut hold) = (range.start, hold);
+        while at < range.end() {
+            let rest = GuestRange::new(at, range.end() - at);
+            let cleared = self.plan(|meta| clear_clusters(meta, rest, intent)).await?;
+            for vacated in cleared.vacated {
+                hold = self.punch_vacated(vacated, hold).await?;
+            }
+            at = at + cleared.len;
+        }
+        Ok(hold)
+    }
+
+    /// Gives the space of host bytes back that keep their place. The map need not be durable
+    /// before: a crash shows zeros where the guest wanted them, or wanted nothing.
+    async fn punch_vacated(&self, range: HostRange, hold: Hold) -> Result<Hold> {
+        if !self.gives_back(FreedBy::Guest) {
+            return Ok(hold);
+        }
+        let (hold, with_driver) = hold.shared();
+        match self.0.storage.punch_hole_at(range, with_driver).await {
+            Err(error) if error.kind() != ErrorKind::Unsupported => Err(error),
+            _ => Ok(hold),
+        }
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.0.meta.lock().size_bytes
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_cut_at_cluster_borders_and_the_end_of_the_disk_is_one() {
+        let parts = cut(GuestRange::new(GuestOffset(100), 2000), 512, 2100);
+        assert_eq!((parts.head.len, parts.middle.start.0, parts.middle.len), (412, 512, 2048));
+        assert!(parts.tail.is_empty());
+        let parts = cut(GuestRange::new(GuestOffset(600), 100), 512, 9999);
+        assert_eq!((parts.head.len, parts.middle.len, parts.tail.len), (100, 0, 0));
+        let parts = cut(GuestRange::new(GuestOffset(512), 700), 512, 9999);
+        assert_eq!((parts.head.len, parts.middle.len, parts.tail.len), (0, 512, 188));
+        let parts = cut(GuestRange::new(GuestOffset(600), 100), 512, 700);
+        assert_eq!((parts.head.len, parts.middle.len, parts.tail.len), (100, 0, 0));
+        let parts = cut(GuestRange::new(GuestOffset(512), 188), 512, 700);
+        assert_eq!((parts.head.len, parts.middle.start.0, parts.middle.len), (0, 512, 512));
+    }
+}

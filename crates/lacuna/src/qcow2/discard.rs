@@ -1,0 +1,60 @@
+//! Discarding.
+
+use super::clear::cut;
+use super::format::Version;
+use super::image::Image;
+use super::mapping::DataPlace;
+use super::options::{DiscardUnit, GuestDiscard};
+use super::plan_zero::Intent;
+use crate::Result;
+use crate::block::DiscardMode;
+use crate::storage::{Capability, Storage};
+use crate::units::{GuestRange, HostOffset, HostRange};
+
+impl<S: Storage> Image<S> {
+    pub(super) async fn discard_guest(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
+        self.0.meta.lock().check_bounds(range)?;
+        let intent = match (mode, self.geometry().version()) {
+            (DiscardMode::Full, _) => {
+                let clusters = cut(range, self.geometry().cluster_bytes(), self.size()).middle;
+                self.clear(clusters, Intent::Cut).await?;
+                return self.discard_in_data_file(clusters).await;
+            }
+            (DiscardMode::Guest, _) if self.0.discard.guest == GuestDiscard::Ignore => {
+                return Ok(());
+            }
+            // Old data would show through from below, and no flag can hide it (D.1-7).
+            (DiscardMode::Guest, Version::V2) if self.0.backing.is_some() => return Ok(()),
+            (DiscardMode::Guest, _) => Intent::Discard,
+        };
+        let discard_unit = self.0.meta.lock().discard_unit;
+        let unit = match discard_unit {
+            DiscardUnit::Cluster => self.geometry().cluster_bytes(),
+            DiscardUnit::Subcluster => self.geometry().subcluster_bytes(),
+        };
+        let units = cut(range, unit, self.size()).middle;
+        if units.is_empty() {
+            return Ok(());
+        }
+        let hold = self.exclude_others(units).await?;
+        // Compressed clusters have no parts that could be freed: those keep their content.
+        let (hold, _) = self.clear_units(units, intent, hold).await?;
+        drop(hold);
+        self.discard_in_data_file(units).await
+    }
+
+    /// The data file's space goes back once the map no longer shows it.
+    async fn discard_in_data_file(&self, range: GuestRange) -> Result<()> {
+        if self.place() == DataPlace::ImageFile || range.is_empty() || !self.0.discard.request {
+            return Ok(());
+        }
+        self.flush_all().await?;
+        let hold = self.exclude_others(range).await?;
+        let end = range.end().0.min(self.size());
+        let host = HostRange::new(HostOffset(range.start.0), end - range.start.0);
+        match self.data_storage().capabilities().punch_hole {
+            Capability::Unsupported => Ok(()),
+            _ => self.data_storage().punch_hole_at(host, hold).await,
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Discard policy by type (A.3.1).
+
+use lacuna::block::{Layer, ZeroFlags};
+use lacuna::qcow2::{DiscardPolicy, GuestDiscard, Shrink};
+use lacuna::units::{GuestOffset, GuestRange};
+use pollster::block_on;
+
+use super::scenario::{Change, Disk, Setup, assert_gave_back, writing};
+
+const CLUSTER: u64 = 64 << 10;
+const BEFORE: &[Change] = &[Change::Write(0, 4 * CLUSTER, 7)];
+
+fn disk() -> Disk {
+    Disk::make(&Setup { before: BEFORE, ..Setup::default() })
+}
+
+#[test]
+fn an_ignored_discard_changes_nothing_and_zeroing_keeps_the_place() {
+    let policy = DiscardPolicy { guest: GuestDiscard::Ignore, ..DiscardPolicy::default() };
+    let disk = disk();
+    let before = disk.left();
+    disk.by_us(writing().discard(policy), &[Change::Discard(0, CLUSTER)]);
+    let left = disk.left();
+    assert_eq!((left.entries, left.bytes), (before.entries.clone(), before.bytes.clone()));
+    assert_gave_back(before.allocated, left.allocated, 0);
+    disk.by_us(writing().discard(policy), &[Change::ZeroUnmap(0, CLUSTER)]);
+    let left = disk.left();
+    assert_eq!(left.entries[0].word, before.entries[0].word | 1);
+    assert_gave_back(before.allocated, left.allocated, 0);
+}
+
+#[test]
+fn request_decides_whether_freed_guest_clusters_are_punched() {
+    for (request, punched) in [(true, CLUSTER), (false, 0)] {
+        let disk = disk();
+        let before = disk.allocated();
+        let policy = DiscardPolicy { request, ..DiscardPolicy::default() };
+        disk.by_us(writing().discard(policy), &[Change::Discard(0, CLUSTER)]);
+        assert_gave_back(before, disk.allocated(), punched);
+        assert_eq!(disk.left().entries[0].word, 1, "freed in any case");
+    }
+}
+
+#[test]
+fn other_decides_whether_the_table_that_a_snapshot_replaced_is_punched() {
+    // A second L2 table takes the place of the shared one, which the snapshot keeps: nothing may
+    // be punched with either policy while it is shared.
+    for other in [false, true] {
+        let setup = Setup { before: BEFORE, snapshot: true, ..Setup::default() };
+        let disk = Disk::make(&setup);
+        let policy = DiscardPolicy { other, ..DiscardPolicy::default() };
+        disk.by_us(writing().discard(policy), &[Change::Discard(0, CLUSTER)]);
+        testkit::foreign::QEMU_IMG.succeed(["snapshot", "-a", "s", disk.path.to_str().unwrap()]);
+        assert!(disk.left().bytes[..4 * CLUSTER as usize].iter().all(|byte| *byte == 7));
+    }
+}
+
+#[test]
+fn what_lies_behind_a_shrunk_disk_is_punched_under_every_policy() {
+    let quiet = DiscardPolicy {
+        guest: GuestDiscard::Ignore,
+        request: false,
+        snapshot: false,
+        other: false,
+    };
+    // The cluster in front of the file's end stays in use, so that only a punch gives space back.
+    let before = [Change::Write(2 * CLUSTER, CLUSTER, 7), Change::Write(0, CLUSTER, 8)];
+    let disk = Disk::make(&Setup { before: &before, ..Setup::default() });
+    let allocated = disk.allocated();
+    let image = disk.open(writing().discard(quiet));
+    block_on(image.resize(2 * CLUSTER, Shrink::Allow)).unwrap();
+    block_on(image.close()).unwrap();
+    assert_gave_back(allocated, disk.allocated(), CLUSTER);
+}
+
+#[test]
+fn a_punch_waits_until_the_map_is_durable() {
+    let disk = disk();
+    let image = disk.open(writing());
+    let before = disk.allocated();
+    let range = GuestRange::new(GuestOffset(0), CLUSTER);
+    block_on(image.write_zeroes(range, ZeroFlags::MAY_UNMAP)).unwrap();
+    // Nothing may be lost before the change is durable.
+    assert_gave_back(before, disk.allocated(), 0);
+    block_on(image.flush()).unwrap();
+    assert_gave_back(before, disk.allocated(), CLUSTER);
+    block_on(image.close()).unwrap();
+}
