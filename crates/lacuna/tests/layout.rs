@@ -4,7 +4,7 @@ use std::process::Command;
 
 use lacuna::block::{Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
-use lacuna::qcow2::{Access, DiscardPolicy, Image, OpenOptions, Parts, Placement};
+use lacuna::qcow2::{Access, DiscardUnit, Image, OpenOptions, Parts, Placement};
 use lacuna::storage::MemoryStorage;
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
@@ -89,10 +89,11 @@ fn same_layout(options: &str, size: u64, seed: u64, zeroes: bool) {
     run("qemu-io", &args);
     let theirs = std::fs::read(&path).unwrap();
     let storage = std::sync::Arc::new(MemoryStorage::from(&empty[..]));
-    let keep = DiscardPolicy::default();
     let image = block_on(Image::open(
         Parts::alone(storage.clone()),
-        OpenOptions::new(Access::ReadWrite).placement(Placement::QemuCompatible).discard(keep),
+        OpenOptions::new(Access::ReadWrite)
+            .placement(Placement::QemuCompatible)
+            .discard_unit(DiscardUnit::Cluster),
     ))
     .unwrap();
     block_on(apply(&image, &steps));

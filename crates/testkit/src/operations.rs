@@ -152,6 +152,7 @@ impl Operations {
         let mut flags = ZeroFlags::empty();
         flags.set(ZeroFlags::MAY_UNMAP, self.random.one_in(2));
         flags.set(ZeroFlags::FUA, self.random.one_in(16));
+        flags.set(ZeroFlags::THOROUGH, self.random.one_in(4));
         flags
     }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lacuna::block::DynLayer;
-use lacuna::qcow2::{Access, Image, OpenOptions, Parts, Placement};
+use lacuna::qcow2::{Access, Image, OnDiscard, OpenOptions, Parts, Placement, ZeroUnmap};
 use lacuna::raw::Raw;
 use lacuna::storage::{MemoryStorage, Storage};
 use lacuna::units::{GuestOffset, GuestRange};
@@ -178,7 +178,7 @@ impl Kind {
             file.set_len(self.size_bytes());
             file
         });
-        let options = options(seed);
+        let options = options(seed, self.version);
         Case { kind: *self, image: builder.build().bytes, data, backing, options }
     }
 
@@ -204,7 +204,7 @@ impl Kind {
         }
         guest.set_len(self.size_bytes());
         let image = builder.snapshot("one").build().bytes;
-        let options = options(seed);
+        let options = options(seed, self.version);
         (Case { kind: *self, image, data: None, backing: None, options }, guest)
     }
 
@@ -258,14 +258,23 @@ impl Kind {
     }
 }
 
-/// Some seeds have a cache that holds hardly a table, some QEMU's placement.
-fn options(seed: u64) -> OpenOptions {
+/// Some seeds have a cache that holds hardly a table, some QEMU's placement, some discards that
+/// keep places or leave nothing.
+fn options(seed: u64, version: u32) -> OpenOptions {
     let options = OpenOptions::new(Access::ReadWrite);
     let mut random = Random::new(seed ^ 0x09_71);
     let options = if random.one_in(2) { options.cache_bytes(1) } else { options };
-    match random.one_in(2) {
+    let options = match random.one_in(2) {
         true => options,
         false => options.placement(Placement::QemuCompatible),
+    };
+    let options = match random.one_in(4) {
+        true => options.zero_unmap(ZeroUnmap::Unallocate),
+        false => options,
+    };
+    match random.one_in(4) && version == 3 {
+        true => options.on_discard(OnDiscard::KeepMapping),
+        false => options,
     }
 }
 
