@@ -19,7 +19,7 @@ struct Row {
     ours: &'static str,
 }
 
-const ROWS: [Row; 14] = [
+const ROWS: [Row; 15] = [
     Row {
         matter: "`map --output=json`: zeros with space reserved for them",
         qemu: "`data` is false, as where there is no space",
@@ -41,6 +41,17 @@ const ROWS: [Row; 14] = [
         line: "IMG map --output=json image",
         ours: r#"[{ "start": 0, "length": 4096, "depth": 0, "present": true, "zero": false, "data": true, "compressed": false, "hole": false, "offset": 327680},
 { "start": 4096, "length": 61440, "depth": 0, "present": false, "zero": true, "data": false, "compressed": false, "hole": false, "offset": 331776}]
+"#,
+    },
+    Row {
+        matter: "a discard of less than a cluster, with extended L2 entries",
+        qemu: "ignored",
+        lacuna: "zeroes the subclusters, and frees a cluster whose last data goes",
+        prepare: "stock-img create -q -f qcow2 -o extended_l2=on image 64k
+                  stock-io -c 'write -P 1 0 4k' image",
+        line: "IO -c 'discard -q 0 4k' image && IMG map --output=json image",
+        ours: r#"[{ "start": 0, "length": 4096, "depth": 0, "present": true, "zero": true, "data": false, "compressed": false, "hole": true},
+{ "start": 4096, "length": 61440, "depth": 0, "present": false, "zero": true, "data": false, "compressed": false, "hole": true}]
 "#,
     },
     Row {

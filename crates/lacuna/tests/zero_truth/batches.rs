@@ -57,8 +57,8 @@ impl Storage for Counting {
         self.inner.len().await
     }
 
-    async fn set_len(&self, len: u64) -> Result<()> {
-        self.inner.set_len(len).await
+    async fn set_len(&self, len: u64, hold: Hold) -> Result<()> {
+        self.inner.set_len(len, hold).await
     }
 
     async fn status_at(&self, range: HostRange) -> Result<HostExtent> {

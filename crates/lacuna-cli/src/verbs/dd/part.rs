@@ -32,6 +32,10 @@ impl<L: Layer> Layer for Part<'_, L> {
         true
     }
 
+    fn zero_unit_bytes(&self) -> u64 {
+        512
+    }
+
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         self.disk.read(offset + self.start, buffer).await
     }
