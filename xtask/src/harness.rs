@@ -7,20 +7,49 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use crate::Outcome;
 use crate::run::{cargo, command, find, run, workspace};
+use crate::{Outcome, figures};
 
 /// Names under which our binary is called.
 const OURS: [&str; 2] = ["qemu-img", "qemu-io"];
 /// Names that the suites look for and that we do not offer yet: the installed program.
 const STOCK: [&str; 1] = ["qemu-nbd"];
 
-/// Runs `bench --ours LINKS ARGUMENTS`; without arguments a quick round.
+/// Runs `bench --ours LINKS ARGUMENTS`; without arguments a quick round. With `--table` the cells
+/// that have a target, and prints how they did; with `--from FILE` that of a run from before.
 pub(crate) fn bench(arguments: &[String]) -> Outcome {
+    if let [flag, file] = arguments
+        && flag == "--from"
+    {
+        return figures::print(Path::new(file));
+    }
     let (program, mut rest) = locate("bench", arguments)?;
+    if let Some(at) = rest.iter().position(|word| word == "--table") {
+        rest.remove(at);
+        return bench_table(&program, rest);
+    }
     if rest.is_empty() {
         rest.push("--quick".into());
     }
+    run_bench(&program, &rest)
+}
+
+fn bench_table(program: &Path, mut rest: Vec<String>) -> Outcome {
+    let results = std::env::temp_dir().join(format!("lacuna-bench-{}.json", std::process::id()));
+    if !rest.iter().any(|word| word == "--cells") {
+        rest.extend(["--cells".into(), figures::cells()]);
+    }
+    rest.extend(["--json".into(), results.to_string_lossy().into_owned()]);
+    let ran = run_bench(program, &rest);
+    // Cells that failed are rows as well.
+    let printed = figures::print(&results);
+    match fs::remove_file(&results) {
+        Ok(()) => ran.and(printed),
+        Err(_) => ran,
+    }
+}
+
+fn run_bench(program: &Path, rest: &[String]) -> Outcome {
     let links = Links::to_release_build()?;
     let mut bench = command(&program.to_string_lossy(), &["--ours"]);
     bench.arg(&links.folder).args(rest);

@@ -5,11 +5,13 @@
 //! * `tidy/` — the rules of the house that a program can check
 //! * `licences.rs` — whether every dependency may be shipped
 //! * `harness.rs` — benchmarks and QEMU's iotests, which live outside of this repository
+//! * `figures.rs` — what a benchmark run reached, as a table
 //! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
 //! * `written.rs` — what the command writes of itself for packages
 //! * `run.rs` — starting programs
 
 mod ci;
+mod figures;
 mod fuzz;
 mod harness;
 mod licences;
@@ -32,7 +34,8 @@ usage: cargo xtask VERB [ARGUMENTS]
   tidy                        the rules of the house: module arrows, banned words, sizes
   man, completions            the command's manual pages, completions of shells: target/VERB/
   licences                    whether the licence of every dependency allows shipping it
-  bench    [--harness DIR] [ARGUMENTS...]   benchmarks against QEMU's tools (DIR/bench)
+  bench    [--harness DIR] [ARGUMENTS...]   benchmarks against QEMU's tools (DIR/bench);
+           --table runs what has a target and prints how it did; --from FILE: an earlier --json
   iotests  [--harness DIR] [ARGUMENTS...]   QEMU's own tests (DIR/run-iotests)
   fuzz     [--seconds N] [TARGET...]        cargo-fuzz on all targets, or on some
 
