@@ -101,6 +101,11 @@ impl CliError {
         Self { text: format!("{text}: {}", self.text), ..self }
     }
 
+    /// Returns the class of the failure, where there is one.
+    pub(crate) const fn class(&self) -> Option<ErrorKind> {
+        self.class
+    }
+
     /// Returns the exit code.
     pub(crate) const fn code(&self) -> u8 {
         self.code

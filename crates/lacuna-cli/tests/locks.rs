@@ -287,3 +287,15 @@ fn a_target_stays_as_it_was_where_somebody_uses_it() {
         assert!(sandbox.bytes("a.qcow2") == before, "{line}");
     }
 }
+
+#[test]
+fn programs_are_told_the_process_in_the_way() {
+    let sandbox = prepared(Sandbox::ours());
+    let holder = Holder::io(&sandbox, Make::Stock, "a.qcow2");
+    let output = sandbox.command("lacuna --error-format=json map o.qcow2");
+    let error: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
+    let facts = ["error", "file", "holder_pid", "holder_command"].map(|name| error[name].clone());
+    let expected: [serde_json::Value; 4] =
+        ["busy".into(), "a.qcow2".into(), holder.pid().into(), "stock-io".into()];
+    assert_eq!(facts, expected, "{error}");
+}

@@ -170,9 +170,13 @@ impl Plan {
             let file = self.shown.replace(',', ",,");
             output::print(&format!("Formatting '{file}', fmt={format}{values}\n"))?;
         }
-        let is_long = self.values.text("preallocation").is_some();
-        let _watch = is_long.then(|| RemoveOnSignal::new(&self.file.to_string_lossy()));
         self.make()
+    }
+
+    /// Sees to it that an interruption leaves nothing half made; not before the file is ours.
+    fn watch(&self) -> Option<RemoveOnSignal> {
+        let is_long = self.values.text("preallocation").is_some();
+        is_long.then(|| RemoveOnSignal::new(&self.file.to_string_lossy()))
     }
 
     /// Makes the image.
@@ -199,6 +203,7 @@ impl Plan {
         let size =
             size.filter(|size| i64::try_from(*size).is_ok()).ok_or_else(|| self.too_large())?;
         let storage = self.replace(&self.file)?;
+        let _watch = self.watch();
         let grown = block_on(Raw::grow(storage, size, mode));
         grown.map(drop).map_err(|error| self.half_made(self.no_room(error, mode)))
     }
@@ -215,6 +220,7 @@ impl Plan {
     fn make_qcow2(&self) -> CliResult<()> {
         let options = self.create_options()?;
         let storage = self.replace(&self.file)?;
+        let _watch = self.watch();
         self.fill_qcow2(&storage, &options).map_err(|error| self.half_made(error))
     }
 

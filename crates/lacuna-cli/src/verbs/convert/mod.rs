@@ -4,6 +4,7 @@ mod concat;
 
 use std::path::Path;
 
+use lacuna::ErrorKind;
 use lacuna::block::Layer;
 use lacuna::chain::{Sharing, UnnamedFormat};
 use lacuna::job::{self, ConvertOptions, Encoding, Phase, Progress, TargetContent, WriteOrder};
@@ -96,7 +97,9 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         copy(tool, parsed, &wish, &sources, target, content)
     });
     drop(watch);
-    if result.is_err()
+    // Between making and opening it somebody else may have taken it.
+    let is_ours = |error: &CliError| error.class() != Some(ErrorKind::Busy);
+    if result.as_ref().is_err_and(is_ours)
         && removes_half
         && let Err(error) = remove_half(&wish.target_name)
     {
