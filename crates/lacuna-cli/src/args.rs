@@ -195,11 +195,13 @@ fn unknown_long(table: &[Flag], name: &str, text: &str) -> CliError {
 /// Returns the name that `word` was most likely meant to be.
 pub(crate) fn nearest<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     const LONGEST: usize = 40;
-    // A third of the letters may be wrong: more is another word.
-    let most = word.chars().count().div_ceil(3).min(3);
-    if word.len() > LONGEST {
+    const SHORTEST: usize = 4;
+    let letters = word.chars().count();
+    if !(SHORTEST..=LONGEST).contains(&letters) {
         return None;
     }
+    // A third of the letters may be wrong: more is another word.
+    let most = letters.div_ceil(3).min(3);
     let by_distance = names.map(|name| (distance(word, name), name));
     by_distance.filter(|(distance, _)| *distance <= most).min().map(|(_, name)| name)
 }

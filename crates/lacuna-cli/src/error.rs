@@ -8,19 +8,31 @@ use serde_json::{Value, json};
 use crate::output;
 use crate::persona::Tool;
 
+/// The host's number for a file that would be too large.
+pub(crate) const EFBIG: i32 = 27;
+
+/// What helps where the host is full.
+pub(crate) const MAKE_ROOM: &str = "make room on the host, then run the command again";
+/// What helps where a file may not be as long as it would have to be.
+pub(crate) const FILE_LIMITS: &str =
+    "`ulimit -f` and the file system say how long a file may be; a copy elsewhere may fit";
+
 /// Shorthand for a result with a [`CliError`].
 pub(crate) type CliResult<T> = Result<T, CliError>;
 
 /// A failure: what to say on stderr and the exit code.
 #[derive(Clone, Debug)]
 pub(crate) struct CliError {
+    /// In QEMU's words where it has any.
     text: String,
+    /// In ours, where they say more.
+    own: Option<Box<str>>,
     code: u8,
     kind: Kind,
     /// The class that the engine or the host gave it.
     class: Option<ErrorKind>,
     /// Said under the program's own name only: the command or option that helps.
-    hint: Option<String>,
+    hint: Option<Box<str>>,
     /// What programs may want to know of it besides, for `--error-format=json`.
     facts: Vec<(&'static str, Value)>,
     /// Ordinary output that was made before, printed after the error: programs in C that write to
@@ -43,6 +55,7 @@ impl CliError {
     pub(crate) fn new(text: impl Into<String>) -> Self {
         Self {
             text: text.into(),
+            own: None,
             code: 1,
             kind: Kind::Failure,
             class: None,
@@ -72,9 +85,10 @@ impl CliError {
         Self { class: Some(class), ..self }
     }
 
-    /// Adds what would help.
+    /// Adds what would help, unless somebody nearer to the failure said so already.
     pub(crate) fn with_hint(self, hint: impl Into<String>) -> Self {
-        Self { hint: Some(hint.into()), ..self }
+        let hint = self.hint.or_else(|| Some(hint.into().into()));
+        Self { hint, ..self }
     }
 
     /// Adds a fact for programs: `file`, `offset`, `holder_pid`. What is known already stays, since
@@ -96,9 +110,21 @@ impl CliError {
         &self.output
     }
 
+    /// Adds other words for the same, to be said under our own name.
+    pub(crate) fn in_our_words(self, text: impl Into<String>) -> Self {
+        Self { own: Some(text.into().into()), ..self }
+    }
+
     /// Puts `text` and a colon in front.
     pub(crate) fn under(self, text: impl fmt::Display) -> Self {
-        Self { text: format!("{text}: {}", self.text), ..self }
+        let own = self.own.map(|own| format!("{text}: {own}").into());
+        Self { text: format!("{text}: {}", self.text), own, ..self }
+    }
+
+    /// Adds a line to the text.
+    pub(crate) fn followed_by(self, line: impl fmt::Display) -> Self {
+        let own = self.own.map(|own| format!("{own}\n{line}").into());
+        Self { text: format!("{}\n{line}", self.text), own, ..self }
     }
 
     /// Returns the class of the failure, where there is one.
@@ -118,13 +144,14 @@ impl CliError {
 
     /// Returns the lines for stderr, for people.
     pub(crate) fn render(&self, tool: &Tool, verb: &str) -> String {
-        let mut lines = match self.kind {
-            Kind::Option => format!("{}: {}\n", tool.invocation(verb), self.text),
-            _ => format!("{}: {}\n", tool.name, self.text),
+        let name = match self.kind {
+            Kind::Option => tool.invocation(verb),
+            _ => tool.name.clone(),
         };
-        if tool.is_own() {
-            lines = output::tame_lines(&lines);
-        }
+        let mut lines = match tool.is_own() {
+            true => output::tame_lines(&format!("{name}: {}\n", self.own_text())),
+            false => format!("{name}: {}\n", self.text),
+        };
         if self.kind != Kind::Failure {
             lines += &format!("Try '{} --help' for more info\n", tool.invocation(verb));
         }
@@ -138,10 +165,11 @@ impl CliError {
     /// Returns the line for stderr, for programs. README and man pages describe its members.
     pub(crate) fn json(&self, tool: &Tool, verb: &str) -> String {
         let help = || format!("`{} --help` shows what there is", tool.invocation(verb));
-        let hint = self.hint.clone().or_else(|| (self.kind != Kind::Failure).then(help));
+        let hint = self.hint.as_deref().map(str::to_owned);
+        let hint = hint.or_else(|| (self.kind != Kind::Failure).then(help));
         let mut line = json!({
             "error": self.class_word(),
-            "message": self.text,
+            "message": self.own_text(),
             "hint": hint,
             "verb": if verb.is_empty() { Value::Null } else { verb.into() },
             "exit_code": self.code,
@@ -152,6 +180,10 @@ impl CliError {
         format!("{line}\n")
     }
 
+    fn own_text(&self) -> String {
+        without_echo(self.own.as_deref().unwrap_or(&self.text))
+    }
+
     fn class_word(&self) -> &'static str {
         match (self.kind, self.class) {
             (Kind::Option | Kind::Usage, _) => "usage",
@@ -159,6 +191,21 @@ impl CliError {
             (Kind::Failure, Some(class)) => word(class),
         }
     }
+}
+
+/// QEMU names a file once for each layer that could not open it; once will do.
+fn without_echo(text: &str) -> String {
+    let end = text.find("': ").map_or(0, |at| at + 3);
+    let (head, mut rest) = text.split_at(end);
+    let Some(file) =
+        head.strip_prefix("Could not open '").and_then(|rest| rest.strip_suffix("': "))
+    else {
+        return text.to_owned();
+    };
+    for echo in [head, &format!("Image {file}: ")] {
+        rest = rest.strip_prefix(echo).unwrap_or(rest);
+    }
+    format!("{head}{rest}")
 }
 
 /// The name of a class in JSON.
@@ -182,7 +229,8 @@ impl From<lacuna::Error> for CliError {
         let hint = match error.kind() {
             ErrorKind::Busy => Some("-U opens an image that somebody else has open for reading"),
             ErrorKind::Corrupt => Some("`lacuna check IMAGE` lists what is wrong"),
-            ErrorKind::NoSpace => Some("make room on the host, then run the command again"),
+            ErrorKind::NoSpace => Some(MAKE_ROOM),
+            ErrorKind::Io if error.raw_os_error() == Some(EFBIG) => Some(FILE_LIMITS),
             _ => None,
         };
         let failure = Self::new(sentence(&error)).with_class(error.kind());

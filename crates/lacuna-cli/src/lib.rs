@@ -20,6 +20,8 @@ mod persona;
 mod size;
 mod verbs;
 
+use std::ffi::OsString;
+
 use persona::Tool;
 
 /// Runs a command line, its program name first, and returns the exit code.
@@ -34,6 +36,24 @@ pub fn run(mut words: Vec<String>) -> u8 {
     let arguments = words.split_off(words.len().min(1));
     let tool = Tool::from_argv0(words.first().map_or("", |name| name));
     verbs::run(&tool, &arguments)
+}
+
+/// As [`run`], for words as the host gives them.
+///
+/// Words that are not UTF-8 text are refused: what is not text cannot be stored in an image as a
+/// name, and one that is changed to fit would be the name of another file.
+///
+/// ```
+/// assert_eq!(lacuna_cli::run_os(vec!["lacuna".into(), "--version".into()]), 0);
+/// ```
+#[must_use]
+pub fn run_os(words: Vec<OsString>) -> u8 {
+    let program = words.first().map_or_else(String::new, |word| word.display().to_string());
+    let tool = Tool::from_argv0(&program);
+    match words.into_iter().map(OsString::into_string).collect::<Result<Vec<_>, _>>() {
+        Ok(words) => run(words),
+        Err(word) => verbs::refuse_word(&tool, &word),
+    }
 }
 
 /// Parses `text` as everything that text on a command line can be: sizes, option lists, image

@@ -34,7 +34,10 @@ fn print_bytes(bytes: &[u8]) -> CliResult<()> {
     let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
     written.map_err(|error| match error.kind() {
         std::io::ErrorKind::BrokenPipe => std::process::exit(141),
-        _ => CliError::new(format!("Writing to standard output: {error}")),
+        _ => {
+            let error = lacuna::Error::io(error, "Writing to standard output");
+            CliError::from(error).with_fact("file", "/dev/stdout")
+        }
     })
 }
 

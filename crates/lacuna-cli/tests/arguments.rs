@@ -110,7 +110,12 @@ fn backing_formats_are_guessed_only_where_the_user_says_so() {
 fn a_name_that_is_no_text_is_refused_and_no_other_file_is_made() {
     let ours = Sandbox::ours();
     let got = ours.run(r"lacuna create -q -f qcow2 $'bad\xff.q' 1M; ls");
-    assert_eq!(got.text, "lacuna: The argument 'bad\u{fffd}.q' is not UTF-8 text\n");
+    assert_eq!(
+        got.text,
+        "lacuna: The argument 'bad\u{fffd}.q' is not UTF-8 text\n\
+         hint: such a file can be had by another name (`ln -s`), or as /dev/fd/3 with 3<FILE at the \
+         end\n"
+    );
     assert_eq!(got.code, Some(0), "ls comes last");
 }
 

@@ -18,7 +18,7 @@ fn errors_come_as_one_json_line_whichever_way_it_is_asked_for() {
     let ours = Sandbox::ours();
     let missing = json!({
         "error": "not_found",
-        "message": "Could not open 'x': Could not open 'x': No such file or directory",
+        "message": "Could not open 'x': No such file or directory",
         "hint": null,
         "verb": "info",
         "exit_code": 1,
@@ -72,7 +72,7 @@ fn classes_and_exit_codes_of_errors() {
     for (line, class, code) in [
         ("compare image nothing", "not_found", 2),
         ("map -f qcow2 broken", "corrupt", 1),
-        ("check raw", "failed", 63),
+        ("check raw", "unsupported", 63),
     ] {
         let (got, lines) = stderr(&ours, &format!("lacuna --error-format=json {line}"));
         assert_eq!(got, Some(code), "{line}: {lines:?}");

@@ -63,7 +63,8 @@ fn names_from_images_cannot_steer_the_terminal_under_our_own_name() {
         error,
         format!(
             "lacuna: Could not open 'image': Could not open backing file: \
-             Could not open '{tamed}': No such file or directory\n"
+             Could not open '{tamed}': No such file or directory\n\
+             hint: `lacuna info IMAGE` shows which file the image names\n"
         )
     );
 }

@@ -63,7 +63,7 @@ const ROWS: [Row; 15] = [
                   stock-img create -q -f qcow2 -b base -F qcow2 image
                   printf '\\x12' | dd of=image bs=1 seek=$((0x70)) conv=notrunc status=none",
         line: "IMG map image",
-        ours: "lacuna: Could not open 'image': Image image: The image does not say of which format \
+        ours: "lacuna: Could not open 'image': The image does not say of which format \
                its backing file is, and guessing is not allowed\n\
                hint: --probe-backing looks at its content; do that only where no guest could write \
                it\n",
@@ -140,7 +140,7 @@ const ROWS: [Row; 15] = [
         lacuna: "exist",
         prepare: "",
         line: "IMG info --error-format=json --probe-backing image 2>&1 | sed \"s/'[^']*IMG/'IMG/\"",
-        ours: "{\"error\":\"not_found\",\"message\":\"Could not open 'image': Could not open 'image': No \
+        ours: "{\"error\":\"not_found\",\"message\":\"Could not open 'image': No \
                such file or directory\",\"hint\":null,\"verb\":\"info\",\"exit_code\":1,\
                \"file\":\"image\"}\n",
     },

@@ -3,7 +3,8 @@
 //! Exit codes: 0 nothing wrong (any more), 1 the check did not succeed, 2 corruptions, 3 leaks
 //! only, 63 the format has nothing to check.
 
-use lacuna::chain::probe;
+use lacuna::ErrorKind;
+use lacuna::chain::{Levels, probe};
 use lacuna::qcow2::Access;
 use lacuna::qcow2::check::{
     self as engine, CheckOptions, CheckReport, Finding, FindingKind, Repair,
@@ -68,6 +69,9 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let cache = open::source_cache(parsed, "cache")?;
     let request = Request { cache, ..Request::reading(name, parsed, "format")? };
     let request = Request { access: access(repair), ..request };
+    if !tool.is_own() {
+        check_backing(tool, &request)?;
+    }
     let storage = opened(tool, &request)?;
     let format = match request.image.format().map_err(|error| open::cannot_open(name, error))? {
         Some(format) => format,
@@ -76,7 +80,9 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     claim(tool, &storage, format, &request).map_err(|error| open::cannot_open(name, error))?;
     if format == Format::Raw {
         let text = "This image format does not support checks";
-        return Err(CliError::new(text).with_code(NOT_CHECKABLE));
+        let failure =
+            CliError::new(text).with_code(NOT_CHECKABLE).with_class(ErrorKind::Unsupported);
+        return Err(failure.with_hint("only qcow2 images have something to check"));
     }
     let meter = Meter::new(tool, parsed, "check")?.counting("tables");
     let report =
@@ -94,6 +100,20 @@ fn repair(parsed: &Parsed) -> CliResult<Repair> {
             let text = format!("--repair (-r) expects 'leaks' or 'all' not '{other}'");
             Err(CliError::usage(text))
         }
+    }
+}
+
+/// QEMU's program opens backing files for nothing, and ends where it cannot.
+fn check_backing(tool: &Tool, request: &Request) -> CliResult<()> {
+    let found = open::opening(tool, request).and_then(|opening| {
+        let found = block_on(opening.inspect(Levels::All));
+        found.map_err(|error| open::reason(tool, &request.image, &error))
+    });
+    match found {
+        Err(error) if error.text().starts_with("Could not open backing file") => {
+            Err(open::cannot_open(&request.image.shown, error))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -143,7 +163,7 @@ const fn phase(phase: engine::Phase) -> &'static str {
 /// What keeps the check from beginning is a matter of opening; later it is the check that failed.
 fn failed(tool: &Tool, request: &Request, repair: Repair, error: &lacuna::Error) -> CliError {
     match error.kind() {
-        lacuna::ErrorKind::Corrupt | lacuna::ErrorKind::Unsupported => {
+        ErrorKind::Corrupt | ErrorKind::Unsupported => {
             let reason = open::reason(tool, &request.image, error);
             // Without the hint to check it.
             open::cannot_open(&request.image.shown, CliError::new(reason.text()))

@@ -13,10 +13,10 @@ use pollster::block_on;
 
 use super::busy;
 use super::open::{self, Request};
-use super::spec::ImageSpec;
-use super::{Example, Task, Verb, common};
+use super::spec::{self, ImageSpec};
+use super::{Example, Task, Verb, advice, common};
 use crate::args::{Flag, Parsed};
-use crate::error::{CliError, CliResult, host_words, sentence};
+use crate::error::{CliError, CliResult, EFBIG, FILE_LIMITS, MAKE_ROOM, host_words, sentence};
 use crate::format::Format;
 use crate::interrupt::{RemoveOnSignal, remove_half};
 use crate::options::{self, Asked, Given, Values};
@@ -24,8 +24,6 @@ use crate::output;
 use crate::persona::Tool;
 use crate::size::{self, SizeError};
 
-/// The host's number for a file that would be too large.
-const EFBIG: i32 = 27;
 /// Largest L1 table that QEMU opens.
 const MAX_L1_BYTES: u64 = 32 << 20;
 
@@ -84,7 +82,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 }
 
 fn unknown_format(name: &str) -> CliError {
-    CliError::new(format!("Unknown file format '{name}'")).with_hint("formats are qcow2 and raw")
+    CliError::new(format!("Unknown file format '{name}'")).with_hint(advice::FORMATS)
 }
 
 /// Reads the size operand.
@@ -95,7 +93,7 @@ fn image_size(text: &str) -> CliResult<u64> {
             i64::MAX
         )),
         SizeError::NotANumber => CliError::new(format!("Invalid image size specified: '{text}'."))
-            .with_hint("sizes are like 512, 64k, 1.5G or 0x10000; units are powers of 1024"),
+            .with_hint(advice::SIZES),
     })
 }
 
@@ -153,18 +151,31 @@ impl Plan {
             values.set("size", size.to_string());
         }
         if values.text("size").is_none() {
-            return Err(CliError::new("Image creation needs a size parameter"));
+            return Err(CliError::new("Image creation needs a size parameter")
+                .with_hint("give a size, like 20G, behind the name, or a backing file with -b"));
         }
         Ok(Self::checked(tool, format, values, file))
     }
 
     /// Takes values that are complete: with a size, and a format for the backing file.
     pub(super) fn checked(tool: &Tool, format: Format, values: Values, file: &str) -> Self {
-        let path = file.strip_prefix("file:").unwrap_or(file);
+        let path = spec::split_protocol(file).map_or_else(|_| file.to_owned(), |(_, path)| path);
         Self { tool: tool.clone(), file: path.into(), shown: file.to_owned(), format, values }
     }
 
+    /// Refuses names that lead to no file: those with a protocol, and `json:`.
+    fn check_name(&self) -> CliResult<()> {
+        match spec::split_protocol(&self.shown)? {
+            (Some(driver @ ("null-co" | "null-aio")), _) => Err(CliError::new(format!(
+                "Protocol driver '{driver}' does not support image creation"
+            ))
+            .with_hint("only files and block devices can hold an image")),
+            _ => Ok(()),
+        }
+    }
+
     fn carry_out(&self, quiet: bool) -> CliResult<()> {
+        self.check_name()?;
         if !quiet {
             let (format, values) = (self.format, self.values.formatting());
             let file = self.shown.replace(',', ",,");
@@ -208,6 +219,15 @@ impl Plan {
         grown.map(drop).map_err(|error| self.half_made(self.no_room(error, mode)))
     }
 
+    /// The host refuses a file of this length, which QEMU takes for the format's refusal.
+    fn too_long(&self) -> CliError {
+        let own = format!(
+            "A file for a disk of {} bytes is longer than may be here: File too large",
+            self.size_bytes()
+        );
+        self.too_large().in_our_words(own).with_class(ErrorKind::Io).with_hint(FILE_LIMITS)
+    }
+
     fn too_large(&self) -> CliError {
         let format = self.format;
         let advice = match format {
@@ -230,7 +250,7 @@ impl Plan {
         }
         let mode = options.preallocation;
         block_on(qcow2::create(storage, options)).map_err(|error| match mode {
-            _ if error.raw_os_error() == Some(EFBIG) => self.too_large(),
+            _ if error.raw_os_error() == Some(EFBIG) => self.too_long(),
             Preallocation::Falloc | Preallocation::Full if error.kind() == ErrorKind::NoSpace => {
                 no_room(&error, mode)
                     .under("Could not resize image: Failed to resize underlying file")
@@ -259,7 +279,7 @@ impl Plan {
             Ok(()) => error,
             Err(why) => {
                 let why = open::of_host(&why);
-                CliError::new(format!("{}\n{file} is incomplete: {why}", error.text()))
+                error.followed_by(format!("{file} is incomplete: {why}"))
             }
         }
     }
@@ -268,7 +288,7 @@ impl Plan {
     fn no_room(&self, error: lacuna::Error, mode: Preallocation) -> CliError {
         let words = no_room(&error, mode);
         match (error.raw_os_error(), self.format) {
-            (Some(EFBIG), _) => self.too_large(),
+            (Some(EFBIG), _) => self.too_long(),
             (_, Format::Raw) => words,
             (_, Format::Qcow2) => words.under("Could not resize image"),
         }
@@ -285,7 +305,13 @@ impl Plan {
                 Some(code) => host_words(code),
                 None => sentence(&error),
             };
-            CliError::new(format!("Could not create '{}': {why}", path.display()))
+            let failure = CliError::new(format!("Could not create '{}': {why}", path.display()))
+                .with_class(error.kind())
+                .with_fact("file", path.display().to_string());
+            match error.kind() {
+                ErrorKind::NotFound => failure.with_hint("its folder has to be there before"),
+                _ => failure,
+            }
         })
     }
 
@@ -324,7 +350,11 @@ pub(super) fn no_room(error: &lacuna::Error, mode: Preallocation) -> CliError {
         Preallocation::Falloc => "Could not preallocate new data",
         Preallocation::Full => "Could not write zeros for preallocation",
     };
-    CliError::new(format!("{doing}: {}", crate::error::errno_words(error)))
+    let failure = CliError::new(format!("{doing}: {}", crate::error::errno_words(error)));
+    match error.kind() {
+        ErrorKind::NoSpace => failure.with_class(ErrorKind::NoSpace).with_hint(MAKE_ROOM),
+        kind => failure.with_class(kind),
+    }
 }
 
 /// Reads the name of a kind of preallocation; gives it back where there is no such kind.
@@ -369,7 +399,8 @@ fn backing_size(tool: &Tool, file: &str, values: &Values) -> CliResult<Option<u6
     let unnamed = UnnamedFormat::Refuse;
     let request = Request { image: spec, access, cache, sharing: Sharing::All, unnamed };
     let chain = open::open_bare(tool, &request).map_err(|error| {
-        CliError::new(format!("{}\nCould not open backing image.", error.text()))
+        error
+            .followed_by("Could not open backing image.")
             .with_hint("-u makes the image without looking at the backing file; give a size then")
     })?;
     if open::is_part_of(Path::new(file), &chain) {

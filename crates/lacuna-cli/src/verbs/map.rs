@@ -6,7 +6,7 @@ use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
 
 use super::open::{self, FileChain, Request};
-use super::{Example, Form, Task, Verb, common, form, one_image};
+use super::{Example, Form, Task, Verb, advice, common, form, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::nodes::FileMap;
@@ -81,7 +81,8 @@ fn offset(parsed: &Parsed, flag: &str, shown: &str) -> CliResult<Option<u64>> {
     match size::parse_offset(text) {
         Ok(value) => Ok(Some(value)),
         Err(SizeError::NotANumber) => {
-            Err(CliError::new(format!("Invalid {shown} specified: '{text}'.")))
+            let text = format!("Invalid {shown} specified: '{text}'.");
+            Err(CliError::new(text).with_hint(advice::SIZES))
         }
         Err(SizeError::OutOfRange) => Err(CliError::new(format!(
             "Invalid {shown} specified. Must be between 0 and {}.",

@@ -3,6 +3,7 @@
 //! A new verb is a module with a [`Verb`] and a line in [`VERBS`].
 
 mod about;
+mod advice;
 mod bench;
 pub(crate) mod busy;
 mod check;
@@ -175,6 +176,16 @@ fn complain(tool: &Tool, verb: &str, error: &CliError) {
         Form::Human => error.render(tool, verb),
         Form::Json => error.json(tool, verb),
     });
+}
+
+/// Says that a word of the command line is not text, and returns the exit code.
+pub(crate) fn refuse_word(tool: &Tool, word: &std::ffi::OsStr) -> u8 {
+    let text = format!("The argument '{}' is not UTF-8 text", word.display());
+    let error = CliError::new(text).with_class(lacuna::ErrorKind::InvalidRequest).with_hint(
+        "such a file can be had by another name (`ln -s`), or as /dev/fd/3 with 3<FILE at the end",
+    );
+    complain(tool, "", &error);
+    error.code()
 }
 
 /// Goes through what stands before the verb.

@@ -13,9 +13,9 @@ use lacuna::storage::{CacheMode, FileOptions, LockConflict, Permissions};
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
 
-use super::busy;
 use super::spec::ImageSpec;
 use super::spec::tree::{BelowSpec, FileKind, FileSpec};
+use super::{advice, busy};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult, host_words, sentence};
 use crate::format::Format;
@@ -24,6 +24,9 @@ use crate::persona::{Persona, Tool};
 
 pub(crate) use crate::nodes::FileChain;
 use crate::nodes::{AnyStorage, Base, Opening};
+
+/// How long the header of version 3 is at least; its length is the last field of those.
+const SHORTEST_V3: u64 = 104;
 
 /// What to open and how.
 #[derive(Clone, Debug)]
@@ -259,9 +262,8 @@ fn check_spec(file: &FileSpec, access: Access) -> CliResult<()> {
     let shown = file.path.display();
     let facts = std::fs::metadata(&file.path).map_err(|error| {
         let text = format!("Could not open '{shown}': {}", of_host(&error));
-        CliError::new(text)
-            .with_class(Error::io(error, "").kind())
-            .with_fact("file", shown.to_string())
+        let failure = CliError::new(text).with_fact("file", shown.to_string());
+        advice::on_missing(failure, &file.path, &error).with_class(Error::io(error, "").kind())
     })?;
     let kind = facts.file_type();
     if kind.is_dir() && access == Access::ReadWrite {
@@ -272,7 +274,10 @@ fn check_spec(file: &FileSpec, access: Access) -> CliResult<()> {
     match file.kind {
         FileKind::Regular if kind.is_file() || kind.is_block_device() => Ok(()),
         FileKind::Regular => {
-            Err(CliError::new(format!("'{driver}' driver requires '{shown}' to be a regular file")))
+            let text = format!("'{driver}' driver requires '{shown}' to be a regular file");
+            let own = "an image is a file or a block device";
+            Err(CliError::new(text)
+                .in_our_words(format!("It is a {}; {own}", advice::kind_word(kind))))
         }
         _ if is_device => Ok(()),
         _ => Err(CliError::new(format!(
@@ -305,23 +310,14 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
     let text = if tool.is_own() { output::tame(&text) } else { text };
     let failure = CliError::new(text).with_class(error.kind());
     match error.kind() {
-        // No repair can know the right name.
-        ErrorKind::Corrupt if is_about_a_name(error) => {
-            failure.with_hint("`lacuna info IMAGE` shows which file the image names")
-        }
-        ErrorKind::Corrupt => failure.with_hint("`lacuna check -r all IMAGE` may repair it"),
         // What follows the semicolon is advice for callers of the library.
         ErrorKind::InvalidRequest if error.message().contains("ChainOptions::") => {
             CliError::new(text_before(failure.text())).with_hint(
                 "--probe-backing looks at its content; do that only where no guest could write it",
             )
         }
-        _ => failure,
+        _ => advice::on_opening(failure, error),
     }
-}
-
-fn is_about_a_name(error: &Error) -> bool {
-    ["chain is a loop", "file name: "].iter().any(|text| error.message().contains(text))
 }
 
 fn without_image(text: &str, file: &str) -> String {
@@ -347,13 +343,20 @@ fn file_words(file: &str, message: &str, code: i32) -> String {
 
 /// What QEMU says of a file that is no qcow2 image of a version it knows.
 fn qemu_words(file: &str, spec: &ImageSpec) -> Option<String> {
-    let mut start = [0; 8];
-    let mut opened = std::fs::File::open(file).ok()?;
-    let is_long = std::io::Read::read_exact(&mut opened, &mut start).is_ok();
-    let version = u32::from_be_bytes([start[4], start[5], start[6], start[7]]);
+    let mut start = Vec::new();
+    let opened = std::fs::File::open(file).ok()?;
+    std::io::Read::read_to_end(&mut std::io::Read::take(opened, SHORTEST_V3), &mut start).ok()?;
+    let is_long = start.len() >= 8;
+    start.resize(SHORTEST_V3 as usize, 0);
+    let field =
+        |at: usize| start[at..at + 4].iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
+    let version = field(4);
     if !is_long || !start.starts_with(b"QFI\xfb") {
         let is_qcow2 = matches!(spec.format(), Ok(Some(Format::Qcow2)));
         return is_qcow2.then(|| "Image is not in qcow2 format".to_owned());
+    }
+    if version == 3 && field(SHORTEST_V3 as usize - 4) < SHORTEST_V3 {
+        return Some("qcow2 header too short".to_owned());
     }
     (!(2..=3).contains(&version)).then(|| format!("Unsupported qcow2 version {version}"))
 }
@@ -388,7 +391,9 @@ pub(crate) fn cache_mode(name: &str) -> Option<CacheMode> {
 pub(crate) fn source_cache(parsed: &Parsed, flag: &str) -> CliResult<CacheMode> {
     match parsed.last(flag) {
         None => Ok(CacheMode::Buffered),
-        Some(name) => cache_mode(name)
-            .ok_or_else(|| CliError::new(format!("Invalid source cache option: {name}"))),
+        Some(name) => cache_mode(name).ok_or_else(|| {
+            let text = format!("Invalid source cache option: {name}");
+            CliError::new(text).with_hint(advice::CACHE_MODES)
+        }),
     }
 }

@@ -18,7 +18,7 @@ use super::busy;
 use super::open::{self, FileChain, Request};
 use super::progress::Meter;
 use super::spec::ImageSpec;
-use super::{Example, Task, Verb, common, create};
+use super::{Example, Task, Verb, advice, common, create};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
@@ -116,7 +116,7 @@ fn help(parsed: &Parsed) -> CliResult<u8> {
 }
 
 fn unknown_format(name: &str) -> CliError {
-    CliError::new(format!("Unknown file format '{name}'")).with_hint("formats are qcow2 and raw")
+    CliError::new(format!("Unknown file format '{name}'")).with_hint(advice::FORMATS)
 }
 
 /// What the command line asks for, checked as far as that goes without opening anything.
@@ -166,8 +166,10 @@ impl Wish {
             sources,
             target_name: target.to_owned(),
             target_format: target_format(parsed)?,
-            target_cache: open::cache_mode(target_cache)
-                .ok_or_else(|| CliError::new(format!("Invalid cache option: {target_cache}")))?,
+            target_cache: open::cache_mode(target_cache).ok_or_else(|| {
+                CliError::new(format!("Invalid cache option: {target_cache}"))
+                    .with_hint(advice::CACHE_MODES)
+            })?,
             given,
             backing: parsed.last("backing").map(str::to_owned),
             backing_format: parsed.last("backing-format").map(str::to_owned),
@@ -207,7 +209,14 @@ impl Wish {
         let request = Request { image, access, cache, sharing, unnamed };
         let target = open::open(tool, &request)?;
         match target.disk().size_bytes() < total(sources)? {
-            true => Err(CliError::new("output file is smaller than input file")),
+            true => {
+                Err(CliError::new("output file is smaller than input file").in_our_words(format!(
+                    "{} is smaller ({} bytes) than what is to be copied ({} bytes)",
+                    self.target_name,
+                    target.disk().size_bytes(),
+                    total(sources)?
+                )))
+            }
             false => Ok(target),
         }
     }
@@ -265,7 +274,15 @@ impl Wish {
         let (access, cache) = (Access::ReadOnly, CacheMode::Buffered);
         // Nothing is read of it; the target is opened with it later.
         let (sharing, unnamed) = (Sharing::All, self.unnamed);
-        let chain = open::open(tool, &Request { image, access, cache, sharing, unnamed })?;
+        let request = Request { image, access, cache, sharing, unnamed };
+        let chain = match tool.is_own() {
+            true => open::open(tool, &request)?,
+            // Stock finds out when it opens the target.
+            false => open::open_bare(tool, &request).map_err(|error| {
+                let error = error.under("Could not open backing file");
+                open::cannot_open(&self.target_name, error)
+            })?,
+        };
         if open::is_part_of(Path::new(&self.target_name), &chain) {
             return Err(CliError::new("The target is part of its own backing chain")
                 .under(&self.target_name));
@@ -297,9 +314,10 @@ fn source_request(parsed: &Parsed, source: &str, cache: CacheMode) -> CliResult<
             let text = "--image-opts and --source-format are mutually exclusive";
             return Err(CliError::new(text));
         }
-        true => ImageSpec::from_options(source)?,
-        false => ImageSpec::from_name(source, format)?,
+        true => ImageSpec::from_options(source),
+        false => ImageSpec::from_name(source, format),
     };
+    let image = image.map_err(|error| open::cannot_open(source, error))?;
     open::check_force_share(parsed, &image, "--force-share/-U")?;
     let sharing = match open::sharing(parsed) {
         // What is copied has to hold still.
@@ -317,7 +335,10 @@ fn target_format(parsed: &Parsed) -> CliResult<Option<Format>> {
 
 fn operands(parsed: &Parsed) -> CliResult<(&[String], &str)> {
     match &parsed.operands[..] {
-        [] | [_] => Err(CliError::new("Must specify image file name")),
+        [] | [_] => {
+            let failure = CliError::new("Must specify image file name");
+            Err(failure.in_our_words("Expecting a source and a target"))
+        }
         [sources @ .., target] => Ok((sources, target)),
     }
 }
@@ -370,7 +391,8 @@ fn sparse_size(text: &str) -> CliResult<u64> {
         Ok(size) if size % 512 == 0 && size <= MOST => Ok(size),
         Err(SizeError::NotANumber) => Err(CliError::new(format!(
             "Invalid buffer size for sparse output specified: '{text}'."
-        ))),
+        ))
+        .with_hint(advice::SIZES)),
         _ => Err(CliError::new(format!(
             "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up \
              to {MOST}. Select 0 to disable sparse detection (fully allocates output)."
@@ -382,7 +404,8 @@ fn in_flight(text: &str) -> CliResult<usize> {
     match size::parse_offset(text) {
         Ok(count @ 1..=16) => Ok(count as usize),
         Err(SizeError::NotANumber) => {
-            Err(CliError::new(format!("Invalid number of coroutines specified: '{text}'.")))
+            let text = format!("Invalid number of coroutines specified: '{text}'.");
+            Err(CliError::new(text).with_hint("a number from 1 to 16 would be right"))
         }
         _ => {
             Err(CliError::new("Invalid number of coroutines specified. Must be between 1 and 16."))

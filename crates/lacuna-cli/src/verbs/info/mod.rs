@@ -100,8 +100,20 @@ fn inspected(
     let opening = open::opening(tool, request).map_err(in_image)?;
     block_on(opening.inspect(levels)).map_err(|error| match LockConflict::of(&error) {
         Some(conflict) => busy(tool, request, conflict),
-        None => in_image(open::reason(tool, &request.image, &error)),
+        None => not_described(tool, request, open::reason(tool, &request.image, &error)),
     })
+}
+
+/// As [`busy`], where a file below is missing.
+fn not_described(tool: &Tool, request: &Request, reason: CliError) -> CliError {
+    let below = reason.text().strip_prefix("Could not open backing file: ");
+    let file = below.and_then(|text| text.strip_prefix("Could not open '")?.split("': ").next());
+    match (below, file) {
+        (Some(below), Some(file)) if !tool.is_own() => {
+            open::cannot_open(file, CliError::new(below))
+        }
+        _ => open::cannot_open(&request.image.shown, reason),
+    }
 }
 
 /// Each image is described on its own: of one below the top it is said that it cannot be opened.

@@ -16,6 +16,8 @@ use crate::options::{self, Asked};
 use keys::{Keys, Scalar};
 use tree::DiskSpec;
 
+pub(crate) use tree::split_protocol;
+
 /// Which image is meant.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct ImageSpec {

@@ -386,7 +386,7 @@ fn storage(mut keys: Keys, name: Option<&str>, depth: usize) -> CliResult<Storag
 }
 
 /// Splits a name into the driver that its protocol asks for, and the rest.
-fn split_protocol(name: &str) -> CliResult<(Option<&'static str>, String)> {
+pub(crate) fn split_protocol(name: &str) -> CliResult<(Option<&'static str>, String)> {
     let head = name.split('/').next().unwrap_or_default();
     let Some((protocol, _)) = head.split_once(':') else { return Ok((None, name.to_owned())) };
     let rest = name[protocol.len() + 1..].to_owned();
