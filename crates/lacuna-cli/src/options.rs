@@ -95,6 +95,11 @@ fn items(text: &str) -> Option<Vec<String>> {
 pub(crate) struct Given(Vec<(String, String)>);
 
 impl Given {
+    /// Returns the keys in order.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|(key, _)| &**key)
+    }
+
     /// Returns keys and values in order.
     pub(crate) fn into_pairs(self) -> Vec<(String, String)> {
         self.0

@@ -81,12 +81,13 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     Ok(0)
 }
 
-fn unknown_format(name: &str) -> CliError {
+/// Says that there is no such format.
+pub(super) fn unknown_format(name: &str) -> CliError {
     CliError::new(format!("Unknown file format '{name}'")).with_hint(advice::FORMATS)
 }
 
 /// Reads the size operand.
-fn image_size(text: &str) -> CliResult<u64> {
+pub(super) fn image_size(text: &str) -> CliResult<u64> {
     size::parse_offset(text).map_err(|error| match error {
         SizeError::OutOfRange => CliError::new(format!(
             "Invalid image size specified. Must be between 0 and {}.",
@@ -459,7 +460,8 @@ fn compression(name: Option<&str>) -> CliResult<CompressionType> {
     }
 }
 
-fn cluster_bytes(values: &Values) -> CliResult<u64> {
+/// Reads the cluster size.
+pub(super) fn cluster_bytes(values: &Values) -> CliResult<u64> {
     let bytes = values.number("cluster_size").unwrap_or(0);
     match bytes.is_power_of_two() && (512..=2 << 20).contains(&bytes) {
         true => Ok(bytes),
@@ -467,7 +469,8 @@ fn cluster_bytes(values: &Values) -> CliResult<u64> {
     }
 }
 
-fn refcount_bits(values: &Values) -> CliResult<u32> {
+/// Reads the refcount width.
+pub(super) fn refcount_bits(values: &Values) -> CliResult<u32> {
     let bits = values.number("refcount_bits").unwrap_or(0);
     match u32::try_from(bits) {
         Ok(bits) if bits.is_power_of_two() && bits <= 64 => Ok(bits),

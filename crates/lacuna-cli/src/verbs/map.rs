@@ -68,7 +68,7 @@ async fn asking_host<'a>(tool: &Tool, chain: &FileChain, mut map: FileMap<'a>) -
 
 /// Says whether clearly more clusters are in use than the host has allocated: one in ten, at least
 /// two. Where that cannot be known they are not.
-async fn looks_preallocated(chain: &FileChain, level: usize) -> bool {
+pub(super) async fn looks_preallocated(chain: &FileChain, level: usize) -> bool {
     let Some(image) = chain.level_image(level) else { return false };
     let Some(allocated) = image.storage().allocated_bytes() else { return false };
     let allocated = allocated / image.geometry().cluster_bytes();

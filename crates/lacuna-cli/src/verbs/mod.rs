@@ -16,6 +16,7 @@ mod help;
 mod info;
 mod man;
 mod map;
+mod measure;
 pub(crate) mod open;
 mod progress;
 mod resize;
@@ -76,7 +77,7 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 14] = [
+const VERBS: [&Verb; 15] = [
     &bench::VERB,
     &check::VERB,
     &compare::VERB,
@@ -90,6 +91,7 @@ const VERBS: [&Verb; 14] = [
     &io::VERB,
     &man::VERB,
     &map::VERB,
+    &measure::VERB,
     &resize::VERB,
 ];
 

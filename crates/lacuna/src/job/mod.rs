@@ -1,4 +1,4 @@
-//! Work on whole disks: copying one to another, comparing two.
+//! Work on whole disks: copying one to another, comparing two, telling what one would take.
 //!
 //! * Always driven by extents: what metadata calls zero is neither read nor compared by bytes.
 //! * Always bounded: requests in flight times request size, said by each job.
@@ -6,9 +6,11 @@
 
 mod compare;
 mod convert;
+mod measure;
 
 pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
 pub use convert::{
     ConvertOptions, Copied, Encoding, Phase, Progress, Target, TargetContent, Threads, WriteOrder,
     convert,
 };
+pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};

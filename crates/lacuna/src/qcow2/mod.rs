@@ -54,5 +54,6 @@ pub use options::{
     Access, DiscardPolicy, DiscardUnit, ExtentDetail, GuestDiscard, OnDiscard, OpenOptions, Parts,
     ZeroUnmap,
 };
+pub(crate) use refcount_space::fully_allocated_bytes;
 pub use refcounts::Placement;
 pub use resize::Shrink;

@@ -41,6 +41,17 @@ impl RefcountSpace {
     }
 }
 
+/// Returns how long an image is whose every guest cluster lies in it, by QEMU's account: header,
+/// both levels of the map, refcounts that fit exactly, and the data.
+pub(crate) const fn fully_allocated_bytes(geometry: &Geometry, size_bytes: u64) -> u64 {
+    let data = geometry.clusters_for(size_bytes);
+    let tables = data.div_ceil(geometry.l2_entries());
+    let l1 = geometry.clusters_for(tables * 8);
+    let counted = 1 + l1 + tables + data;
+    let refcounts = RefcountSpace::counting(geometry, counted, Room::Exact);
+    (counted + refcounts.blocks + refcounts.table_clusters) << geometry.cluster_bits()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

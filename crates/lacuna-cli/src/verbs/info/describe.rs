@@ -162,7 +162,7 @@ pub(crate) fn specifics(header: &Header, storage: &AnyStorage) -> CliResult<Valu
     }
     let bitmaps = bitmaps(header, storage)?;
     if !bitmaps.is_empty() {
-        data.insert("bitmaps".into(), Value::Array(bitmaps));
+        data.insert("bitmaps".into(), bitmaps.iter().map(bitmap).collect());
     }
     data.insert("refcount-bits".into(), header.geometry.refcount_bits().into());
     if let Some(encrypt) = encrypt(header, storage)? {
@@ -232,15 +232,15 @@ fn snapshot(snapshot: &Snapshot) -> Value {
     Value::Object(members)
 }
 
-fn bitmaps(header: &Header, storage: &AnyStorage) -> CliResult<Vec<Value>> {
+/// Reads the directory of the bitmaps.
+pub(crate) fn bitmaps(header: &Header, storage: &AnyStorage) -> CliResult<Vec<BitmapEntry>> {
     let Some(extension) = header.extensions.bitmaps else { return Ok(Vec::new()) };
     if !header.features.autoclear.contains(AutoclearFeatures::BITMAPS) {
         // Somebody wrote to the image without regard to them: they mean nothing.
         return Ok(Vec::new());
     }
     let bytes = read(storage, extension.directory_offset, extension.directory_bytes)?;
-    let entries = BitmapEntry::decode_directory(&bytes, &extension)?;
-    Ok(entries.iter().map(bitmap).collect())
+    Ok(BitmapEntry::decode_directory(&bytes, &extension)?)
 }
 
 fn bitmap(entry: &BitmapEntry) -> Value {

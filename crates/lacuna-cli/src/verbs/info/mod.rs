@@ -24,7 +24,7 @@ use crate::nodes::AnyStorage;
 use crate::output;
 use crate::persona::Tool;
 
-pub(crate) use describe::specifics;
+pub(crate) use describe::{bitmaps, specifics};
 pub(crate) use human::dump;
 
 /// The verb.
