@@ -3,7 +3,7 @@
 use lacuna::block::Layer;
 use lacuna::job::{Estimate, measure, measure_bitmaps, measure_empty};
 use lacuna::qcow2::format::{EntryWidth, Version};
-use lacuna::qcow2::{BackingName, CreateOptions};
+use lacuna::qcow2::{BackingName, CreateOptions, Image};
 use pollster::block_on;
 use serde_json::{Map, Value};
 
@@ -13,6 +13,7 @@ use super::{Example, Form, Task, Verb, common, create, form, info};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
+use crate::nodes::AnyStorage;
 use crate::options::{self, Asked, Given, Values};
 use crate::output;
 use crate::persona::Tool;
@@ -135,12 +136,11 @@ fn qcow2(chain: &FileChain, values: &Values) -> CliResult<Figures> {
     let estimate = block_on(measure(chain.disk(), &options))?;
     let mut figures = Figures::of(estimate);
     let image = chain.disk().as_qcow2();
-    if let Some(image) = image.filter(|image| image.geometry().version() == Version::V3) {
-        if version == Version::V3 {
-            let bitmaps = info::bitmaps(&image.header(), image.storage())?;
-            let size = chain.disk().size_bytes();
-            figures.bitmaps = Some(measure_bitmaps(&bitmaps, size, options.cluster_bytes));
-        }
+    let has_bitmaps = |image: &&Image<AnyStorage>| image.geometry().version() == Version::V3;
+    if let Some(image) = image.filter(has_bitmaps).filter(|_| version == Version::V3) {
+        let bitmaps = info::bitmaps(&image.header(), image.storage())?;
+        let size = chain.disk().size_bytes();
+        figures.bitmaps = Some(measure_bitmaps(&bitmaps, size, options.cluster_bytes));
     }
     Ok(figures)
 }
