@@ -35,6 +35,11 @@ pub(super) fn sleep(session: &mut Session<'_>, _: &Command, words: &[String]) ->
     }
 }
 
+/// Ends the program as a crash would.
+pub(super) fn abort(_: &mut Session<'_>, _: &Command, _: &[String]) -> Done {
+    std::process::abort()
+}
+
 /// Sends a signal to the program itself: what a crash at this point leaves can be looked at then.
 pub(super) fn sigraise(session: &mut Session<'_>, _: &Command, words: &[String]) -> Done {
     let [text] = words else { return Err(Failure::Usage) };

@@ -1,7 +1,7 @@
 //! The commands of the shell: their names, how many words they take, and what executes them.
 
 use super::session::Session;
-use super::{access, allocation, image, reopen, transfer};
+use super::{access, allocation, breaks, image, reopen, transfer};
 use crate::args::Flag;
 
 /// How a command ended, apart from success.
@@ -40,7 +40,14 @@ pub(super) struct Command {
 impl Command {
     /// One line: name, words, purpose.
     pub(super) fn line(&self) -> String {
-        format!("{} {} -- {}\n", self.name, self.usage, self.summary)
+        // What takes words that are not named has a space for them.
+        let space = if self.usage.is_empty() && self.name != "map" { "" } else { " " };
+        format!("{}{space}{} -- {}\n", self.name, self.usage, self.summary)
+    }
+
+    /// Says whether the command is about requests that wait: it must not wait for them.
+    pub(super) fn is_about_breaks(&self) -> bool {
+        ["break", "remove_break", "resume", "wait_break"].contains(&self.name)
     }
 }
 
@@ -68,6 +75,16 @@ const OLD_P: Flag = flag('p', "p");
 
 /// All commands, by name.
 pub(super) const COMMANDS: &[Command] = &[
+    Command {
+        name: "abort",
+        short: "",
+        words: (0, 0),
+        needs: Needs::Nothing,
+        usage: "",
+        summary: "simulate a program crash using abort(3)",
+        flags: &[],
+        run: access::abort,
+    },
     Command {
         name: "aio_flush",
         short: "",
@@ -107,6 +124,16 @@ pub(super) const COMMANDS: &[Command] = &[
         summary: "checks if offset is allocated in the file",
         flags: &[],
         run: allocation::alloc,
+    },
+    Command {
+        name: "break",
+        short: "",
+        words: (2, 2),
+        needs: Needs::Image,
+        usage: "event tag",
+        summary: "sets a breakpoint on event and tags the stopped request as tag",
+        flags: &[],
+        run: breaks::set,
     },
     Command {
         name: "close",
@@ -241,6 +268,16 @@ pub(super) const COMMANDS: &[Command] = &[
         run: transfer::readv,
     },
     Command {
+        name: "remove_break",
+        short: "",
+        words: (1, 1),
+        needs: Needs::Image,
+        usage: "tag",
+        summary: "remove a breakpoint by tag",
+        flags: &[],
+        run: breaks::remove,
+    },
+    Command {
         name: "reopen",
         short: "",
         words: (0, MANY),
@@ -249,6 +286,16 @@ pub(super) const COMMANDS: &[Command] = &[
         summary: "reopens an image with new options",
         flags: &[R, flag('w', "w"), value('c', "c"), value('o', "o")],
         run: reopen::reopen,
+    },
+    Command {
+        name: "resume",
+        short: "",
+        words: (1, 1),
+        needs: Needs::Image,
+        usage: "tag",
+        summary: "resumes the request tagged as tag",
+        flags: &[],
+        run: breaks::resume,
     },
     Command {
         name: "sigraise",
@@ -279,6 +326,16 @@ pub(super) const COMMANDS: &[Command] = &[
         summary: "truncates the current file at the given offset",
         flags: &[value('m', "m")],
         run: image::truncate,
+    },
+    Command {
+        name: "wait_break",
+        short: "",
+        words: (1, 1),
+        needs: Needs::Image,
+        usage: "tag",
+        summary: "waits for the suspension of a request",
+        flags: &[],
+        run: breaks::wait,
     },
     Command {
         name: "write",

@@ -34,14 +34,13 @@ pub(super) struct OpenFlags {
     pub(super) is_native: bool,
     /// Whether discards are passed on.
     pub(super) discards: Option<bool>,
+    /// Whether what is read from below is kept.
+    pub(super) copies_on_read: bool,
 }
 
 impl OpenFlags {
     /// Reads the options of the program.
     pub(super) fn of_program(parsed: &Parsed) -> CliResult<Self> {
-        if parsed.has("copy-on-read") {
-            return Err(CliError::new("--copy-on-read is not supported yet"));
-        }
         check_mode(parsed, "aio", &["threads", "native", "io_uring"])?;
         check_mode(parsed, "discard", &["ignore", "off", "unmap", "on"])?;
         let cache = match parsed.last("cache") {
@@ -55,7 +54,8 @@ impl OpenFlags {
         let access = super::access(parsed.has("read-only"));
         let (snapshot, unnamed) = (parsed.has("snapshot"), unnamed(parsed));
         let sharing = sharing(parsed);
-        Ok(Self { access, cache, sharing, snapshot, unnamed, is_native, discards })
+        let copies_on_read = parsed.has("copy-on-read");
+        Ok(Self { access, cache, sharing, snapshot, unnamed, is_native, discards, copies_on_read })
     }
 }
 

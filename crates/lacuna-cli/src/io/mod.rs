@@ -5,6 +5,7 @@
 
 mod access;
 mod allocation;
+mod breaks;
 mod commands;
 mod corruption;
 mod image;
@@ -43,7 +44,7 @@ pub(crate) const VERB: Verb = Verb {
         Flag::switch('r', "read-only", "change nothing"),
         Flag::switch('s', "snapshot", "write to a file of its own, gone at the end"),
         Flag::switch('n', "nocache", "go past the page cache, short for -t none"),
-        Flag::switch('C', "copy-on-read", "not supported"),
+        Flag::switch('C', "copy-on-read", "keep what is read from the backing file"),
         Flag::switch('m', "misalign", "accepted and ignored"),
         Flag::switch('k', "native-aio", "accepted and ignored"),
         Flag::valued('i', "aio", "MODE", "threads, native or io_uring: accepted and ignored"),

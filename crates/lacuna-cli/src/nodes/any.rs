@@ -8,7 +8,7 @@ use lacuna::Result;
 use lacuna::block::BoxFuture;
 use lacuna::buffer::{Buffer, Hold};
 use lacuna::storage::{
-    Capabilities, Claim, FileStorage, HostExtent, Permissions, Storage, Transfer, ZeroMode,
+    Capabilities, Claim, Event, FileStorage, HostExtent, Permissions, Storage, Transfer, ZeroMode,
 };
 use lacuna::units::{HostOffset, HostRange};
 
@@ -60,6 +60,7 @@ pub(crate) trait DynStorage: Send + Sync {
     fn len_boxed(&self) -> BoxFuture<'_, Result<u64>>;
     fn set_len_boxed(&self, len: u64, hold: Hold) -> BoxFuture<'_, Result<()>>;
     fn status_boxed(&self, range: HostRange) -> BoxFuture<'_, Result<HostExtent>>;
+    fn event_boxed(&self, event: Event) -> BoxFuture<'_, ()>;
     fn abilities(&self) -> Capabilities;
 }
 
@@ -103,6 +104,10 @@ impl<S: Storage> DynStorage for S {
 
     fn status_boxed(&self, range: HostRange) -> BoxFuture<'_, Result<HostExtent>> {
         Box::pin(self.status_at(range))
+    }
+
+    fn event_boxed(&self, event: Event) -> BoxFuture<'_, ()> {
+        Box::pin(self.event(event))
     }
 
     fn abilities(&self) -> Capabilities {
@@ -171,6 +176,13 @@ impl Storage for AnyStorage {
         match self {
             Self::File(file) => file.status_at(range).await,
             Self::Other(other) => other.status_boxed(range).await,
+        }
+    }
+
+    async fn event(&self, event: Event) {
+        match self {
+            Self::File(_) => {}
+            Self::Other(other) => other.event_boxed(event).await,
         }
     }
 

@@ -14,6 +14,10 @@ use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{Error, Result};
 
 use super::any::AnyStorage;
+use super::below::Below;
+use super::debug::Rules;
+use super::tops::stacked;
+use crate::verbs::spec::tree::TopSpec;
 
 /// An opened disk. Clones are the same disk.
 #[derive(Clone)]
@@ -23,6 +27,10 @@ pub(crate) struct ToolDisk {
     nested: Arc<[Disk<AnyStorage>]>,
     /// What a discard does.
     discards: Discards,
+    /// The layers on top, where there are any.
+    top: Option<Below>,
+    /// The rules of a test driver below, where there is one.
+    rules: Option<Arc<Rules>>,
 }
 
 /// Whether a discard reaches the disk.
@@ -40,7 +48,28 @@ impl ToolDisk {
         nested: Vec<Disk<AnyStorage>>,
         discards: Discards,
     ) -> Self {
-        Self { disk: DetectZeroes::new(disk, detection), nested: nested.into(), discards }
+        let disk = DetectZeroes::new(disk, detection);
+        Self { disk, nested: nested.into(), discards, top: None, rules: None }
+    }
+
+    /// Puts layers on top.
+    pub(super) fn topped(self, tops: &[TopSpec]) -> Result<Self> {
+        if tops.is_empty() {
+            return Ok(self);
+        }
+        let unit_bytes = self.zero_unit_bytes();
+        let top = stacked(Below::new(self.clone()), tops, unit_bytes)?;
+        Ok(Self { top: Some(top), ..self })
+    }
+
+    /// Remembers the rules of a test driver.
+    pub(super) fn with_rules(self, rules: Option<Arc<Rules>>) -> Self {
+        Self { rules, ..self }
+    }
+
+    /// Returns the rules of a test driver below, where there is one.
+    pub(crate) const fn rules(&self) -> Option<&Arc<Rules>> {
+        self.rules.as_ref()
     }
 
     /// Returns the format.
@@ -87,30 +116,46 @@ impl Layer for ToolDisk {
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
-        self.disk.read(offset, buffer).await
+        match &self.top {
+            Some(top) => top.read(offset, buffer).await,
+            None => self.disk.read(offset, buffer).await,
+        }
     }
 
     async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
-        self.disk.write(offset, buffer, flags).await
+        match &self.top {
+            Some(top) => top.write(offset, buffer, flags).await,
+            None => self.disk.write(offset, buffer, flags).await,
+        }
     }
 
     async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
-        self.disk.write_zeroes(range, flags).await
+        match &self.top {
+            Some(top) => top.write_zeroes(range, flags).await,
+            None => self.disk.write_zeroes(range, flags).await,
+        }
     }
 
     async fn discard(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
-        match self.discards {
-            Discards::Ignored => Ok(()),
-            Discards::Passed => self.disk.discard(range, mode).await,
+        match (self.discards, &self.top) {
+            (Discards::Ignored, _) => Ok(()),
+            (Discards::Passed, Some(top)) => top.discard(range, mode).await,
+            (Discards::Passed, None) => self.disk.discard(range, mode).await,
         }
     }
 
     async fn flush(&self) -> Result<()> {
-        self.disk.flush().await
+        match &self.top {
+            Some(top) => top.flush().await,
+            None => self.disk.flush().await,
+        }
     }
 
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
-        self.disk.extents(range).await
+        match &self.top {
+            Some(top) => top.extents(range).await,
+            None => self.disk.extents(range).await,
+        }
     }
 }
 

@@ -4,14 +4,18 @@
 //! * Each wrapper has one behaviour.
 
 mod any;
+mod below;
 mod chain;
+mod debug;
 mod disk;
 mod nested;
 mod null;
 mod opener;
+mod tops;
 mod window;
 
 pub(crate) use any::AnyStorage;
 pub(crate) use chain::{FileChain, FileMap};
+pub(crate) use debug::{Found, Rules, is_by_rule};
 pub(crate) use disk::ToolDisk;
 pub(crate) use opener::{Base, Opening};

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use lacuna::Result;
 use lacuna::block::{BoxFuture, ZeroDetection};
@@ -19,14 +19,16 @@ use lacuna::storage::{CacheMode, Claim, FileAccess, FileOptions, FileStorage, Lo
 
 use super::any::AnyStorage;
 use super::chain::FileChain;
+use super::debug::{Debug, Rules};
 use super::disk::{Discards, ToolDisk};
 use super::nested::Nested;
 use super::null::Null;
 use super::window::Window;
 use crate::format::Format;
+use crate::verbs::spec::debug::DebugSpec;
 use crate::verbs::spec::runtime::Locking as Locked;
 use crate::verbs::spec::tree::{
-    BelowSpec, DiskSpec, FileKind, FileSpec, StorageSpec, Window as Part,
+    BelowSpec, DiskSpec, FileKind, FileSpec, StorageSpec, TopSpec, Window as Part,
 };
 
 /// The smallest table cache that is passed on: a few slices.
@@ -48,6 +50,7 @@ pub(crate) struct Opening {
     opener: SpecOpener,
     discards: Discards,
     detection: ZeroDetection,
+    tops: Vec<TopSpec>,
 }
 
 impl Opening {
@@ -70,14 +73,17 @@ impl Opening {
             Some(false) => Discards::Ignored,
             _ => Discards::Passed,
         };
-        Self { path, options, opener, discards, detection: disk.common.detect_zeroes }
+        let (detection, tops) = (disk.common.detect_zeroes, disk.tops.clone());
+        Self { path, options, opener, discards, detection, tops }
     }
 
     /// Opens it with its backing chain.
     pub(crate) async fn open(self) -> Result<FileChain> {
         let chain = chain::open(&self.opener, &self.path, &self.options).await?;
+        let rules = self.opener.rules();
         let nested = self.opener.into_nested();
         let disk = ToolDisk::new(chain.disk().clone(), self.detection, nested, self.discards);
+        let disk = disk.with_rules(rules).topped(&self.tops)?;
         Ok(FileChain::new(chain, disk))
     }
 
@@ -161,11 +167,18 @@ struct SpecOpener {
     base: Base,
     specs: BTreeMap<PathBuf, (StorageSpec, Part)>,
     nested: Mutex<Vec<Disk<AnyStorage>>>,
+    /// Those of the outermost test driver.
+    rules: Mutex<Option<Arc<Rules>>>,
 }
 
 impl SpecOpener {
     const fn new(base: Base) -> Self {
-        Self { base, specs: BTreeMap::new(), nested: Mutex::new(Vec::new()) }
+        Self {
+            base,
+            specs: BTreeMap::new(),
+            nested: Mutex::new(Vec::new()),
+            rules: Mutex::new(None),
+        }
     }
 
     fn add_whole(&mut self, spec: &StorageSpec, role: &str) -> PathBuf {
@@ -182,6 +195,10 @@ impl SpecOpener {
         path
     }
 
+    fn rules(&self) -> Option<Arc<Rules>> {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn into_nested(self) -> Vec<Disk<AnyStorage>> {
         self.nested.into_inner().unwrap_or_else(PoisonError::into_inner)
     }
@@ -193,6 +210,7 @@ impl SpecOpener {
         access: Access,
     ) -> BoxFuture<'a, Result<AnyStorage>> {
         match spec {
+            StorageSpec::Debug(debug) => Box::pin(self.open_debug(&debug.0, &debug.1, access)),
             StorageSpec::Disk(disk) => Box::pin(self.open_disk(disk, access)),
             StorageSpec::File(file) => Box::pin(std::future::ready(self.open_file(file, access))),
             StorageSpec::Null(null) => {
@@ -200,6 +218,18 @@ impl SpecOpener {
                 Box::pin(std::future::ready(Ok(null)))
             }
         }
+    }
+
+    async fn open_debug(
+        &self,
+        debug: &DebugSpec,
+        below: &StorageSpec,
+        access: Access,
+    ) -> Result<AnyStorage> {
+        let below = self.open_spec(below, access).await?;
+        let rules = Arc::new(Rules::new(debug.rules.clone()));
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(Arc::clone(&rules));
+        Ok(AnyStorage::other(Debug::new(below, rules, debug.limits)))
     }
 
     async fn open_disk(&self, disk: &DiskSpec, access: Access) -> Result<AnyStorage> {

@@ -4,7 +4,7 @@
 
 use lacuna::buffer::{Buffer, Hold};
 use lacuna::storage::{
-    Capabilities, Capability, HostExtent, HostStatus, Storage, Transfer, ZeroMode,
+    Capabilities, Capability, Event, HostExtent, HostStatus, Storage, Transfer, ZeroMode,
 };
 use lacuna::units::{HostOffset, HostRange};
 use lacuna::{Error, ErrorKind, Result};
@@ -120,6 +120,10 @@ impl Storage for Window {
             0 => Ok(HostExtent { len: range.len, status: HostStatus::Hole }),
             len => self.below.status_at(HostRange::new(self.shifted(range.start)?, len)).await,
         }
+    }
+
+    async fn event(&self, event: Event) {
+        self.below.event(event).await;
     }
 
     fn capabilities(&self) -> Capabilities {

@@ -10,7 +10,7 @@ use super::open::{self, Request};
 use super::progress::Meter;
 use super::{Example, ExitCode, Task, Verb, common};
 use crate::args::{Flag, Parsed};
-use crate::error::{CliError, CliResult};
+use crate::error::{CliError, CliResult, errno_words};
 use crate::output;
 use crate::persona::Tool;
 
@@ -82,19 +82,37 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         &mut |done, total| meter.update("compare", done, total),
     ));
     meter.finish(found.is_ok());
-    let found = found.map_err(|error| CliError::from(error).with_code(NOT_READ))?;
     let common = first.disk().size_bytes().min(second.disk().size_bytes());
+    let found = found.map_err(|error| {
+        let words = qemu_words(&error, parsed, common).filter(|_| !tool.is_own());
+        words.unwrap_or_else(|| CliError::from(error)).with_code(NOT_READ)
+    })?;
     if !parsed.has("quiet") {
         output::print(&verdict(&found, common))?;
     }
     Ok(u8::from(!found.is_identical()))
 }
 
+/// Says in QEMU's words what could not be read; `common` is the size of the smaller disk.
+fn qemu_words(error: &lacuna::Error, parsed: &Parsed, common: u64) -> Option<CliError> {
+    let rest = error.message().strip_prefix("Reading the ")?;
+    let (which, rest) = rest.split_once(" disk at offset ")?;
+    let offset: u64 = rest.split(':').next()?.parse().ok()?;
+    let file = parsed.operands.get(usize::from(which == "second"))?;
+    let text = format!("Error while reading offset {offset} of {file}: {}", errno_words(error));
+    // Where only one disk goes on, the other one's end was noticed before.
+    let warning = if offset < common || parsed.has("quiet") { "" } else { SIZES_DIFFER };
+    Some(CliError::new(text).with_output(warning.to_owned()))
+}
+
+/// Said of disks that differ in size and are alike otherwise.
+const SIZES_DIFFER: &str = "Warning: Image size mismatch!\n";
+
 /// Says what was found; `common` is the size of the smaller disk.
 fn verdict(found: &Comparison, common: u64) -> String {
     let sector = found.difference.and_then(Difference::sector).map(|offset| offset.0);
     let warning = match found.sizes_differ && sector.is_none_or(|offset| offset >= common) {
-        true => "Warning: Image size mismatch!\n",
+        true => SIZES_DIFFER,
         false => "",
     };
     let offset = sector.unwrap_or(0);

@@ -5,6 +5,8 @@
 //! * Where one disk is longer, its tail must read as zeros to count as the same.
 //! * Memory: two buffers of [`REQUEST_BYTES`].
 
+use futures_util::future::join;
+
 use crate::Result;
 use crate::block::{AllocationDepth, ExtentCursor, ExtentStatus, Layer, first_nonzero};
 use crate::buffer::Buffer;
@@ -12,6 +14,10 @@ use crate::units::{GuestOffset, GuestRange};
 
 /// How many bytes of each disk are looked at in one go.
 const REQUEST_BYTES: u64 = 2 << 20;
+
+/// What the disks are called in errors.
+const FIRST: &str = "first";
+const SECOND: &str = "second";
 
 /// What counts as the same.
 ///
@@ -125,8 +131,8 @@ pub async fn compare<A: Layer, B: Layer>(
     let mut difference = common_part(first, second, common, options, &mut report).await?;
     if difference.is_none() {
         difference = match sizes.0 > sizes.1 {
-            true => tail(first, common, &mut report).await?,
-            false => tail(second, common, &mut report).await?,
+            true => tail((first, FIRST), common, &mut report).await?,
+            false => tail((second, SECOND), common, &mut report).await?,
         };
     }
     Ok(Comparison { difference, sizes_differ })
@@ -154,8 +160,8 @@ async fn common_part<A: Layer, B: Layer>(
         let range = GuestRange::new(at, same);
         let differs = match (left.reads_zero, right.reads_zero) {
             (true, true) => None,
-            (true, false) => nonzero(second, range, report).await?,
-            (false, true) => nonzero(first, range, report).await?,
+            (true, false) => nonzero((second, SECOND), range, report).await?,
+            (false, true) => nonzero((first, FIRST), range, report).await?,
             (false, false) => bytes(first, second, range, report).await?,
         };
         if let Some(offset) = differs {
@@ -168,15 +174,15 @@ async fn common_part<A: Layer, B: Layer>(
 
 /// Looks for something in the tail that only `longer` has.
 async fn tail<L: Layer>(
-    longer: &L,
+    longer: (&L, &str),
     from: u64,
     report: &mut (dyn FnMut(u64) + Send),
 ) -> Result<Option<Difference>> {
     let mut cursor = ExtentCursor::default();
-    let (mut at, end) = (GuestOffset(from), longer.size_bytes());
+    let (mut at, end) = (GuestOffset(from), longer.0.size_bytes());
     while at.0 < end {
         report(at.0);
-        let extent = cursor.at(longer, GuestRange::new(at, end - at.0)).await?;
+        let extent = cursor.at(longer.0, GuestRange::new(at, end - at.0)).await?;
         if !extent.status.reads_zero
             && let Some(offset) = nonzero(longer, extent.range, report).await?
         {
@@ -202,13 +208,13 @@ fn steps(range: GuestRange) -> impl Iterator<Item = GuestRange> + Send {
 
 /// Finds the first byte in `range` that is not zero.
 async fn nonzero<L: Layer>(
-    layer: &L,
+    (layer, which): (&L, &str),
     range: GuestRange,
     report: &mut (dyn FnMut(u64) + Send),
 ) -> Result<Option<GuestOffset>> {
     for step in steps(range) {
         report(step.start.0);
-        let content = read(layer, step).await?;
+        let content = read(layer, which, step).await?;
         if let Some(place) = first_nonzero(&content) {
             return Ok(Some(step.start + place as u64));
         }
@@ -225,7 +231,7 @@ async fn bytes<A: Layer, B: Layer>(
 ) -> Result<Option<GuestOffset>> {
     for step in steps(range) {
         report(step.start.0);
-        let both = futures_util::future::join(read(first, step), read(second, step)).await;
+        let both = join(read(first, FIRST, step), read(second, SECOND, step)).await;
         let (left, right) = (both.0?, both.1?);
         if *left != *right {
             let place = left.iter().zip(&*right).position(|(left, right)| left != right);
@@ -235,9 +241,12 @@ async fn bytes<A: Layer, B: Layer>(
     Ok(None)
 }
 
-async fn read<L: Layer>(layer: &L, step: GuestRange) -> Result<Buffer> {
+async fn read<L: Layer>(layer: &L, which: &str, step: GuestRange) -> Result<Buffer> {
     let (result, buffer) = layer.read(step.start, Buffer::new(step.len as usize)).await;
-    result.map(|()| buffer)
+    let at = step.start.0;
+    result
+        .map(|()| buffer)
+        .map_err(|error| error.context(format!("Reading the {which} disk at offset {at}")))
 }
 
 #[cfg(test)]

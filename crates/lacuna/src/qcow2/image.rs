@@ -17,7 +17,7 @@ use super::options::{DiscardPolicy, ExtentDetail, OpenOptions, Parts, ZeroUnmap}
 use super::write_back::{Piece, Refcounting};
 use crate::block::{BoxFuture, DynLayer};
 use crate::buffer::{Buffer, Hold, Release};
-use crate::storage::Storage;
+use crate::storage::{Event, Storage};
 use crate::units::HostOffset;
 use crate::{Error, Result};
 
@@ -240,6 +240,7 @@ impl<S: Storage> Image<S> {
             let meta = self.0.meta.lock();
             (meta.l2.generation(), meta.l2.slice_bytes())
         };
+        self.0.storage.event(Event::L2Load).await;
         let bytes = self.load(offset, len, "L2 table").await?;
         self.0.meta.lock().l2.insert_loaded(offset, &bytes, generation);
         Ok(())
@@ -250,6 +251,7 @@ impl<S: Storage> Image<S> {
             let meta = self.0.meta.lock();
             (meta.refcounts.blocks.generation(), meta.refcounts.blocks.slice_bytes())
         };
+        self.0.storage.event(Event::RefblockLoad).await;
         let bytes = self.load(offset, len, "refcount block").await?;
         self.0.meta.lock().refcounts.blocks.insert_loaded(offset, &bytes, generation);
         Ok(())

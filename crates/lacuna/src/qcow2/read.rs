@@ -6,7 +6,7 @@ use super::image::Image;
 use super::in_flight::{Token, Touch};
 use super::mapping::{Mapping, Run};
 use crate::buffer::Buffer;
-use crate::storage::{Storage, Transfer};
+use crate::storage::{Event, Storage, Transfer};
 use crate::units::{GuestOffset, GuestRange};
 use crate::{Error, Result};
 
@@ -62,7 +62,10 @@ impl<S: Storage> Image<S> {
 
     async fn fill(&self, run: Run, at: GuestOffset, mut buffer: Buffer) -> Transfer {
         match run.mapping {
-            Mapping::Data { host, .. } => self.data_storage().read_at(host, buffer).await,
+            Mapping::Data { host, .. } => {
+                self.0.storage.event(Event::ReadAio).await;
+                self.data_storage().read_at(host, buffer).await
+            }
             Mapping::Unallocated { .. } => self.read_below(at, buffer).await,
             Mapping::Zero { .. } => {
                 buffer.fill(0);
@@ -100,6 +103,7 @@ impl<S: Storage> Image<S> {
 
     async fn decompress(&self, run: CompressedRun) -> Result<Buffer> {
         let range = run.range();
+        self.0.storage.event(Event::ReadCompressed).await;
         let input = self.load(range.start, range.len, "compressed cluster").await?;
         let mut cluster = Buffer::new(self.geometry().cluster_bytes() as usize);
         let kind = self.0.header.lock().compression;

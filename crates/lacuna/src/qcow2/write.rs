@@ -12,7 +12,7 @@ use super::quarantine::FreedBy;
 use super::read::join;
 use crate::block::WriteFlags;
 use crate::buffer::{Buffer, Hold};
-use crate::storage::{Storage, Transfer, ZeroMode};
+use crate::storage::{Event, Storage, Transfer, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 use crate::{Error, Result};
 
@@ -64,6 +64,7 @@ impl<S: Storage> Image<S> {
         match piece {
             WritePiece::InPlace { token, host, .. } => {
                 bytes.set_hold(self.hold(token));
+                self.0.storage.event(Event::WriteAio).await;
                 let (result, mut bytes) = self.data_storage().write_at(host, bytes).await;
                 drop(bytes.take_hold());
                 (result, bytes)
@@ -80,6 +81,7 @@ impl<S: Storage> Image<S> {
 
     async fn write_and_link(&self, new: &NewData, mut bytes: Buffer, hold: Hold) -> Transfer {
         bytes.set_hold(hold);
+        self.0.storage.event(Event::WriteAio).await;
         let (mut result, mut bytes) = self.data_storage().write_at(new.host, bytes).await;
         let hold = bytes.take_hold();
         if result.is_ok() {
@@ -110,6 +112,7 @@ impl<S: Storage> Image<S> {
             self.read_mapped(range.start, Buffer::new(range.len as usize)).await;
         result?;
         bytes.set_hold(hold);
+        self.0.storage.event(Event::CowWrite).await;
         let (result, mut bytes) = self.data_storage().write_at(host, bytes).await;
         result.map(|()| bytes.take_hold())
     }
@@ -225,6 +228,7 @@ impl<S: Storage> Image<S> {
             .map(|(token, host)| (self.hold(token), (token, host)))?;
         let (token, host) = host;
         stream.set_hold(hold);
+        self.0.storage.event(Event::WriteCompressed).await;
         let (result, mut stream) = self.0.storage.write_at(host, stream).await;
         result?;
         let hold = stream.take_hold();

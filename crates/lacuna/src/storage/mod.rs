@@ -121,6 +121,48 @@ pub struct HostExtent {
 /// The result of a transfer: the buffer always comes back.
 pub type Transfer = (Result<()>, Buffer);
 
+/// A step in the work of whoever uses a storage, as a test driver wants to know it.
+///
+/// The names are those of QEMU's `blkdebug`.
+///
+/// ```
+/// assert_eq!(lacuna::storage::Event::L2Load.name(), "l2_load");
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Event {
+    /// Bytes around a write are about to be copied to their new place.
+    CowWrite,
+    /// A part of an L2 table is about to be read.
+    L2Load,
+    /// Guest data is about to be read.
+    ReadAio,
+    /// A compressed cluster is about to be read.
+    ReadCompressed,
+    /// A part of a refcount block is about to be read.
+    RefblockLoad,
+    /// Guest data is about to be written.
+    WriteAio,
+    /// A compressed cluster is about to be written.
+    WriteCompressed,
+}
+
+impl Event {
+    /// Returns QEMU's name.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::CowWrite => "cow_write",
+            Self::L2Load => "l2_load",
+            Self::ReadAio => "read_aio",
+            Self::ReadCompressed => "read_compressed",
+            Self::RefblockLoad => "refblock_load",
+            Self::WriteAio => "write_aio",
+            Self::WriteCompressed => "write_compressed",
+        }
+    }
+}
+
 /// A growing object that holds image bytes: a file, a block device, memory.
 ///
 /// All calls may be in flight at once, from any thread. Overlapping writes in flight at the same
@@ -191,6 +233,13 @@ pub trait Storage: Send + Sync + 'static {
     /// Zero is claimed only where it is certain, also for writes not yet flushed; past the end
     /// everything is [`HostStatus::Hole`].
     fn status_at(&self, range: HostRange) -> impl Future<Output = Result<HostExtent>> + Send;
+
+    /// Is told what comes next. Only test drivers care: they may make the next call fail, or wait.
+    ///
+    /// Nobody may be told while a lock is held.
+    fn event(&self, _: Event) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
 
     /// Returns what this storage can do.
     fn capabilities(&self) -> Capabilities;

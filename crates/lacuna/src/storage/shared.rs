@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use super::{Capabilities, HostExtent, Storage, Transfer, ZeroMode};
+use super::{Capabilities, Event, HostExtent, Storage, Transfer, ZeroMode};
 use crate::Result;
 use crate::buffer::{Buffer, Hold};
 use crate::units::{HostOffset, HostRange};
@@ -60,6 +60,10 @@ impl<S: Storage> Storage for Arc<S> {
 
     fn status_at(&self, range: HostRange) -> impl Future<Output = Result<HostExtent>> + Send {
         S::status_at(self, range)
+    }
+
+    fn event(&self, event: Event) -> impl Future<Output = ()> + Send {
+        S::event(self, event)
     }
 
     fn capabilities(&self) -> Capabilities {

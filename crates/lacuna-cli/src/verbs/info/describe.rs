@@ -69,6 +69,8 @@ pub(super) fn node(level: &LevelInfo<AnyStorage>, spec: Option<&DiskSpec>) -> Cl
 /// Returns what the file takes on the host, where there is a file.
 fn actual_bytes(storage: &StorageSpec) -> CliResult<Option<u64>> {
     match storage {
+        // Nobody asks a test driver.
+        StorageSpec::Debug(_) => Ok(None),
         StorageSpec::Disk(disk) => actual_bytes(&disk.file),
         StorageSpec::File(file) => facts(&file.path).map(|facts| Some(facts.blocks() * 512)),
         StorageSpec::Null(_) => Ok(Some(0)),
@@ -85,6 +87,12 @@ fn facts(path: &Path) -> CliResult<Metadata> {
 /// `len` is the number of bytes in it, where that is known.
 fn storage_info(storage: &StorageSpec, len: Option<u64>) -> CliResult<Value> {
     Ok(match storage {
+        StorageSpec::Debug(debug) => json!({
+            "children": [{"name": "image", "info": storage_info(&debug.1, len)?}],
+            "virtual-size": len,
+            "filename": storage.shown(),
+            "format": "blkdebug",
+        }),
         StorageSpec::Disk(disk) => json!({
             "children": [{"name": "file", "info": storage_info(&disk.file, None)?}],
             "filename": disk.shown(),

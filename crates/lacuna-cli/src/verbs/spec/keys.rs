@@ -102,6 +102,19 @@ impl Keys {
         Self(below.into_iter().map(short).collect())
     }
 
+    /// Takes out the members of the list `prefix`, in order.
+    pub(crate) fn take_list(&mut self, prefix: &str) -> Vec<Self> {
+        let mut below = self.take_below(prefix);
+        let mut items = Vec::new();
+        loop {
+            let item = below.take_below(&items.len().to_string());
+            if item.is_empty() {
+                return items;
+            }
+            items.push(item);
+        }
+    }
+
     /// Says whether there is nothing left.
     pub(crate) const fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -141,6 +154,12 @@ mod tests {
             keys(&[("file.a", "1"), ("filename", "x"), ("file.b.c", "2"), ("file.a", "3")]);
         assert_eq!(all.take_below("file"), keys(&[("a", "3"), ("b.c", "2")]));
         assert_eq!(all.first(), Some("filename"));
+    }
+
+    #[test]
+    fn lists_are_taken_in_order() {
+        let mut all = keys(&[("l.1.b", "2"), ("l.0.a", "1"), ("m", "3")]);
+        assert_eq!(all.take_list("l"), [keys(&[("a", "1")]), keys(&[("b", "2")])]);
     }
 
     #[test]

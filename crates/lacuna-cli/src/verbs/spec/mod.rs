@@ -3,6 +3,7 @@
 //! All three come down to a tree of options ([`tree`]); a plain name is a tree of one file.
 
 pub(crate) mod change;
+pub(crate) mod debug;
 mod json;
 pub(crate) mod keys;
 pub(crate) mod runtime;
@@ -106,7 +107,7 @@ impl ImageSpec {
 
 /// Names that stand for a storage where a format is expected.
 fn is_storage(name: &str) -> bool {
-    matches!(name, "host_cdrom" | "null-co" | "null-aio")
+    matches!(name, "blkdebug" | "compress" | "copy-on-read" | "host_cdrom" | "null-co" | "null-aio")
 }
 
 /// For the fuzzer: what is accepted names a file.

@@ -73,6 +73,14 @@ impl Common {
         }
     }
 
+    /// Takes over what `upper` says and this one does not.
+    pub(super) fn add(&mut self, upper: Self) {
+        self.read_only = self.read_only.or(upper.read_only);
+        self.direct = self.direct.or(upper.direct);
+        self.force_share = self.force_share.or(upper.force_share);
+        self.discard = self.discard.or(upper.discard);
+    }
+
     /// Takes what only files of the host have.
     pub(super) fn take_for_file(&mut self, keys: &mut Keys) -> CliResult<()> {
         self.locking = match keys.take_text("locking").as_deref() {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::debug::{DebugSpec, Limits};
 use super::keys::{Keys, Scalar};
 use super::runtime::{Common, Runtime};
 use crate::error::{CliError, CliResult};
@@ -31,6 +32,27 @@ pub(crate) struct DiskSpec {
     pub(crate) below: BelowSpec,
     /// The external data file, where not the one that the image names.
     pub(crate) data_file: Option<StorageSpec>,
+    /// What is put on top, the lowest first.
+    pub(crate) tops: Vec<TopSpec>,
+}
+
+/// A layer on top of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum TopSpec {
+    Compress,
+    CopyOnRead,
+    Limits(Limits),
+}
+
+impl TopSpec {
+    /// Returns QEMU's name of the driver.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Compress => "compress",
+            Self::CopyOnRead => "copy-on-read",
+            Self::Limits(_) => "blkdebug",
+        }
+    }
 }
 
 /// The part of a file that a raw disk is.
@@ -65,6 +87,8 @@ pub(crate) struct Changed {
 /// Where bytes come from.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum StorageSpec {
+    /// A storage whose requests fail or wait by rules.
+    Debug(Box<(DebugSpec, Self)>),
     /// A disk whose guest bytes are what is seen.
     Disk(Box<DiskSpec>),
     File(FileSpec),
@@ -136,6 +160,7 @@ impl DiskSpec {
             window: Window::default(),
             below: BelowSpec::default(),
             data_file: None,
+            tops: Vec::new(),
         }
     }
 
@@ -144,6 +169,7 @@ impl DiskSpec {
         let is_whole = self.window == Window::default();
         match &self.file {
             StorageSpec::File(file) if is_whole => file.path.display().to_string(),
+            StorageSpec::Debug(debug) if is_whole && debug.0.has_only_config() => self.file.shown(),
             StorageSpec::Null(null) if is_whole && null.size.is_none() => null.shown(),
             _ => format!("json:{}", spaced(&self.json())),
         }
@@ -178,6 +204,7 @@ impl StorageSpec {
     /// Returns the file that all comes from, or a name for what comes from none.
     pub(crate) fn path(&self) -> &Path {
         match self {
+            Self::Debug(debug) => debug.1.path(),
             Self::Disk(disk) => disk.file.path(),
             Self::File(file) => &file.path,
             Self::Null(_) => Path::new("null-co://"),
@@ -187,6 +214,7 @@ impl StorageSpec {
     /// Returns the file of the host that it comes down to.
     pub(crate) fn files(&self) -> Option<&FileSpec> {
         match self {
+            Self::Debug(debug) => debug.1.files(),
             Self::Disk(disk) => disk.file.files(),
             Self::File(file) => Some(file),
             Self::Null(_) => None,
@@ -195,8 +223,21 @@ impl StorageSpec {
 }
 
 impl StorageSpec {
+    /// Returns the name to show for a storage that stands alone.
+    pub(crate) fn shown(&self) -> String {
+        match self {
+            Self::Debug(debug) if debug.0.has_only_config() => {
+                format!("blkdebug:{}:{}", debug.0.config, debug.1.path().display())
+            }
+            Self::File(file) => file.path.display().to_string(),
+            Self::Null(null) => null.shown(),
+            _ => format!("json:{}", spaced(&self.json())),
+        }
+    }
+
     fn json(&self) -> Value {
         match self {
+            Self::Debug(debug) => json!({"driver": "blkdebug", "image": debug.1.json()}),
             Self::Disk(disk) => disk.json(),
             Self::File(file) => {
                 json!({"driver": file.kind.name(), "filename": file.path.to_string_lossy()})
@@ -226,9 +267,13 @@ fn spaced(value: &Value) -> String {
     }
 }
 
+fn too_deep() -> CliError {
+    CliError::new(format!("The description is nested more than {MAX_DEPTH} deep"))
+}
+
 fn disk(mut keys: Keys, name: Option<&str>, depth: usize) -> CliResult<DiskSpec> {
     if depth == MAX_DEPTH {
-        return Err(CliError::new(format!("The description is nested more than {MAX_DEPTH} deep")));
+        return Err(too_deep());
     }
     let driver = keys.take_text("driver");
     match driver.as_deref() {
@@ -238,8 +283,73 @@ fn disk(mut keys: Keys, name: Option<&str>, depth: usize) -> CliResult<DiskSpec>
         None => formatted(None, keys, name, depth),
         Some(driver) => match format_of(driver) {
             Some(format) => formatted(Some(format), keys, name, depth),
-            None => bare(driver, keys, name, depth),
+            None => match driver {
+                "blkdebug" => limited(keys, name, depth),
+                "compress" => topped(TopSpec::Compress, keys, name, depth),
+                "copy-on-read" => topped(TopSpec::CopyOnRead, keys, name, depth),
+                _ => bare(driver, keys, name, depth),
+            },
         },
+    }
+}
+
+/// A disk with a layer on top of it.
+fn topped(top: TopSpec, mut keys: Keys, name: Option<&str>, depth: usize) -> CliResult<DiskSpec> {
+    let common = Common::take(&mut keys)?;
+    let mut below = disk_below(&mut keys, "file", name, depth)?;
+    keys.none_for_format(top.name())?;
+    if top == TopSpec::Compress && below.format != Some(Format::Qcow2) {
+        let format = below.storage_name.or_else(|| below.format.map(Format::name)).unwrap_or("raw");
+        let text = format!("Compression is not supported for underlying format: {format}");
+        return Err(CliError::new(text));
+    }
+    below.common.add(common);
+    below.tops.push(top);
+    Ok(below)
+}
+
+/// A disk whose requests a debug driver cuts. Its rules are about storage, of which none is here.
+fn limited(mut keys: Keys, name: Option<&str>, depth: usize) -> CliResult<DiskSpec> {
+    let named = name.map(debug_name).transpose()?;
+    let (config, name) = named.unzip();
+    let common = Common::take(&mut keys)?;
+    let debug = DebugSpec::take(&mut keys, config)?;
+    let mut below = disk_below(&mut keys, "image", name.as_deref(), depth)?;
+    keys.none_for_storage("blkdebug")?;
+    if !debug.rules.is_empty() {
+        return Err(CliError::new("Rules of blkdebug are not supported above a format")
+            .with_hint("put it below: driver=qcow2,file.driver=blkdebug,file.image.filename=..."));
+    }
+    below.common.add(common);
+    below.tops.push(TopSpec::Limits(debug.limits));
+    Ok(below)
+}
+
+/// The disk that the options below `key` and `name` describe.
+fn disk_below(keys: &mut Keys, key: &str, name: Option<&str>, depth: usize) -> CliResult<DiskSpec> {
+    if let Some(reference) = keys.take_text(key) {
+        return Err(no_such_node(&reference));
+    }
+    let below = keys.take_below(key);
+    match below.is_empty() && name.is_none() {
+        true => Err(CliError::new(format!("A block device must be specified for \"{key}\""))),
+        // Plain options of a file are those of a disk on it.
+        false if below.text("filename").is_some() && below.text("driver").is_none() => {
+            Ok(DiskSpec::on(storage(below, None, depth + 1)?))
+        }
+        false => disk(below, name, depth + 1),
+    }
+}
+
+/// Splits `blkdebug:CONFIG:IMAGE`.
+fn debug_name(name: &str) -> CliResult<(String, String)> {
+    let Some(rest) = name.strip_prefix("blkdebug:") else {
+        // Whatever else it is, it is the image.
+        return Ok((String::new(), name.to_owned()));
+    };
+    match rest.split_once(':') {
+        Some((config, image)) if !image.is_empty() => Ok((config.to_owned(), image.to_owned())),
+        _ => Err(CliError::new("blkdebug requires both config file and image path")),
     }
 }
 
@@ -292,7 +402,7 @@ fn bare(driver: &str, mut keys: Keys, name: Option<&str>, depth: usize) -> CliRe
     let storage_name = match &file {
         StorageSpec::File(file) => Some(file.kind.name()),
         StorageSpec::Null(null) => Some(null.name),
-        StorageSpec::Disk(_) => None,
+        StorageSpec::Debug(_) | StorageSpec::Disk(_) => None,
     };
     Ok(DiskSpec { format: Some(Format::Raw), storage_name, common, ..DiskSpec::on(file) })
 }
@@ -367,6 +477,17 @@ fn changed_to_storage(driver: &str, keys: Keys, depth: usize) -> CliResult<Chang
 
 /// Reads what plays the file of a format.
 fn storage(mut keys: Keys, name: Option<&str>, depth: usize) -> CliResult<StorageSpec> {
+    if depth == MAX_DEPTH {
+        return Err(too_deep());
+    }
+    let is_debug = name.is_some_and(|name| name.starts_with("blkdebug:"));
+    if is_debug && keys.text("driver").is_none() {
+        keys.set("driver".to_owned(), Scalar::Text("blkdebug".to_owned()));
+    }
+    if keys.text("driver") == Some("blkdebug") {
+        keys.take("driver");
+        return debugged(keys, name, depth);
+    }
     let named = name.map(split_protocol).transpose()?;
     let driver = keys.take_text("driver");
     let driver = driver.as_deref().or_else(|| named.as_ref().and_then(|(driver, _)| *driver));
@@ -383,6 +504,18 @@ fn storage(mut keys: Keys, name: Option<&str>, depth: usize) -> CliResult<Storag
         }
         Some(driver) => Err(CliError::new(format!("Unknown driver '{driver}'"))),
     }
+}
+
+/// A storage whose requests fail or wait by rules.
+fn debugged(mut keys: Keys, name: Option<&str>, depth: usize) -> CliResult<StorageSpec> {
+    let (config, image) = name.map(debug_name).transpose()?.unzip();
+    Common::take(&mut keys)?;
+    let debug = DebugSpec::take(&mut keys, config)?;
+    let below = child(&mut keys, "image", image.as_deref(), depth)?;
+    let below =
+        below.ok_or_else(|| CliError::new("A block device must be specified for \"image\""))?;
+    keys.none_for_storage("blkdebug")?;
+    Ok(StorageSpec::Debug(Box::new((debug, below))))
 }
 
 /// Splits a name into the driver that its protocol asks for, and the rest.

@@ -1,0 +1,87 @@
+//! A storage for tests: its requests fail or wait by rules ([`rules`]), as QEMU's `blkdebug` has
+//! it.
+
+mod rules;
+
+use std::sync::Arc;
+
+use lacuna::Result;
+use lacuna::buffer::{Buffer, Hold};
+use lacuna::storage::{Capabilities, Event, HostExtent, Storage, Transfer, ZeroMode};
+use lacuna::units::{HostOffset, HostRange};
+
+pub(crate) use rules::{Found, Rules, is_by_rule};
+
+use super::any::AnyStorage;
+use crate::verbs::spec::debug::Limits;
+
+pub(super) struct Debug {
+    below: AnyStorage,
+    rules: Arc<Rules>,
+    limits: Limits,
+}
+
+impl Debug {
+    pub(super) const fn new(below: AnyStorage, rules: Arc<Rules>, limits: Limits) -> Self {
+        Self { below, rules, limits }
+    }
+}
+
+impl Storage for Debug {
+    async fn read_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        match self.rules.check("read", offset.0, buffer.len() as u64) {
+            Ok(()) => self.below.read_at(offset, buffer).await,
+            Err(error) => (Err(error), buffer),
+        }
+    }
+
+    async fn write_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        match self.rules.check("write", offset.0, buffer.len() as u64) {
+            Ok(()) => self.below.write_at(offset, buffer).await,
+            Err(error) => (Err(error), buffer),
+        }
+    }
+
+    async fn write_zeroes_at(&self, range: HostRange, mode: ZeroMode, hold: Hold) -> Result<()> {
+        self.rules.check("write-zeroes", range.start.0, range.len)?;
+        self.below.write_zeroes_at(range, mode, hold).await
+    }
+
+    async fn punch_hole_at(&self, range: HostRange, hold: Hold) -> Result<()> {
+        self.rules.check("discard", range.start.0, range.len)?;
+        self.below.punch_hole_at(range, hold).await
+    }
+
+    async fn allocate_at(&self, range: HostRange) -> Result<()> {
+        self.below.allocate_at(range).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.rules.check("flush", 0, 0)?;
+        self.below.flush().await
+    }
+
+    async fn len(&self) -> Result<u64> {
+        self.below.len().await
+    }
+
+    async fn set_len(&self, len: u64, hold: Hold) -> Result<()> {
+        self.below.set_len(len, hold).await
+    }
+
+    async fn status_at(&self, range: HostRange) -> Result<HostExtent> {
+        self.rules.check("block-status", range.start.0, range.len)?;
+        self.below.status_at(range).await
+    }
+
+    async fn event(&self, event: Event) {
+        self.rules.event(event.name()).await;
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let below = self.below.capabilities();
+        let align = u32::try_from(self.limits.align()).unwrap_or(u32::MAX);
+        let preferred_alignment_bytes = below.preferred_alignment_bytes.max(align);
+        Capabilities { preferred_alignment_bytes, ..below }
+    }
+}
