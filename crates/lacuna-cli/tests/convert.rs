@@ -31,6 +31,61 @@ fn plain_copies_have_the_bytes_of_the_stock_ones() {
     same_files(&stock, &ours, &["rebased", "there"]);
 }
 
+/// Flags that change how a copy is made and not what it holds.
+#[test]
+fn every_flag_gives_the_disk_that_the_stock_tool_gives() {
+    let lines = [
+        "-O qcow2 -W -m 4 top out",
+        "-W -m 16 -S 64k top out",
+        "-O qcow2 -S 512 top out",
+        "-O qcow2 -m 1 -r 1G top out",
+        "-O qcow2 -r 0 -t none -T none top out",
+        "-C top out",
+        "-C -W -O qcow2 top out",
+        "--salvage -O qcow2 top out",
+        "--bitmaps -O qcow2 base out",
+        "-U -q -O qcow2 top out",
+        "-O qcow2 -c -W -m 16 top out",
+        "-O qcow2 -c -o compression_type=zstd,cluster_size=2M top out",
+        "-O qcow2 -o preallocation=metadata top out",
+        "--image-opts -O qcow2 driver=qcow2,file.filename=top out",
+        "-n --target-image-opts top driver=qcow2,file.filename=there",
+        "-n -f qcow2 -O raw --target-is-zero top zeros",
+    ];
+    let mut script = format!(
+        "{CHAIN}
+         stock-img create -q -f qcow2 there 9M
+         stock-io -f qcow2 -c 'write -P 9 0 9M' there
+         stock-img create -q zeros 8M"
+    );
+    for line in lines {
+        let target = line.rsplit(' ').next().unwrap().rsplit('=').next().unwrap();
+        script += &format!(
+            "\nqemu-img convert {line}
+             stock-img compare top {target}
+             stock-img info {target} | grep -v -e 'disk size' -e 'file length'"
+        );
+    }
+    both(&script);
+}
+
+#[test]
+fn what_cannot_be_read_is_said_and_left_out_as_the_stock_tool_does() {
+    let script = format!(
+        "{CHAIN}
+         dd if=/dev/zero of=base bs=512 seek=2688 count=1 conv=notrunc status=none
+         qemu-img convert base raw
+         qemu-img convert -c -O qcow2 base image
+         qemu-img convert --salvage base raw
+         qemu-img convert --salvage -q -W base quiet
+         qemu-img convert --salvage -O qcow2 -c base image"
+    );
+    let (stock, ours) = both(&script);
+    same_files(&stock, &ours, &["raw", "quiet"]);
+    let said = ours.run("qemu-img convert base raw").text;
+    assert!(said.contains("error while reading at byte 3145728: Input/output error"), "{said}");
+}
+
 #[test]
 fn several_sources_are_put_behind_each_other() {
     let (stock, ours) = both(
@@ -116,6 +171,16 @@ fn what_cannot_be_converted_is_refused_in_the_same_words() {
          qemu-img convert --target-is-zero -O qcow2 base raw
          qemu-img convert -C -S 4k -O qcow2 base raw
          qemu-img convert -C -c -O qcow2 base raw
+         qemu-img convert -C --salvage base raw
+         qemu-img convert -r foo base raw
+         qemu-img convert -r -1 base raw
+         qemu-img convert -r 18446744073709551615 base raw
+         qemu-img convert --skip-broken-bitmaps base raw
+         qemu-img convert --bitmaps base raw
+         qemu-img convert --bitmaps -f raw -O qcow2 tiny image
+         qemu-img convert --bitmaps -O qcow2 base base image
+         qemu-img convert --image-opts -f qcow2 base raw
+         qemu-img convert -n --target-image-opts -O raw base driver=raw,file.filename=raw
          qemu-img convert -O raw base /nonexistent/raw"
     ));
 }

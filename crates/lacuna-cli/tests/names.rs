@@ -19,7 +19,28 @@ struct Row {
     ours: &'static str,
 }
 
-const ROWS: [Row; 15] = [
+const ROWS: [Row; 17] = [
+    Row {
+        matter: "`convert -n`: zeros where the target itself reads as zeros already",
+        qemu: "written again, with tables for them",
+        lacuna: "left alone, unless it has a backing file",
+        prepare: "stock-img create -q -f qcow2 a 1M; stock-img create -q -f qcow2 b 1M",
+        line: "IMG convert -n -O qcow2 a b && stock-img map --output=json b",
+        ours: r#"[{ "start": 0, "length": 1048576, "depth": 0, "present": false, "zero": true, "data": false, "compressed": false}]
+"#,
+    },
+    Row {
+        matter: "`convert --salvage`: what cannot be read",
+        qemu: "a line for each sector",
+        lacuna: "a line for each run of them",
+        prepare: "stock-img create -q -f qcow2 image 128k
+                  stock-io -c 'write -c -P 3 0 64k' image
+                  dd if=/dev/zero of=image bs=512 seek=640 count=1 conv=notrunc status=none",
+        line: "IMG convert --salvage -f qcow2 image raw",
+        ours: "lacuna: warning: 65536 bytes at 0 are lost and read as zeros: Compressed cluster at \
+               host offset 0x50000: Compressed stream is invalid: deflate decompression error: \
+               invalid stored block lengths\n",
+    },
     Row {
         matter: "`map --output=json`: zeros with space reserved for them",
         qemu: "`data` is false, as where there is no space",

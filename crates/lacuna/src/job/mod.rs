@@ -7,10 +7,12 @@
 mod compare;
 mod convert;
 mod measure;
+mod salvage;
 
 pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
 pub use convert::{
-    ConvertOptions, Copied, Encoding, Phase, Progress, Target, TargetContent, Threads, WriteOrder,
-    convert,
+    ConvertOptions, Copied, CopyFailure, CopyStep, Encoding, KnownZeros, Phase, Progress, Target,
+    TargetContent, Threads, WriteOrder, convert,
 };
 pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};
+pub use salvage::{Lost, LostPart, Salvage};

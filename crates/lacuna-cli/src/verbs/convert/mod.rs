@@ -1,22 +1,20 @@
 //! `convert`: copies a disk, or several in a row, into another image.
 
+mod asked;
 mod concat;
+mod run;
 
 use std::path::Path;
 
 use lacuna::ErrorKind;
 use lacuna::block::Layer;
 use lacuna::chain::{Sharing, UnnamedFormat};
-use lacuna::job::{self, ConvertOptions, Encoding, Phase, Progress, TargetContent, WriteOrder};
+use lacuna::job::{ConvertOptions, KnownZeros, TargetContent};
 use lacuna::qcow2::Access;
 use lacuna::storage::CacheMode;
-use pollster::block_on;
-
-use concat::Concat;
 
 use super::busy;
 use super::open::{self, FileChain, Request};
-use super::progress::Meter;
 use super::spec::ImageSpec;
 use super::{Example, Task, Verb, advice, common, create};
 use crate::args::{Flag, Parsed};
@@ -26,7 +24,6 @@ use crate::interrupt::{RemoveOnSignal, remove_half};
 use crate::options::{self, Asked, Given, Values};
 use crate::output;
 use crate::persona::Tool;
-use crate::size::{self, SizeError};
 
 /// The verb.
 pub(super) const VERB: Verb = Verb {
@@ -40,7 +37,7 @@ pub(super) const VERB: Verb = Verb {
         Flag::valued('f', "source-format", "FMT", "format of SOURCE; probed where not given"),
         Flag::switch('\0', "image-opts", "SOURCE is a list of options").long_only(),
         Flag::switch('\0', "source-image-opts", "as --image-opts").long_only(),
-        Flag::valued('l', "source-snapshot", "SNAPSHOT", "not supported"),
+        Flag::valued('l', "source-snapshot", "SNAPSHOT", "not supported yet"),
         Flag::valued('T', "source-cache", "MODE", "cache mode of SOURCE (writeback)"),
         Flag::valued('O', "target-format", "FMT", "format of TARGET (raw)"),
         Flag::switch('\0', "target-image-opts", "TARGET is a list of options; needs -n")
@@ -53,13 +50,15 @@ pub(super) const VERB: Verb = Verb {
         Flag::switch('n', "no-create", "TARGET exists"),
         Flag::switch('\0', "target-is-zero", "TARGET reads as zeros; with -n").long_only(),
         Flag::valued('S', "sparse-size", "SIZE", "least run of zeros to leave out (4k; 0: none)"),
-        Flag::switch('\0', "bitmaps", "not supported").long_only(),
-        Flag::switch('\0', "skip-broken-bitmaps", "not supported").long_only(),
+        Flag::switch('\0', "bitmaps", "copy persistent bitmaps (refused if there are any)")
+            .long_only(),
+        Flag::switch('\0', "skip-broken-bitmaps", "with --bitmaps: leave out broken ones")
+            .long_only(),
         common::FORCE_SHARE,
-        Flag::valued('r', "rate", "RATE", "not supported"),
+        Flag::valued('r', "rate", "RATE", "bytes to write per second at most"),
         Flag::valued('m', "parallel", "COUNT", "requests in flight, 1 to 16 (8)"),
         Flag::switch('C', "copy-range-offloading", "let the host copy; not done yet"),
-        Flag::switch('\0', "salvage", "not supported").long_only(),
+        Flag::switch('\0', "salvage", "go on where SOURCE cannot be read: zeros there").long_only(),
         Flag::switch('W', "oob-writes", "write in any order"),
         common::OBJECT,
         common::PROBE_BACKING,
@@ -83,7 +82,7 @@ pub(super) const VERB: Verb = Verb {
 };
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
-    let Some(wish) = Wish::new(parsed)? else { return help(parsed) };
+    let Some(wish) = Wish::new(tool, parsed)? else { return help(parsed) };
     let sources = wish.open_sources(tool, parsed)?;
     wish.check_target(tool, &sources)?;
     if wish.creates {
@@ -93,8 +92,13 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let removes_half = wish.creates && tool.is_own();
     let watch = removes_half.then(|| RemoveOnSignal::new(&wish.target_name));
     let result = wish.open_target(tool, &sources).and_then(|target| {
-        let content = wish.content(&sources, &target);
-        copy(tool, parsed, &wish, &sources, target, content)
+        let mut options =
+            ConvertOptions { content: wish.content(&sources, &target), ..wish.options };
+        if target.levels().len() > 1 {
+            // What is below may be exchanged one day; the copy is not to change with it.
+            options.known_zeros = KnownZeros::Zeroed;
+        }
+        run::copy(tool, parsed, &sources, target, &options)
     });
     drop(watch);
     // Between making and opening it somebody else may have taken it.
@@ -137,25 +141,29 @@ struct Wish {
 
 impl Wish {
     /// Nothing where the options of the format are asked for.
-    fn new(parsed: &Parsed) -> CliResult<Option<Self>> {
-        check_supported(parsed)?;
+    fn new(tool: &Tool, parsed: &Parsed) -> CliResult<Option<Self>> {
+        asked::check(parsed)?;
         let given = match options::parse(parsed.all("target-options"))? {
             Asked::Help => return Ok(None),
             Asked::Values(given) => given,
         };
-        let options = convert_options(parsed)?;
+        let options = asked::options(tool, parsed)?;
+        asked::rate(parsed)?;
         let (sources, target) = operands(parsed)?;
         let creates = !parsed.has("no-create");
         if parsed.has("target-is-zero") && creates {
             return Err(CliError::new("--target-is-zero requires use of -n flag"));
         }
         let target_image_opts = parsed.has("target-image-opts");
+        if target_image_opts && parsed.has("target-format") {
+            return Err(asked::two_formats(tool, "--target-image-opts", "--target-format"));
+        }
         if target_image_opts && creates {
             return Err(CliError::new("--target-image-opts requires use of -n flag"));
         }
         let cache = open::source_cache(parsed, "source-cache")?;
         let sources: CliResult<Vec<Request>> =
-            sources.iter().map(|source| source_request(parsed, source, cache)).collect();
+            sources.iter().map(|source| source_request(tool, parsed, source, cache)).collect();
         let sources = sources?;
         if !creates && parsed.has("target-options") {
             return Err(CliError::new("-o has no effect when skipping image creation"));
@@ -195,6 +203,8 @@ impl Wish {
             let text = "Compression not supported for this file format";
             return Err(CliError::new(text).with_hint("-O qcow2 makes a qcow2 image"));
         }
+        let target = open::of_library(self.target_format.unwrap_or(Format::Raw));
+        asked::check_bitmaps(parsed, &chains, target)?;
         Ok(chains)
     }
 
@@ -306,13 +316,17 @@ impl Wish {
     }
 }
 
-fn source_request(parsed: &Parsed, source: &str, cache: CacheMode) -> CliResult<Request> {
+fn source_request(
+    tool: &Tool,
+    parsed: &Parsed,
+    source: &str,
+    cache: CacheMode,
+) -> CliResult<Request> {
     let format = parsed.last("source-format");
     let with_options = parsed.has("image-opts") || parsed.has("source-image-opts");
     let image = match with_options {
         true if format.is_some() => {
-            let text = "--image-opts and --source-format are mutually exclusive";
-            return Err(CliError::new(text));
+            return Err(asked::two_formats(tool, "--image-opts", "--source-format"));
         }
         true => ImageSpec::from_options(source),
         false => ImageSpec::from_name(source, format),
@@ -348,97 +362,4 @@ fn total(sources: &[FileChain]) -> CliResult<u64> {
     let sizes = sources.iter().map(|source| source.disk().size_bytes());
     let total = sizes.into_iter().try_fold(0u64, u64::checked_add);
     total.ok_or_else(|| CliError::new("The sources together are too large for a disk"))
-}
-
-/// Refuses what this verb does not do, rather than do something else.
-fn check_supported(parsed: &Parsed) -> CliResult<()> {
-    if parsed.has("copy-range-offloading") {
-        for (flag, letter) in [("sparse-size", 'S'), ("compress", 'c')] {
-            if parsed.has(flag) {
-                let text = format!("Cannot enable copy offloading when -{letter} is used");
-                return Err(CliError::new(text));
-            }
-        }
-    }
-    for flag in ["source-snapshot", "bitmaps", "skip-broken-bitmaps", "rate", "salvage"] {
-        if parsed.has(flag) {
-            return Err(CliError::new(format!("--{flag} is not supported yet")));
-        }
-    }
-    Ok(())
-}
-
-fn convert_options(parsed: &Parsed) -> CliResult<ConvertOptions> {
-    let mut options = ConvertOptions::default();
-    if let Some(text) = parsed.last("sparse-size") {
-        options.sparse_bytes = sparse_size(text)?;
-    }
-    if let Some(text) = parsed.last("parallel") {
-        options.in_flight = in_flight(text)?;
-    }
-    if parsed.has("oob-writes") {
-        options.order = WriteOrder::Any;
-    }
-    if parsed.has("compress") {
-        options.encoding = Encoding::Compressed;
-    }
-    Ok(options)
-}
-
-fn sparse_size(text: &str) -> CliResult<u64> {
-    const MOST: u64 = 16 << 20;
-    match size::parse_offset(text) {
-        Ok(size) if size % 512 == 0 && size <= MOST => Ok(size),
-        Err(SizeError::NotANumber) => Err(CliError::new(format!(
-            "Invalid buffer size for sparse output specified: '{text}'."
-        ))
-        .with_hint(advice::SIZES)),
-        _ => Err(CliError::new(format!(
-            "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up \
-             to {MOST}. Select 0 to disable sparse detection (fully allocates output)."
-        ))),
-    }
-}
-
-fn in_flight(text: &str) -> CliResult<usize> {
-    match size::parse_offset(text) {
-        Ok(count @ 1..=16) => Ok(count as usize),
-        Err(SizeError::NotANumber) => {
-            let text = format!("Invalid number of coroutines specified: '{text}'.");
-            Err(CliError::new(text).with_hint("a number from 1 to 16 would be right"))
-        }
-        _ => {
-            Err(CliError::new("Invalid number of coroutines specified. Must be between 1 and 16."))
-        }
-    }
-}
-
-fn copy(
-    tool: &Tool,
-    parsed: &Parsed,
-    wish: &Wish,
-    sources: &[FileChain],
-    target: FileChain,
-    content: TargetContent,
-) -> CliResult<()> {
-    let options = ConvertOptions { content, ..wish.options };
-    let mut meter = Meter::new(tool, parsed, "convert")?;
-    let mut report = |progress: Progress| {
-        let phase = match progress.phase {
-            Phase::Copy => "copy",
-            Phase::Flush => "flush",
-        };
-        meter.update(phase, progress.done_bytes, progress.total_bytes);
-    };
-    let copied = match sources {
-        [source] => block_on(job::convert(source.disk(), target.disk(), &options, &mut report)),
-        sources => {
-            let row = Concat::new(sources.iter().map(|source| source.disk().clone()))
-                .ok_or_else(|| CliError::new("The sources together are too large for a disk"))?;
-            block_on(job::convert(&row, target.disk(), &options, &mut report))
-        }
-    };
-    let closed = copied.and_then(|_| block_on(target.into_disk().close()));
-    meter.finish(closed.is_ok());
-    closed.map_err(CliError::from)
 }

@@ -10,6 +10,7 @@
 //! * Dropping the future at any await leaves a valid target with part of the content.
 
 mod cut;
+mod failure;
 mod pump;
 mod sparse;
 mod target;
@@ -18,6 +19,7 @@ mod tests;
 mod units;
 mod workers;
 
+pub use failure::{CopyFailure, CopyStep};
 pub use target::Target;
 
 use crate::block::Layer;
@@ -79,6 +81,20 @@ pub enum WriteOrder {
     Any,
 }
 
+/// What happens to zeros of the source where the target reads as zeros already.
+///
+/// ```
+/// assert_eq!(lacuna::job::KnownZeros::default(), lacuna::job::KnownZeros::Left);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KnownZeros {
+    /// The target is left alone, unless those are zeros of its backing layer.
+    #[default]
+    Left,
+    /// They are zeroed again, as qemu-img does: a qcow2 image gets tables that say so.
+    Zeroed,
+}
+
 /// Where content is compressed.
 ///
 /// ```
@@ -112,6 +128,9 @@ pub struct ConvertOptions {
     pub encoding: Encoding,
     /// How many requests may be in flight; at least 1 is taken.
     pub in_flight: usize,
+    /// What happens to zeros that the target has already, where nothing else is known of its
+    /// content.
+    pub known_zeros: KnownZeros,
     /// In which order writes are given to the target.
     pub order: WriteOrder,
     /// Runs of zeros in data become zeros of the target from this length on, found in blocks of
@@ -127,6 +146,7 @@ impl Default for ConvertOptions {
             content: TargetContent::default(),
             encoding: Encoding::default(),
             in_flight: 8,
+            known_zeros: KnownZeros::default(),
             order: WriteOrder::default(),
             sparse_bytes: 4096,
             threads: Threads::default(),
@@ -151,7 +171,7 @@ pub enum Phase {
 ///
 /// ```
 /// use lacuna::job::{Phase, Progress};
-/// let progress = Progress { phase: Phase::Copy, done_bytes: 1, total_bytes: 4 };
+/// let progress = Progress { phase: Phase::Copy, done_bytes: 2, total_bytes: 4, written_bytes: 1 };
 /// assert!(progress.done_bytes <= progress.total_bytes);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,6 +182,8 @@ pub struct Progress {
     pub done_bytes: u64,
     /// Bytes of the disk.
     pub total_bytes: u64,
+    /// Bytes of those done that were written as data.
+    pub written_bytes: u64,
 }
 
 /// What a conversion did with the bytes of the source; the three add up to its size.
@@ -198,7 +220,8 @@ impl Copied {
 ///
 /// # Errors
 /// `InvalidRequest` where the target is shorter than the source or cannot compress though asked
-/// to; else what reading, writing and flushing give. The target is valid then, but incomplete.
+/// to; else what reading, writing and flushing give, with a [`CopyFailure`] where it is known. The
+/// target is valid then, but incomplete.
 ///
 /// ```
 /// use lacuna::job::{self, ConvertOptions, TargetContent};
@@ -221,9 +244,13 @@ pub async fn convert<A: Layer, B: Target>(
 ) -> Result<Copied> {
     let rules = rules(source, target, options)?;
     let total_bytes = rules.size_bytes;
-    let mut report = |done_bytes, phase| progress(Progress { phase, done_bytes, total_bytes });
-    let copied = pump::run(source, target, &rules, &mut |done| report(done, Phase::Copy)).await?;
-    report(total_bytes, Phase::Flush);
+    let mut report = |copied: Copied, phase| {
+        let (done_bytes, written_bytes) = (copied.total(), copied.written_bytes);
+        progress(Progress { phase, done_bytes, total_bytes, written_bytes });
+    };
+    let mut report_copy = |copied| report(copied, Phase::Copy);
+    let copied = pump::run(source, target, &rules, &mut report_copy).await?;
+    report(copied, Phase::Flush);
     target.flush().await?;
     Ok(copied)
 }

@@ -15,7 +15,9 @@ use super::cut::{Action, Cutter, Next, Piece};
 use super::sparse::{Run, runs};
 use super::units::{self, Form, Unit};
 use super::workers::compute;
-use super::{Copied, Rules, Target, TargetContent, Threads, WriteOrder};
+use super::{
+    Copied, CopyFailure, CopyStep, KnownZeros, Rules, Target, TargetContent, Threads, WriteOrder,
+};
 use crate::Result;
 use crate::block::{AllocationDepth, BoxFuture, Extent, Layer, WriteFlags, ZeroFlags, no_status};
 use crate::buffer::Buffer;
@@ -34,12 +36,12 @@ enum Content {
     Units(Vec<Unit>),
 }
 
-/// Copies everything; `report` is told the bytes that are done.
+/// Copies everything; `report` is told what is done.
 pub(super) async fn run<A: Layer, B: Target>(
     source: &A,
     target: &B,
     rules: &Rules,
-    report: &mut (dyn FnMut(u64) + Send),
+    report: &mut (dyn FnMut(Copied) + Send),
 ) -> Result<Copied> {
     let in_flight = rules.options.in_flight.max(1);
     let writers = if rules.options.order == WriteOrder::Guest { 1 } else { in_flight };
@@ -54,7 +56,7 @@ pub(super) async fn run<A: Layer, B: Target>(
     };
     let (mut writes, mut copied) = (FuturesUnordered::new(), Copied::default());
     let (mut reading, mut ready) = (true, None);
-    report(0);
+    report(copied);
     loop {
         if writes.len() < writers
             && let Some(loaded) = ready.take()
@@ -77,7 +79,7 @@ pub(super) async fn run<A: Layer, B: Target>(
             Event::Read(Some(loaded)) => ready = Some(loaded?),
             Event::Written(done) => {
                 copied.add(done?);
-                report(copied.total());
+                report(copied);
             }
         }
     }
@@ -95,7 +97,11 @@ fn pieces<A: Layer>(source: &A, rules: Rules) -> impl Stream<Item = Result<Piece
         loop {
             match cutter.next() {
                 Next::End => return Ok(None),
-                Next::Need(rest) => cutter.learn(source.extents(rest).await?)?,
+                Next::Need(rest) => {
+                    let extents = source.extents(rest).await;
+                    let failed = |error| CopyFailure::at(CopyStep::Map, rest.start, error);
+                    cutter.learn(extents.map_err(failed)?)?;
+                }
                 Next::Piece(piece) => return Ok(Some((piece, cutter))),
             }
         }
@@ -112,7 +118,7 @@ async fn load<A: Layer>(
     let bytes = match piece.action {
         Action::Copy => {
             let (result, buffer) = source.read(start, Buffer::new(len)).await;
-            result?;
+            result.map_err(|error| CopyFailure::at(CopyStep::Read, start, error))?;
             buffer
         }
         Action::Expand => Buffer::zeroed(len),
@@ -169,18 +175,20 @@ async fn store_run<B: Target>(
     if run.is_zero {
         return zero(target, GuestRange::new(at, written_bytes), rules).await;
     }
-    target.write(at, bytes, WriteFlags::empty()).await.0?;
+    let written = target.write(at, bytes, WriteFlags::empty()).await.0;
+    written.map_err(|error| CopyFailure::at(CopyStep::Write, at, error))?;
     Ok(Copied { written_bytes, ..Copied::default() })
 }
 
 async fn store_unit<B: Target>(target: &B, unit: Unit, rules: &Rules) -> Result<Copied> {
     let Unit { at, bytes, form } = unit;
     let written_bytes = bytes.len() as u64;
-    match form {
-        Form::Encoded(stream) => target.write_encoded(at, bytes, stream).await.0?,
-        Form::Plain => target.write(at, bytes, WriteFlags::empty()).await.0?,
+    let written = match form {
+        Form::Encoded(stream) => target.write_encoded(at, bytes, stream).await.0,
+        Form::Plain => target.write(at, bytes, WriteFlags::empty()).await.0,
         Form::Zero => return zero(target, GuestRange::new(at, written_bytes), rules).await,
-    }
+    };
+    written.map_err(|error| CopyFailure::at(CopyStep::Write, at, error))?;
     Ok(Copied { written_bytes, ..Copied::default() })
 }
 
@@ -196,6 +204,7 @@ async fn zero<B: Target>(target: &B, range: GuestRange, rules: &Rules) -> Result
     }
     let is_there = |extent: &Extent| {
         rules.options.content == TargetContent::Unknown
+            && rules.options.known_zeros == KnownZeros::Left
             && extent.status.reads_zero
             && extent.status.depth <= AllocationDepth::TOP
     };
@@ -210,7 +219,8 @@ async fn zero<B: Target>(target: &B, range: GuestRange, rules: &Rules) -> Result
             if is_there(&run[0]) {
                 copied.skipped_bytes += len;
             } else {
-                target.write_zeroes(part, ZeroFlags::MAY_UNMAP).await?;
+                let zeroed = target.write_zeroes(part, ZeroFlags::MAY_UNMAP).await;
+                zeroed.map_err(|error| CopyFailure::at(CopyStep::Write, part.start, error))?;
                 copied.zeroed_bytes += len;
             }
         }

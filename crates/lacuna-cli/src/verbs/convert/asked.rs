@@ -1,0 +1,120 @@
+//! What the flags ask of the copy itself, and what they must not ask together.
+
+use lacuna::chain::Format;
+use lacuna::job::{ConvertOptions, Encoding, KnownZeros, WriteOrder};
+
+use super::super::advice;
+use super::super::open::FileChain;
+use crate::args::Parsed;
+use crate::error::{CliError, CliResult};
+use crate::persona::Tool;
+use crate::size::{self, SizeError};
+
+/// Refuses what makes no sense, and what this verb does not do, rather than do something else.
+pub(super) fn check(parsed: &Parsed) -> CliResult<()> {
+    let offloads = parsed.has("copy-range-offloading");
+    let problem = match () {
+        () if parsed.has("skip-broken-bitmaps") && !parsed.has("bitmaps") => {
+            "Use of --skip-broken-bitmaps requires --bitmaps"
+        }
+        () if offloads && parsed.has("sparse-size") => {
+            "Cannot enable copy offloading when -S is used"
+        }
+        () if offloads && parsed.has("compress") => "Cannot enable copy offloading when -c is used",
+        () if offloads && parsed.has("salvage") => "Cannot use copy offloading in salvaging mode",
+        () if parsed.has("source-snapshot") => "--source-snapshot is not supported yet",
+        () => return Ok(()),
+    };
+    Err(CliError::new(problem))
+}
+
+/// Refuses bitmaps that would be lost: copying them is not there yet.
+pub(super) fn check_bitmaps(
+    parsed: &Parsed,
+    sources: &[FileChain],
+    target: Format,
+) -> CliResult<()> {
+    if !parsed.has("bitmaps") {
+        return Ok(());
+    }
+    let [source] = sources else {
+        return Err(CliError::new("Copying bitmaps only possible with single source"));
+    };
+    let header = source.disk().as_qcow2().map(|image| image.header());
+    match header {
+        None => Err(CliError::new("Source lacks bitmap support")),
+        Some(_) if target == Format::Raw => {
+            Err(CliError::new("Format driver 'raw' does not support bitmaps"))
+        }
+        Some(header) if header.extensions.bitmaps.is_some() => {
+            Err(CliError::new("Copying persistent bitmaps is not supported yet")
+                .with_hint("without --bitmaps they are left out of the copy"))
+        }
+        Some(_) => Ok(()),
+    }
+}
+
+/// Refuses a format beside options that say it; QEMU's programs name the same two options always.
+pub(super) fn two_formats(tool: &Tool, options: &str, format: &str) -> CliError {
+    let (options, format) = match tool.is_own() {
+        true => (options, format),
+        false => ("--image-opts", "--format"),
+    };
+    CliError::new(format!("{options} and {format} are mutually exclusive"))
+}
+
+/// Reads the flags that say how to copy.
+pub(super) fn options(tool: &Tool, parsed: &Parsed) -> CliResult<ConvertOptions> {
+    let mut options = ConvertOptions::default();
+    if let Some(text) = parsed.last("sparse-size") {
+        options.sparse_bytes = sparse_size(text)?;
+    }
+    if let Some(text) = parsed.last("parallel") {
+        options.in_flight = in_flight(text)?;
+    }
+    if parsed.has("oob-writes") {
+        options.order = WriteOrder::Any;
+    }
+    if parsed.has("compress") {
+        options.encoding = Encoding::Compressed;
+    }
+    if !tool.is_own() {
+        options.known_zeros = KnownZeros::Zeroed;
+    }
+    Ok(options)
+}
+
+/// Reads `-r`: bytes per second, or nothing for no limit.
+pub(super) fn rate(parsed: &Parsed) -> CliResult<Option<u64>> {
+    let Some(text) = parsed.last("rate") else { return Ok(None) };
+    let rate = size::within("rate limit", text, 0, i64::MAX as u64)?;
+    Ok(Some(rate).filter(|rate| *rate > 0))
+}
+
+fn sparse_size(text: &str) -> CliResult<u64> {
+    const MOST: u64 = 16 << 20;
+    match size::parse_offset(text) {
+        Ok(size) if size % 512 == 0 && size <= MOST => Ok(size),
+        Err(SizeError::NotANumber) => Err(CliError::new(format!(
+            "Invalid buffer size for sparse output specified: '{text}'."
+        ))
+        .with_hint(advice::SIZES)),
+        _ => Err(CliError::new(format!(
+            "Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up \
+             to {MOST}. Select 0 to disable sparse detection (fully allocates output)."
+        ))),
+    }
+}
+
+fn in_flight(text: &str) -> CliResult<usize> {
+    match size::parse_offset(text) {
+        Ok(count @ 1..=16) => Ok(count as usize),
+        Err(SizeError::NotANumber) => {
+            let text = format!("Invalid number of coroutines specified: '{text}'.");
+            Err(CliError::new(text).with_hint("a number from 1 to 16 would be right"))
+        }
+        _ => {
+            Err(CliError::new("Invalid number of coroutines specified. Must be between 1 and 16."))
+        }
+    }
+}
