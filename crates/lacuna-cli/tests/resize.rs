@@ -127,6 +127,25 @@ fn a_longer_backing_file_does_not_come_to_light() {
 }
 
 #[test]
+fn bitmaps_follow_the_size() {
+    let (stock, ours) = both(
+        "stock-img create -q -f qcow2 a 10M; stock-io -c 'write 0 3M' a >/dev/null
+         stock-img bitmap --add -g 64k a b0; stock-img bitmap --add --disable -g 512 a b1
+         stock-io -c 'write 1M 2M' -c 'write 9M 64k' a >/dev/null
+         qemu-img resize a 20M; stock-img check -q a
+         qemu-img resize --shrink a 5M; stock-img check -q a
+         qemu-img resize a 20000M; stock-img check -q a
+         qemu-img resize --shrink a 1000M; stock-img check -q a
+         stock-img info --output=json a | grep -A40 '\"bitmaps\"'
+         stock-img measure -O qcow2 a | grep bitmaps
+         (exec >/dev/null 2>&1; stock-io -c 'write 0 1M' -c 'sigraise 9' a; true)
+         qemu-img resize a 30000M
+         qemu-img resize --shrink a 10M",
+    );
+    drop((stock, ours));
+}
+
+#[test]
 fn space_reserved_by_growing_lies_in_one_run() {
     let ours = Sandbox::ours();
     for line in ["lacuna", "qemu-img"] {

@@ -1,17 +1,17 @@
 //! `resize`: gives a disk another size.
 
 use lacuna::block::{Layer, Preallocation};
-use lacuna::qcow2::format::{MAX_L1_BYTES, Version};
+use lacuna::qcow2::format::{BitmapFlags, MAX_L1_BYTES, Version};
 use lacuna::qcow2::{Access, Image, Shrink};
 use lacuna::raw;
-use lacuna::storage::Storage;
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
 
 use super::open::{self, FileChain, Request};
-use super::{Example, Task, Verb, common, create};
+use super::{Example, Task, Verb, common, create, info};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
+use crate::nodes::AnyStorage;
 use crate::output;
 use crate::persona::Tool;
 use crate::size::{self, SizeError};
@@ -159,7 +159,7 @@ impl Change {
         }
     }
 
-    fn resize_image<S: Storage>(self, image: &Image<S>) -> CliResult<()> {
+    fn resize_image(self, image: &Image<AnyStorage>) -> CliResult<()> {
         self.check_image(image)?;
         let result = match self.mode {
             Preallocation::Off => block_on(image.resize(self.new, Shrink::Allow)),
@@ -169,7 +169,7 @@ impl Change {
     }
 
     /// Says in QEMU's words what the format forbids.
-    fn check_image<S: Storage>(self, image: &Image<S>) -> CliResult<()> {
+    fn check_image(self, image: &Image<AnyStorage>) -> CliResult<()> {
         let header = image.header();
         if !self.new.is_multiple_of(512) {
             return Err(CliError::new("The new size must be a multiple of 512"));
@@ -177,6 +177,7 @@ impl Change {
         if header.geometry.version() == Version::V2 && header.snapshots.count > 0 {
             return Err(CliError::new("Can't resize a v2 image which has snapshots"));
         }
+        self.check_bitmaps(image)?;
         if header.geometry.l1_entries_for(self.new) * 8 > MAX_L1_BYTES && self.new > self.old {
             return Err(CliError::new("Failed to grow the L1 table: File too large")
                 .with_hint("convert to an image with larger clusters"));
@@ -184,7 +185,19 @@ impl Change {
         Ok(())
     }
 
-    fn words<S: Storage>(self, image: &Image<S>, error: Error) -> CliError {
+    fn check_bitmaps(self, image: &Image<AnyStorage>) -> CliResult<()> {
+        let bitmaps = info::bitmaps(&image.header(), image.storage())?;
+        match bitmaps.iter().find(|bitmap| bitmap.flags.contains(BitmapFlags::IN_USE)) {
+            None => Ok(()),
+            Some(bitmap) => Err(CliError::new(format!(
+                "Bitmap '{}' is inconsistent and cannot be used\nTry block-dirty-bitmap-remove to \
+                 delete this bitmap from disk",
+                bitmap.name
+            ))),
+        }
+    }
+
+    fn words(self, image: &Image<AnyStorage>, error: Error) -> CliError {
         let reserves = self.mode >= Preallocation::Falloc;
         if !reserves || error.kind() != ErrorKind::NoSpace {
             return error.into();

@@ -17,9 +17,6 @@ use crate::units::{GuestRange, HostOffset, HostRange};
 
 type Map<V> = std::collections::HashMap<u64, V, foldhash::fast::RandomState>;
 
-/// Where the flags lie in a directory entry.
-const FLAGS_AT: u64 = 12;
-
 /// The bitmaps that follow the writes of an open image.
 #[derive(Debug, Default)]
 pub(super) struct Bitmaps {
@@ -31,7 +28,8 @@ pub(super) struct Bitmaps {
 #[derive(Clone, Debug)]
 struct Tracked {
     entry: BitmapEntry,
-    flags_at: HostOffset,
+    /// Where the directory entry lies.
+    at: HostOffset,
     /// Bits of one cluster of bitmap data.
     chunk_bits: u64,
     /// New bits by chunk.
@@ -44,20 +42,12 @@ impl Bitmaps {
     /// # Errors
     /// `Corrupt` where the directory cannot be decoded: it could not be kept in step.
     pub(super) async fn load<S: Storage>(storage: &S, header: &Header) -> Result<Self> {
-        let Some(extension) = header.valid_bitmaps() else { return Ok(Self::default()) };
-        let buffer = Buffer::new(extension.directory_bytes as usize);
-        let (result, bytes) = storage.read_at(extension.directory_offset, buffer).await;
-        result.map_err(|error| error.context("Reading the bitmap directory"))?;
-        let entries = BitmapEntry::decode_directory(&bytes, &extension)?;
-        let mut at = extension.directory_offset;
         let mut tracked = Vec::new();
-        for entry in entries {
-            let flags_at = at + FLAGS_AT;
-            at = at + BitmapEntry::encode_directory(std::slice::from_ref(&entry))?.len() as u64;
+        for (at, entry) in directory(storage, header).await? {
             if is_followed(&entry) {
                 entry.check(&header.geometry, header.size_bytes)?;
                 let chunk_bits = header.geometry.cluster_bytes() * 8;
-                tracked.push(Tracked { entry, flags_at, chunk_bits, chunks: Map::default() });
+                tracked.push(Tracked { entry, at, chunk_bits, chunks: Map::default() });
             }
         }
         Ok(Self { tracked, in_use: false })
@@ -67,12 +57,60 @@ impl Bitmaps {
         self.tracked.is_empty()
     }
 
+    /// Says whether the directory entry at an offset is that of a bitmap in use by us.
+    pub(super) fn uses(&self, at: HostOffset) -> bool {
+        self.in_use && self.tracked.iter().any(|bitmap| bitmap.at == at)
+    }
+
+    /// Takes note of where a table lies from here on, and how long it is.
+    pub(super) fn move_table(&mut self, at: HostOffset, entry: &BitmapEntry) {
+        for bitmap in self.tracked.iter_mut().filter(|bitmap| bitmap.at == at) {
+            (bitmap.entry.table_offset, bitmap.entry.table_entries) =
+                (entry.table_offset, entry.table_entries);
+        }
+    }
+
+    /// Forgets what was marked behind the end of the disk.
+    pub(super) fn cut_at(&mut self, size_bytes: u64) {
+        for bitmap in &mut self.tracked {
+            bitmap.cut_at(size_bytes);
+        }
+    }
+
     /// Notes that guest bytes change.
     pub(super) fn mark(&mut self, range: GuestRange) {
         for bitmap in &mut self.tracked {
             bitmap.mark(range);
         }
     }
+}
+
+/// Reads the directory: where each entry lies, and what it says.
+pub(super) async fn directory<S: Storage>(
+    storage: &S,
+    header: &Header,
+) -> Result<Vec<(HostOffset, BitmapEntry)>> {
+    let Some(extension) = header.valid_bitmaps() else { return Ok(Vec::new()) };
+    let buffer = Buffer::new(extension.directory_bytes as usize);
+    let (result, bytes) = storage.read_at(extension.directory_offset, buffer).await;
+    result.map_err(|error| error.context("Reading the bitmap directory"))?;
+    let mut at = extension.directory_offset;
+    let mut placed = Vec::new();
+    for entry in BitmapEntry::decode_directory(&bytes, &extension)? {
+        let len = BitmapEntry::encode_directory(std::slice::from_ref(&entry))?.len() as u64;
+        placed.push((at, entry));
+        at = at + len;
+    }
+    Ok(placed)
+}
+
+/// Encodes the fields of a directory entry that change: the table, and the flags.
+pub(super) fn changing_fields(entry: &BitmapEntry, flags: BitmapFlags) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&entry.table_offset.0.to_be_bytes());
+    bytes[8..12].copy_from_slice(&entry.table_entries.to_be_bytes());
+    bytes[12..].copy_from_slice(&flags.bits().to_be_bytes());
+    bytes
 }
 
 fn is_followed(entry: &BitmapEntry) -> bool {
@@ -100,6 +138,29 @@ impl Tracked {
     }
 }
 
+impl Tracked {
+    fn cut_at(&mut self, size_bytes: u64) {
+        let end = size_bytes.div_ceil(1 << self.entry.granularity_bits);
+        let last = end / self.chunk_bits;
+        self.chunks.retain(|index, _| *index <= last);
+        if let Some(chunk) = self.chunks.get_mut(&last) {
+            clear_bits_from(chunk, end % self.chunk_bits);
+        }
+    }
+}
+
+/// Clears bit `from` and all behind it; says whether one was set.
+pub(super) fn clear_bits_from(bytes: &mut [u8], from: u64) -> bool {
+    let (first, mut keep) = ((from / 8) as usize, !(0xff_u8 << (from % 8)));
+    let mut was_set = false;
+    for byte in &mut bytes[first..] {
+        was_set |= *byte & !keep != 0;
+        *byte &= keep;
+        keep = 0;
+    }
+    was_set
+}
+
 /// Sets bits `from..=to`, lowest bit of a byte first.
 fn set_bits(bytes: &mut [u8], from: u64, to: u64) {
     let (first, last) = ((from / 8) as usize, (to / 8) as usize);
@@ -125,14 +186,17 @@ impl<S: Storage> Image<S> {
     }
 
     async fn write_bitmap_flags(&self, in_use: BitmapFlags) -> Result<()> {
-        let flags: Vec<_> = {
+        let entries: Vec<_> = {
             let meta = self.0.meta.lock();
-            let of = |it: &Tracked| (it.flags_at, it.entry.flags.difference(BitmapFlags::IN_USE));
+            // With the table: the entry that tells of a moved one may not have been written.
+            let of = |it: &Tracked| {
+                let flags = it.entry.flags.difference(BitmapFlags::IN_USE).union(in_use);
+                (it.at, changing_fields(&it.entry, flags))
+            };
             meta.bitmaps.tracked.iter().map(of).collect()
         };
-        for (offset, flags) in flags {
-            let bytes = flags.union(in_use).bits().to_be_bytes();
-            self.write_bytes(offset, &bytes).await?;
+        for (at, bytes) in entries {
+            self.write_bytes(at, &bytes).await?;
         }
         self.0.storage.flush().await
     }
@@ -140,10 +204,12 @@ impl<S: Storage> Image<S> {
     /// Merges what changed into the stored bitmaps and takes the marks off.
     pub(super) async fn store_bitmaps(&self) -> Result<()> {
         let tracked = {
-            let meta = self.0.meta.lock();
+            let mut meta = self.0.meta.lock();
             if !meta.bitmaps.in_use {
                 return Ok(());
             }
+            let size_bytes = meta.size_bytes;
+            meta.bitmaps.cut_at(size_bytes);
             meta.bitmaps.tracked.clone()
         };
         let mut tables = Vec::new();
@@ -162,13 +228,20 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
+    /// Reads the table of a bitmap whose entry was checked.
+    pub(super) async fn load_bitmap_table(
+        &self,
+        entry: &BitmapEntry,
+    ) -> Result<Vec<BitmapTableEntry>> {
+        let table_bytes = u64::from(entry.table_entries) * 8;
+        let bytes = self.load(entry.table_offset, table_bytes, "bitmap table").await?;
+        let (words, _) = bytes.as_chunks::<8>();
+        Ok(words.iter().map(|word| BitmapTableEntry(u64::from_be_bytes(*word))).collect())
+    }
+
     /// Writes the chunks of one bitmap. Returns its table as it must be stored next.
     async fn merge_chunks(&self, bitmap: &Tracked) -> Result<Vec<BitmapTableEntry>> {
-        let table_bytes = u64::from(bitmap.entry.table_entries) * 8;
-        let bytes = self.load(bitmap.entry.table_offset, table_bytes, "bitmap table").await?;
-        let (words, _) = bytes.as_chunks::<8>();
-        let mut table: Vec<BitmapTableEntry> =
-            words.iter().map(|word| BitmapTableEntry(u64::from_be_bytes(*word))).collect();
+        let mut table = self.load_bitmap_table(&bitmap.entry).await?;
         for (index, chunk) in &bitmap.chunks {
             let Some(entry) = table.get_mut(*index as usize) else { continue };
             *entry = self.merge_chunk(*entry, chunk).await?;
@@ -177,7 +250,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// The image says where a bitmap lies, and may lie.
-    async fn write_bitmap(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
+    pub(super) async fn write_bitmap(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
         let range = HostRange::new(offset, bytes.len() as u64);
         let checked = self.0.meta.lock().structures.check(range, None);
         match checked {
@@ -203,7 +276,19 @@ impl<S: Storage> Image<S> {
 
 #[cfg(test)]
 mod tests {
-    use super::set_bits;
+    use super::{clear_bits_from, set_bits};
+
+    #[test]
+    fn bits_are_cleared_from_a_place_on_and_none_before() {
+        for from in 0..40 {
+            let mut bytes = [0xff; 5];
+            assert!(clear_bits_from(&mut bytes, from));
+            for bit in 0..40 {
+                assert_eq!(bytes[(bit / 8) as usize] >> (bit % 8) & 1 == 1, bit < from);
+            }
+            assert!(!clear_bits_from(&mut bytes, from));
+        }
+    }
 
     #[test]
     fn a_run_of_bits_is_set_and_no_neighbour() {

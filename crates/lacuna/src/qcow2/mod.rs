@@ -8,6 +8,7 @@
 //! * Always: a freed cluster is reused only once nothing on storage shows it any more.
 //! * Never: a backing or data file is opened here; the caller hands them in.
 
+mod bitmap_size;
 mod bitmaps;
 pub mod check;
 mod clear;

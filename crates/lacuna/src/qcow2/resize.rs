@@ -12,7 +12,7 @@ use super::write_back::Refcounting;
 use crate::block::{Preallocation, ZeroFlags};
 use crate::buffer::{Hold, Release};
 use crate::storage::{Storage, ZeroMode, reserve};
-use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
+use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
 
 /// Most bytes an active L1 table may have (B.1).
@@ -42,11 +42,12 @@ impl<S: Storage> Image<S> {
     ///
     /// # Errors
     /// `InvalidRequest` for sizes that are not whole sectors or shrink without leave;
-    /// `Unsupported` for version 2 with snapshots and for images with bitmaps; `NoSpace` where
-    /// the format cannot map so much.
+    /// `Unsupported` for version 2 with snapshots, and where a bitmap is of an unknown kind;
+    /// `NoSpace` where the format cannot map so much.
     pub async fn resize(&self, size_bytes: u64, shrink: Shrink) -> Result<()> {
         let old = self.size();
         self.check_resize(old, size_bytes, shrink)?;
+        self.check_bitmaps(old, size_bytes).await?;
         match size_bytes.cmp(&old) {
             std::cmp::Ordering::Equal => Ok(()),
             std::cmp::Ordering::Greater => {
@@ -70,9 +71,6 @@ impl<S: Storage> Image<S> {
             return Err(Error::unsupported(
                 "A version 2 image with internal snapshots cannot be resized: its snapshots do not record their size",
             ));
-        }
-        if header.valid_bitmaps().is_some() {
-            return Err(Error::unsupported("An image with bitmaps cannot be resized yet"));
         }
         let entries = header.geometry.l1_entries_for(new);
         if entries * 8 > MAX_L1_BYTES {
@@ -117,17 +115,20 @@ impl<S: Storage> Image<S> {
             )));
         }
         self.check_resize(old, size_bytes, Shrink::Refuse)?;
+        self.check_bitmaps(old, size_bytes).await?;
         self.grow_from(old, size_bytes, preallocation).await
     }
 
     async fn grow_from(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
         let raw = self.0.header.lock().has_raw_external_data();
         let mode = mode.max(if raw { Preallocation::Metadata } else { Preallocation::Off });
-        self.plan(|meta| meta.before_change(GuestRange::new(GuestOffset(old), 0))).await?;
+        // A disk that was cut and grows again has changed there, so bitmaps are told.
+        let added = GuestRange::new(GuestOffset(old), new - old);
+        self.plan(|meta| meta.before_change(added)).await?;
         self.grow_data_file(old, new, mode).await?;
         let mut back = SizeBackOnDrop { image: self, old: Some(old) };
         self.plan(|meta| {
-            meta.before_change(GuestRange::new(GuestOffset(old), 0))?;
+            meta.before_change(added)?;
             meta.grow_l1(new)
         })
         .await?;
@@ -135,6 +136,7 @@ impl<S: Storage> Image<S> {
             Preallocation::Off => self.clear_added(old, new).await?,
             mode => self.preallocate_added(old, new, mode).await?,
         }
+        self.resize_bitmaps(old, new).await?;
         self.commit_size(new).await?;
         back.old = None;
         Ok(())
@@ -214,6 +216,8 @@ impl<S: Storage> Image<S> {
         self.flush_all().await?;
         self.commit_size(new).await?;
         back.old = None;
+        self.0.meta.lock().bitmaps.cut_at(new);
+        self.resize_bitmaps(old, new).await?;
         self.write_back(Refcounting::Written).await?;
         if let Some(data) = &self.0.data {
             let hold = self.exclude_behind(new).await?;
@@ -292,9 +296,8 @@ impl Meta {
 
     /// Frees the L2 tables that lie wholly beyond `size_bytes`; their entries are clear already.
     fn drop_tables(&mut self, size_bytes: u64) -> Planned<()> {
-        let cut =
-            GuestRange::new(GuestOffset(size_bytes), self.size_bytes.saturating_sub(size_bytes));
-        self.before_change(cut)?;
+        // Bitmaps were told when the clusters went.
+        self.before_change(GuestRange::new(GuestOffset(size_bytes), 0))?;
         let first = self.geometry().l1_entries_for(size_bytes) as usize;
         for index in first..self.l1.entries.len() {
             let Some(table) = self.l1.entries[index].table() else { continue };
@@ -313,11 +316,8 @@ impl Meta {
         if self.paused {
             return Err(Need::Turn(self.in_flight.wait()).into());
         }
-        let mut end = self.geometry().host_cluster(self.refcounts.end()).0;
-        while end > 1 && self.refcounts.read(HostCluster(end - 1))? == 0 {
-            end -= 1;
-        }
-        let end = self.geometry().host_offset(HostCluster(end));
+        let end = self.refcounts.used_end()?;
+        let end = self.geometry().host_offset(end);
         self.refcounts.cut_at(end);
         self.paused = true;
         Ok(end)

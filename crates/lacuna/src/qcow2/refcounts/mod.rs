@@ -140,6 +140,30 @@ impl Refcounts {
         HostOffset(self.end << self.geometry.cluster_bits())
     }
 
+    /// Returns the end of the last cluster with a refcount. Passes over what no block counts, and
+    /// over slices of zeros, at once: a file may be huge and sparse.
+    pub(in crate::qcow2) fn used_end(&mut self) -> Planned<HostCluster> {
+        let mut end = self.end.min((self.table.len() as u64).saturating_mul(self.entries()));
+        while end > 1 {
+            let last = end - 1;
+            let Some((slice, index)) = self.locate(last)? else {
+                end = last - last % self.entries();
+                continue;
+            };
+            let width = self.width;
+            let Some(bytes) = self.blocks.read(slice) else {
+                return Err(Need::RefcountSlice(slice).into());
+            };
+            let is_zero = bytes.iter().all(|byte| *byte == 0);
+            let mut used = (0..=index).rev().filter(|index| width.read(bytes, *index as usize) > 0);
+            match if is_zero { None } else { used.next() } {
+                Some(used) => return Ok(HostCluster(last - index + used + 1)),
+                None => end = last - index,
+            }
+        }
+        Ok(HostCluster(1))
+    }
+
     /// The file was cut: what lies beyond `end` is unused.
     pub(in crate::qcow2) fn cut_at(&mut self, end: HostOffset) {
         self.end = self.geometry.clusters_for(end.0);
