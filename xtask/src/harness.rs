@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use crate::run::{cargo, command, find, run, workspace};
-use crate::{Outcome, figures};
+use crate::{Outcome, figures, zeros};
 
 /// Names under which our binary is called.
 const OURS: [&str; 2] = ["qemu-img", "qemu-io"];
@@ -17,11 +17,15 @@ const STOCK: [&str; 1] = ["qemu-nbd"];
 
 /// Runs `bench --ours LINKS ARGUMENTS`; without arguments a quick round. With `--table` the cells
 /// that have a target, and prints how they did; with `--from FILE` that of a run from before.
+/// `--zeros` runs the cell of our own, which needs no harness.
 pub(crate) fn bench(arguments: &[String]) -> Outcome {
     if let [flag, file] = arguments
         && flag == "--from"
     {
         return figures::print(Path::new(file));
+    }
+    if arguments == ["--zeros"] {
+        return zeros::run(&release_build()?);
     }
     let (program, mut rest) = locate("bench", arguments)?;
     if let Some(at) = rest.iter().position(|word| word == "--table") {
@@ -92,6 +96,14 @@ fn split(arguments: &[String], environment: Option<String>) -> Outcome<(PathBuf,
     }
 }
 
+/// Builds our binary as users have it; returns where it is.
+fn release_build() -> Outcome<PathBuf> {
+    run(cargo(&["build", "--release", "--locked", "--package", "lacuna-cli"]))?;
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+    Ok(workspace().join(target).join("release/lacuna"))
+}
+
 /// A scratch folder of links, removed at the end.
 struct Links {
     folder: PathBuf,
@@ -99,11 +111,7 @@ struct Links {
 
 impl Links {
     fn to_release_build() -> Outcome<Self> {
-        run(cargo(&["build", "--release", "--locked", "--package", "lacuna-cli"]))?;
-        let target =
-            std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
-        let binary = workspace().join(target).join("release/lacuna");
-        Self::new(&binary).map_err(|error| format!("cannot link the tools: {error}"))
+        Self::new(&release_build()?).map_err(|error| format!("cannot link the tools: {error}"))
     }
 
     fn new(binary: &Path) -> io::Result<Self> {

@@ -9,6 +9,7 @@
 //! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
 //! * `written.rs` — what the command writes of itself for packages
 //! * `run.rs` — starting programs
+//! * `zeros.rs` — a benchmark of our own: nothing copied onto nothing
 
 mod ci;
 mod figures;
@@ -19,6 +20,7 @@ mod run;
 mod setup;
 mod tidy;
 mod written;
+mod zeros;
 
 use std::process::ExitCode;
 
@@ -35,7 +37,8 @@ usage: cargo xtask VERB [ARGUMENTS]
   man, completions            the command's manual pages, completions of shells: target/VERB/
   licences                    whether the licence of every dependency allows shipping it
   bench    [--harness DIR] [ARGUMENTS...]   benchmarks against QEMU's tools (DIR/bench);
-           --table runs what has a target and prints how it did; --from FILE: an earlier --json
+           --table runs what has a target and prints how it did; --from FILE: an earlier --json;
+           --zeros copies an empty disk of 8 TiB onto an empty image (needs no DIR, and a minute)
   iotests  [--harness DIR] [ARGUMENTS...]   QEMU's own tests (DIR/run-iotests)
   fuzz     [--seconds N] [TARGET...]        cargo-fuzz on all targets, or on some
 

@@ -3,10 +3,11 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use lacuna::block::{Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{Layer, WriteFlags, ZeroFlags, is_zero};
 use lacuna::buffer::Buffer;
 use lacuna::chain::{self, Allow, Chain, ChainOptions, FileOpener, Format};
-use lacuna::qcow2::Access;
+use lacuna::job::{self, ConvertOptions, Encoding, KnownZeros, TargetContent, Threads, WriteOrder};
+use lacuna::qcow2::{Access, ExtentDetail, OpenOptions};
 use lacuna::storage::FileStorage;
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
@@ -111,10 +112,15 @@ impl Tower {
     }
 
     fn open(&self, access: Access) -> Chain<FileStorage> {
+        self.open_in_detail(access, ExtentDetail::Map)
+    }
+
+    fn open_in_detail(&self, access: Access, detail: ExtentDetail) -> Chain<FileStorage> {
         let format: Format = self.top_format.parse().unwrap();
         let options = ChainOptions {
             backing: Allow::Named,
             data_file: Allow::Named,
+            image: OpenOptions::new(access).extent_detail(detail),
             ..ChainOptions::new(format, access)
         };
         let top = self.path(self.levels - 1);
@@ -229,5 +235,81 @@ fn random_chains_read_map_and_write_like_in_qemu() {
         }
         let check = qemu_img_check(&tower.path(tower.levels - 1));
         assert!(check.is_clean(), "{}", check.text);
+    }
+}
+
+/// What a copy is to be made into.
+struct Copy {
+    options: ConvertOptions,
+    format: Format,
+    path: PathBuf,
+}
+
+impl Copy {
+    /// Makes the target: new, or full of something else.
+    fn random(tower: &Tower, random: &mut Random) -> Self {
+        let format = if random.one_in(4) { Format::Raw } else { Format::Qcow2 };
+        let path = tower.directory.path().join("copy");
+        let size = (tower.top_size + *random.pick(&[0, 0, 512, 1_000_448])).to_string();
+        let mut words = vec!["create", "-q", "-f", format.name()];
+        let layout = random.pick(&LAYOUTS[..8]);
+        if format == Format::Qcow2 {
+            words.extend(["-o", layout]);
+        }
+        let text = path.to_str().unwrap();
+        QEMU_IMG.succeed([&words[..], &[text, &size]].concat());
+        let is_new = random.one_in(2);
+        if !is_new {
+            let write = format!("write -P 238 0 {}", tower.top_size);
+            QEMU_IO.succeed(["-f", format.name(), "-c", &write, text]);
+        }
+        let compresses = format == Format::Qcow2 && random.one_in(2);
+        let options = ConvertOptions {
+            content: if is_new { TargetContent::Zero } else { TargetContent::Unknown },
+            encoding: if compresses { Encoding::Compressed } else { Encoding::Plain },
+            in_flight: 1 + random.index(16),
+            known_zeros: *random.pick(&[KnownZeros::Left, KnownZeros::Zeroed]),
+            order: *random.pick(&[WriteOrder::Guest, WriteOrder::Any]),
+            sparse_bytes: *random.pick(&[0, 512, 4096, 12288, 65536]),
+            threads: *random.pick(&[Threads::Caller, Threads::Cores]),
+        };
+        Self { options, format, path }
+    }
+
+    fn run(&self, source: &impl Layer) {
+        let options = ChainOptions::new(self.format, Access::ReadWrite);
+        let opener = FileOpener::default();
+        let target = block_on(chain::open(&opener, &self.path, &options)).unwrap().into_disk();
+        block_on(job::convert(source, &target, &self.options, &mut |_| ())).unwrap();
+        block_on(target.close()).unwrap();
+    }
+
+    /// What QEMU reads, up to `len`; the rest must be zeros.
+    fn content(&self, len: usize) -> Vec<u8> {
+        let flat = self.path.with_extension("flat");
+        let words = ["convert", "-f", self.format.name(), "-O", "raw"].map(OsStr::new);
+        QEMU_IMG.succeed([&words[..], &[self.path.as_os_str(), flat.as_os_str()]].concat());
+        let mut bytes = std::fs::read(flat).unwrap();
+        assert!(is_zero(&bytes.split_off(len)));
+        bytes
+    }
+}
+
+#[test]
+fn random_chains_are_copied_whole_whatever_the_options() {
+    for seed in seeds(24) {
+        println!("seed {seed}");
+        let random = &mut Random::new(seed);
+        let tower = Tower::random(random);
+        let expected = tower.content();
+        let chain = tower.open_in_detail(Access::ReadOnly, ExtentDetail::Host);
+        let copy = Copy::random(&tower, random);
+        println!("{:?} to {}", copy.options, copy.format);
+        copy.run(chain.disk());
+        assert!(copy.content(expected.len()) == expected);
+        if copy.format == Format::Qcow2 {
+            let check = qemu_img_check(&copy.path);
+            assert!(check.is_clean(), "{}", check.text);
+        }
     }
 }
