@@ -100,6 +100,14 @@ impl CliError {
         self
     }
 
+    /// Adds where in the file it went wrong, if the engine says so.
+    pub(crate) fn located(self, error: &lacuna::Error) -> Self {
+        match error.host_offset() {
+            Some(offset) => self.with_fact("offset", offset.0),
+            None => self,
+        }
+    }
+
     /// Adds ordinary output that is to follow the error.
     pub(crate) fn with_output(self, output: String) -> Self {
         Self { output, ..self }
@@ -233,7 +241,7 @@ impl From<lacuna::Error> for CliError {
             ErrorKind::Io if error.raw_os_error() == Some(EFBIG) => Some(FILE_LIMITS),
             _ => None,
         };
-        let failure = Self::new(sentence(&error)).with_class(error.kind());
+        let failure = Self::new(sentence(&error)).with_class(error.kind()).located(&error);
         hint.map_or_else(|| failure.clone(), |hint| failure.clone().with_hint(hint))
     }
 }

@@ -135,7 +135,7 @@ fn progress_of_a_job_that_fails_says_so_before_the_error() {
         stderr(&ours, "lacuna convert --error-format=json --progress=json -O raw image copy");
     assert_eq!(code, Some(1), "{lines:?}");
     let error = lines.pop().unwrap();
-    assert_eq!(error["verb"], "convert", "{error}");
+    assert_eq!((&error["verb"], &error["offset"]), (&"convert".into(), &0x50000.into()), "{error}");
     check_progress(&lines, "convert", "failed");
 }
 

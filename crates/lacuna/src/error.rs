@@ -5,6 +5,8 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::units::HostOffset;
+
 /// Shorthand for a result with the engine's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -45,6 +47,8 @@ struct Inner {
     kind: ErrorKind,
     message: String,
     source: Option<std::io::Error>,
+    /// Where in the image file.
+    offset: Option<HostOffset>,
     /// Facts for whoever knows their type.
     detail: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -53,7 +57,8 @@ impl Error {
     /// Makes an error of `kind` whose text is `message`: sentence case, no full stop.
     #[must_use]
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner { kind, message: message.into(), source: None, detail: None }))
+        let (message, source) = (message.into(), None);
+        Self(Box::new(Inner { kind, message, source, offset: None, detail: None }))
     }
 
     /// Makes an [`ErrorKind::Corrupt`] error.
@@ -86,7 +91,8 @@ impl Error {
             std::io::ErrorKind::Unsupported => ErrorKind::Unsupported,
             _ => ErrorKind::Io,
         };
-        Self(Box::new(Inner { kind, message: doing.into(), source: Some(source), detail: None }))
+        let (message, source) = (doing.into(), Some(source));
+        Self(Box::new(Inner { kind, message, source, offset: None, detail: None }))
     }
 
     /// Returns the class of the failure.
@@ -118,6 +124,25 @@ impl Error {
         self.0.detail.as_ref().and_then(|detail| detail.downcast_ref())
     }
 
+    /// Returns where in the image file it went wrong, where one place is to blame.
+    ///
+    /// ```
+    /// use lacuna::{Error, units::HostOffset};
+    /// let error = Error::corrupt("L2 entry with reserved bits").at(HostOffset(0x50000));
+    /// assert_eq!(error.host_offset(), Some(HostOffset(0x50000)));
+    /// ```
+    #[must_use]
+    pub fn host_offset(&self) -> Option<HostOffset> {
+        self.0.offset
+    }
+
+    /// Says where in the image file it went wrong. Who said so before was nearer and is right.
+    #[must_use]
+    pub fn at(mut self, offset: HostOffset) -> Self {
+        self.0.offset.get_or_insert(offset);
+        self
+    }
+
     /// Puts what a caller was doing in front of the text; kind and source stay.
     #[must_use]
     pub fn context(mut self, doing: impl fmt::Display) -> Self {
@@ -133,7 +158,8 @@ impl Clone for Error {
             None => std::io::Error::new(source.kind(), source.to_string()),
         });
         let (message, detail) = (self.0.message.clone(), self.0.detail.clone());
-        Self(Box::new(Inner { kind: self.0.kind, message, source, detail }))
+        let Inner { kind, offset, .. } = *self.0;
+        Self(Box::new(Inner { kind, message, source, offset, detail }))
     }
 }
 

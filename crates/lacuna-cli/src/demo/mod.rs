@@ -25,12 +25,15 @@ use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::Tool;
-use crate::verbs::{Example, Task, Verb};
+use crate::verbs::{Example, Meter, Task, Verb};
 
 use self::guest::{Content, STEPS, Step};
 use self::image::{Detection, GuestImage, Measured};
 use self::picture::Palette;
 use self::scratch::Scratch;
+
+/// The images of the demo.
+const NAMES: [&str; 3] = ["plain.qcow2", "detect.qcow2", "converted.qcow2"];
 
 /// Whatever goes wrong ends the demo with its text.
 type DemoResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
@@ -41,22 +44,61 @@ pub(crate) const VERB: Verb = Verb {
     task: Task::Try,
     summary: "Show the main job on a file system made of the files at hand",
     operands: "",
-    flags: &[Flag::valued('k', "keep", "DIR", "leave the images in this folder").long_only()],
+    flags: &[
+        Flag::valued('k', "keep", "DIR", "leave the images in this folder").long_only(),
+        Flag::valued('p', "progress", "json", "show progress, for programs").long_only(),
+    ],
     examples: &[Example { shows: "what zero detection is worth", line: "" }],
     codes: &[],
     run,
 };
 
-fn run(_: &Tool, parsed: &Parsed) -> CliResult<u8> {
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     if !parsed.operands.is_empty() {
         return Err(CliError::usage("Expecting no operands"));
     }
+    let mut progress = Progress::new(tool, parsed)?;
     let scratch = Scratch::new(parsed.last("keep").map(Path::new));
-    scratch.and_then(|scratch| tell(&scratch)).map_err(|error| CliError::new(error.to_string()))?;
+    let told = scratch.and_then(|scratch| tell(&scratch, &mut progress));
+    progress.finish(told.is_ok());
+    told.map_err(|error| CliError::new(error.to_string()))?;
     Ok(0)
 }
 
-fn tell(scratch: &Scratch) -> DemoResult {
+/// Counts the steps. People see what is printed; only programs need it said.
+struct Progress {
+    meter: Option<Meter>,
+    done: u64,
+}
+
+impl Progress {
+    /// The steps of the guest, the conversion, the proofs.
+    const STEPS: u64 = STEPS.len() as u64 + 1 + NAMES.len() as u64;
+
+    fn new(tool: &Tool, parsed: &Parsed) -> CliResult<Self> {
+        let meter = parsed.has("progress").then(|| Meter::new(tool, parsed, "demo"));
+        let meter = meter.transpose()?.map(|meter| meter.counting("steps"));
+        Ok(Self { meter, done: 0 })
+    }
+
+    fn begin(&mut self, phase: &'static str) {
+        if let Some(meter) = &mut self.meter {
+            meter.update(phase, self.done, Self::STEPS);
+        }
+        self.done += 1;
+    }
+
+    fn finish(self, succeeded: bool) {
+        if let Some(mut meter) = self.meter {
+            if succeeded {
+                meter.update("end", self.done, Self::STEPS);
+            }
+            meter.finish(succeeded);
+        }
+    }
+}
+
+fn tell(scratch: &Scratch, progress: &mut Progress) -> DemoResult {
     let start = Instant::now();
     let palette = Palette::of_locale(&locale());
     let raw = scratch.path("disk.raw");
@@ -74,12 +116,13 @@ fn tell(scratch: &Scratch) -> DemoResult {
     let images = paths.map(|(name, detection)| GuestImage::create(&scratch.path(name), detection));
     let [plain, detecting] = images;
     let (plain, detecting) = (plain?, detecting?);
-    live(&content, &plain, &detecting)?;
+    live(&content, &plain, &detecting, progress)?;
 
     let before = plain.measure()?;
     let detected = detecting.measure()?;
     plain.close()?;
     detecting.close()?;
+    progress.begin("convert");
     let converted = image::convert(&scratch.path("plain.qcow2"), &scratch.path("converted.qcow2"))?;
 
     say(&format!("\nWhere it led  ({}):\n", palette.legend()))?;
@@ -96,14 +139,20 @@ fn tell(scratch: &Scratch) -> DemoResult {
         size(before.host_bytes.saturating_sub(converted.host_bytes)),
         size(before.host_bytes),
     ))?;
-    for name in ["plain.qcow2", "detect.qcow2", "converted.qcow2"] {
+    for name in NAMES {
+        progress.begin("proof");
         say(&proof::of(&raw, &scratch.path(name), name)?)?;
     }
     say(&format!("\n{}{:.1} s\n", scratch.farewell(), start.elapsed().as_secs_f64()))
 }
 
 /// Takes both images through the guest's life, with a line for each step.
-fn live(content: &Content, plain: &GuestImage, detecting: &GuestImage) -> DemoResult {
+fn live(
+    content: &Content,
+    plain: &GuestImage,
+    detecting: &GuestImage,
+    progress: &mut Progress,
+) -> DemoResult {
     say(&format!("  {:<34}{:>22}    {:>22}\n", "", "zero detection off", "zero detection on"))?;
     say(&format!(
         "  {:<34}{}    {}\n",
@@ -112,6 +161,7 @@ fn live(content: &Content, plain: &GuestImage, detecting: &GuestImage) -> DemoRe
         columns("file", "on host")
     ))?;
     for step in STEPS {
+        progress.begin("guest");
         let [off, on] = [plain.live(content, step)?, detecting.live(content, step)?];
         say(&format!("  {:<34}{}    {}\n", step.story(), sizes(&off), sizes(&on)))?;
         if step == Step::Delete {

@@ -24,6 +24,7 @@ pub(crate) mod spec;
 
 pub(crate) use help::version;
 pub(crate) use info::{dump, specifics};
+pub(crate) use progress::Meter;
 
 use crate::args::{self, Flag, Parsed};
 use crate::demo;

@@ -308,7 +308,7 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
     };
     // One line, whatever the image calls its files.
     let text = if tool.is_own() { output::tame(&text) } else { text };
-    let failure = CliError::new(text).with_class(error.kind());
+    let failure = CliError::new(text).with_class(error.kind()).located(error);
     match error.kind() {
         // What follows the semicolon is advice for callers of the library.
         ErrorKind::InvalidRequest if error.message().contains("ChainOptions::") => {

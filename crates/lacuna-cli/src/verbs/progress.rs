@@ -28,7 +28,7 @@ use crate::persona::Tool;
 const JSON_EVERY: Duration = Duration::from_millis(200);
 
 /// Tells the user how far a job is. One that is dropped without [`Meter::finish`] has failed.
-pub(super) struct Meter {
+pub(crate) struct Meter {
     display: Display,
     job: &'static str,
     unit: &'static str,
@@ -63,7 +63,7 @@ enum Display {
 
 impl Meter {
     /// Chooses by `-p`, `--progress`, `-q`, the name of the program and where stderr goes.
-    pub(super) fn new(tool: &Tool, parsed: &Parsed, job: &'static str) -> CliResult<Self> {
+    pub(crate) fn new(tool: &Tool, parsed: &Parsed, job: &'static str) -> CliResult<Self> {
         let is_terminal = std::io::stderr().is_terminal();
         let display = match parsed.last("progress") {
             _ if parsed.has("quiet") => on_request(),
@@ -83,7 +83,7 @@ impl Meter {
     }
 
     /// Makes it count something else than bytes.
-    pub(super) fn counting(mut self, unit: &'static str) -> Self {
+    pub(crate) fn counting(mut self, unit: &'static str) -> Self {
         if let Display::Bar(bar) = &self.display {
             bar.set_style(style("{msg} {bar:30} {percent:>3}%"));
         }
@@ -92,7 +92,7 @@ impl Meter {
     }
 
     /// Takes note of `done` of `total` bytes, or what else is counted.
-    pub(super) fn update(&mut self, phase: &'static str, done: u64, total: u64) {
+    pub(crate) fn update(&mut self, phase: &'static str, done: u64, total: u64) {
         let is_new = phase != self.reached.phase;
         self.reached = Reached { phase, done, total };
         let percent = self.reached.percent();
@@ -132,7 +132,7 @@ impl Meter {
     }
 
     /// Ends the display.
-    pub(super) fn finish(mut self, succeeded: bool) {
+    pub(crate) fn finish(mut self, succeeded: bool) {
         self.end(succeeded);
     }
 

@@ -269,7 +269,9 @@ impl<S: Storage> Image<S> {
 
     pub(super) async fn load(&self, offset: HostOffset, len: u64, what: &str) -> Result<Buffer> {
         let (result, bytes) = self.0.storage.read_at(offset, Buffer::new(len as usize)).await;
-        result.map_err(|error| error.context(format!("Reading {what} at host offset {offset}")))?;
+        result.map_err(|error| {
+            error.context(format!("Reading {what} at host offset {offset}")).at(offset)
+        })?;
         Ok(bytes)
     }
 

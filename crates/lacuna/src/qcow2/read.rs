@@ -108,7 +108,8 @@ impl<S: Storage> Image<S> {
         let mut cluster = Buffer::new(self.geometry().cluster_bytes() as usize);
         let kind = self.0.header.lock().compression;
         codec::decompress(kind, &input, &mut cluster).map_err(|error| {
-            error.context(format!("Compressed cluster at host offset {}", range.start))
+            let cluster = format!("Compressed cluster at host offset {}", range.start);
+            error.context(cluster).at(range.start)
         })?;
         Ok(cluster)
     }

@@ -217,7 +217,8 @@ impl AsFd for FileStorage {
 
 impl Inner {
     fn error(&self, source: std::io::Error, doing: &str, offset: u64, len: u64) -> Error {
-        Error::io(source, format!("{doing} {len} bytes at {offset:#x} of {}", self.path.display()))
+        let doing = format!("{doing} {len} bytes at {offset:#x} of {}", self.path.display());
+        Error::io(source, doing).at(HostOffset(offset))
     }
 
     fn plain_error(&self, source: std::io::Error, doing: &str) -> Error {
