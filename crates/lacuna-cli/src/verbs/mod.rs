@@ -19,6 +19,7 @@ mod map;
 mod measure;
 pub(crate) mod open;
 mod progress;
+mod qemu_words;
 mod resize;
 pub(crate) mod spec;
 

@@ -13,6 +13,7 @@ use lacuna::storage::{CacheMode, FileOptions, LockConflict, Permissions};
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
 
+use super::qemu_words;
 use super::spec::ImageSpec;
 use super::spec::tree::{BelowSpec, FileKind, FileSpec};
 use super::{advice, busy};
@@ -303,7 +304,8 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
         (Some(code), _) => file_words(file, error.message(), code),
         (None, Some(words)) if !tool.is_own() => words,
         // The name stands in front already.
-        _ if !tool.is_own() => without_image(&sentence(error), file),
+        _ if !tool.is_own() => qemu_words::of_opening(error.message())
+            .unwrap_or_else(|| without_image(&sentence(error), file)),
         _ => sentence(error),
     };
     // One line, whatever the image calls its files.

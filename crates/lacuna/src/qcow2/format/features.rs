@@ -185,15 +185,20 @@ impl RawFeatureName {
 }
 
 impl FeatureName {
-    /// Decodes a feature name table; an incomplete last row is ignored, as QEMU does.
+    /// Decodes a feature name table; what the last row lacks is zeros, as for QEMU.
     pub(crate) fn decode_table(data: &[u8]) -> Vec<Self> {
-        let rows = data.as_chunks::<48>().0.iter();
-        rows.map(|row| {
-            let raw: RawFeatureName = zerocopy::transmute!(*row);
-            let name = raw.name.split(|byte| *byte == 0).next().unwrap_or_default();
-            Self { word: FeatureWord(raw.word), bit: raw.bit, name: StoredName::new(name) }
-        })
-        .collect()
+        let (rows, rest) = data.as_chunks::<48>();
+        let mut last = [0; 48];
+        last.iter_mut().zip(rest).for_each(|(place, byte)| *place = *byte);
+        // Without a name there is nothing to tell.
+        let last = (rest.len() > 2).then_some(&last);
+        rows.iter().chain(last).map(Self::decode).collect()
+    }
+
+    fn decode(row: &[u8; 48]) -> Self {
+        let raw: RawFeatureName = zerocopy::transmute!(*row);
+        let name = raw.name.split(|byte| *byte == 0).next().unwrap_or_default();
+        Self { word: FeatureWord(raw.word), bit: raw.bit, name: StoredName::new(name) }
     }
 
     /// Encodes the table that QEMU writes, then those of `names` that it does not have.
