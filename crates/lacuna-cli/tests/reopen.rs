@@ -100,3 +100,33 @@ fn contradictions_in_an_image_are_told_in_the_words_of_qemu() {
     }
     both_in(&stock, &ours, "qemu-io -c 'write 64k 64k' e.qcow2");
 }
+
+#[test]
+fn lengths_change_and_overlays_go_as_with_qemu_io() {
+    let (stock, ours) = prepared();
+    both_in(
+        &stock,
+        &ours,
+        "
+        cp a.qcow2 t.qcow2; qemu-io -c 'truncate 1M' -c length t.qcow2
+        cp a.qcow2 t.qcow2; qemu-io -c 'truncate 128M' -c length t.qcow2
+        cp a.qcow2 t.qcow2; qemu-io -c 'truncate 1000' -c length t.qcow2
+        cp a.qcow2 t.qcow2; qemu-io -c 'truncate -m foo 1M' t.qcow2
+        cp a.qcow2 t.qcow2; qemu-io -c 'truncate -m falloc 128M' -c length t.qcow2
+        cp a.qcow2 t.qcow2; qemu-io -c 'truncate -m metadata 128M' -c length -c map t.qcow2
+        cp a.qcow2 t.qcow2; qemu-io -c 'truncate -m full 65M' -c length -c map t.qcow2
+        cp a.qcow2 t.qcow2; qemu-io -c 'truncate -m metadata 1M' -c length t.qcow2
+        cp a.qcow2 t.qcow2; qemu-io -c 'truncate -m metadata 64M' -c length t.qcow2
+        qemu-io -f raw -c 'truncate -m falloc 2M' -c length r.raw
+        qemu-io -f raw -c 'truncate -m full 2M' -c length r.raw
+        qemu-io -f raw -c 'truncate -m metadata 2M' -c length r.raw
+        qemu-io -f raw -c 'truncate -m falloc 512k' -c length r.raw
+        qemu-io -f raw -c 'truncate 1000' -c length r.raw; stat -c %s r.raw
+        qemu-io -f raw -c 'truncate 0' -c length r.raw; stat -c %s r.raw
+        qemu-io -r -s -c 'write -P 1 0 64k' a.qcow2
+        qemu-io -s -c 'write -P 1 0 64k' -c 'read -P 1 0 64k' a.qcow2; qemu-io -c 'read -P 5 0 64k' a.qcow2
+        qemu-io -C -s -c 'read -P 5 0 64k' -c map b.qcow2
+        qemu-io -d ignore -s -c 'write -P 7 0 64k' -c 'discard 0 64k' -c 'read -P 7 0 64k' b.qcow2
+        ",
+    );
+}

@@ -1,11 +1,10 @@
 //! Commands about the image as a whole: open, close, reopen, truncate, length, info.
 
-use lacuna::buffer::Hold;
+use lacuna::block::{Layer, Preallocation};
 use lacuna::chain::{Sharing, UnnamedFormat};
+use lacuna::qcow2::Access;
 use lacuna::qcow2::format::Header;
-use lacuna::qcow2::{Access, Shrink};
-use lacuna::storage::{CacheMode, Storage};
-use pollster::block_on;
+use lacuna::storage::CacheMode;
 use serde_json::Value;
 
 use super::commands::{Command, Done, Failure};
@@ -13,11 +12,11 @@ use super::session::Session;
 use super::transfer::number;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult, sentence};
-use crate::nodes::AnyStorage;
 use crate::options::{self, Asked};
 use crate::output::io_size;
-use crate::persona::Tool;
+use crate::verbs::create::preallocation;
 use crate::verbs::open::{cache_mode, check_force_share, hold_length, sharing, unnamed};
+use crate::verbs::resize::Change;
 use crate::verbs::spec::ImageSpec;
 use crate::verbs::{dump, specifics};
 
@@ -114,41 +113,39 @@ pub(super) fn close(session: &mut Session<'_>, _: &Command, _: &[String]) -> Don
 
 pub(super) fn truncate(session: &mut Session<'_>, command: &Command, words: &[String]) -> Done {
     let parsed = session.parse(command, words)?;
-    match parsed.last("m") {
-        None | Some("off") => {}
-        Some(mode @ ("metadata" | "falloc" | "full")) => {
-            return session.report(&format!("Preallocation mode '{mode}' is not supported yet"));
-        }
-        Some(mode) => return session.report(&format!("Invalid preallocation mode '{mode}'")),
-    }
-    let Some(text) = parsed.operands.first() else { return Err(Failure::Usage) };
-    let size = number(session, text)?;
-    let disk = session.disk()?;
-    let resized = match disk.as_qcow2() {
-        Some(_) if size % 512 != 0 => {
-            return session.report("The new size must be a multiple of 512");
-        }
-        Some(image) => block_on(image.resize(size, Shrink::Allow)).map_err(CliError::from),
-        None => {
-            let cut = cut(session.tool(), disk.storage(), size);
-            drop(disk);
-            // A raw disk learns its size when it is opened.
-            cut.and_then(|()| session.close()).and_then(|request| match request {
-                Some(request) => session.open_request(request),
-                None => Ok(()),
-            })
-        }
+    let mode = match preallocation(parsed.last("m").unwrap_or("off")) {
+        Ok(mode) => mode,
+        Err(name) => return session.report(&format!("Invalid preallocation mode '{name}'")),
     };
-    match resized {
+    let Some(text) = parsed.operands.first() else { return Err(Failure::Usage) };
+    let new = number(session, text)?;
+    match resized(session, new, mode) {
         Ok(()) => Ok(()),
         Err(error) => session.report(error.text()),
     }
 }
 
-/// Changes the length of a raw disk, if nobody minds.
-fn cut(tool: &Tool, storage: &AnyStorage, size: u64) -> CliResult<()> {
-    hold_length(tool, storage)?;
-    Ok(block_on(storage.set_len(size, Hold::none()))?)
+fn resized(session: &mut Session<'_>, new: u64, mode: Preallocation) -> CliResult<()> {
+    let image = session.image().map_err(|_| CliError::new("There is no image"))?;
+    let disk = image.chain.disk();
+    let change = Change { old: disk.size_bytes(), new, mode };
+    let is_raw = disk.as_qcow2().is_none();
+    let is_refused = is_raw && mode == Preallocation::Metadata;
+    if mode != Preallocation::Off && new == change.old && !is_refused {
+        return Ok(());
+    }
+    if mode != Preallocation::Off && new < change.old {
+        return Err(CliError::new(match is_raw {
+            true => "Cannot use preallocation for shrinking files",
+            false => "Preallocation can't be used for shrinking an image",
+        }));
+    }
+    if is_raw {
+        hold_length(session.tool(), disk.storage())?;
+    }
+    change.make(&image.chain)?;
+    // A raw disk learns its size when it is opened.
+    if is_raw { session.reopen(|_| ()) } else { Ok(()) }
 }
 
 pub(super) fn length(session: &mut Session<'_>, _: &Command, _: &[String]) -> Done {

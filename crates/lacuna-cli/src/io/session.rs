@@ -229,17 +229,15 @@ impl<'t> Session<'t> {
     pub(super) fn open(&mut self, image: ImageSpec, flags: &OpenFlags) -> CliResult<()> {
         let (access, cache, unnamed) = (flags.access, flags.cache, flags.unnamed);
         open::check_native(flags.is_native, cache)?;
-        let mut image = image;
-        image.disk.common.discard = image.disk.common.discard.or(flags.discards);
-        if flags.copies_on_read {
-            image.disk.tops.push(TopSpec::CopyOnRead);
-        }
-        let request = Request { image, access, cache, sharing: flags.sharing, unnamed };
+        let mut request = Request { image, access, cache, sharing: flags.sharing, unnamed };
         if !flags.snapshot {
+            put_on_top(&mut request, flags);
             return self.open_request(request);
         }
         let overlay = overlay::make(self.tool, &request)?;
-        let opened = self.open_request(overlay.request());
+        let mut request = overlay.request(access);
+        put_on_top(&mut request, flags);
+        let opened = self.open_request(request);
         overlay.forget()?;
         opened
     }
@@ -308,5 +306,14 @@ impl<'t> Session<'t> {
         }
         self.close()?;
         Ok(all_said)
+    }
+}
+
+/// Adds what the flags say about the disk on top.
+fn put_on_top(request: &mut Request, flags: &OpenFlags) {
+    let disk = &mut request.image.disk;
+    disk.common.discard = disk.common.discard.or(flags.discards);
+    if flags.copies_on_read {
+        disk.tops.push(TopSpec::CopyOnRead);
     }
 }

@@ -359,7 +359,7 @@ pub(super) fn no_room(error: &lacuna::Error, mode: Preallocation) -> CliError {
 }
 
 /// Reads the name of a kind of preallocation; gives it back where there is no such kind.
-pub(super) fn preallocation(name: &str) -> Result<Preallocation, &str> {
+pub(crate) fn preallocation(name: &str) -> Result<Preallocation, &str> {
     match name {
         "off" => Ok(Preallocation::Off),
         "metadata" => Ok(Preallocation::Metadata),

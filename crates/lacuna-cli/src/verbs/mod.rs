@@ -10,7 +10,7 @@ mod check;
 mod compare;
 mod completions;
 mod convert;
-mod create;
+pub(crate) mod create;
 mod dd;
 mod help;
 mod info;
@@ -20,7 +20,7 @@ mod measure;
 pub(crate) mod open;
 mod progress;
 mod qemu_words;
-mod resize;
+pub(crate) mod resize;
 pub(crate) mod spec;
 
 pub(crate) use help::version;

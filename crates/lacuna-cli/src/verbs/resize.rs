@@ -126,10 +126,10 @@ impl Wish {
 
 /// A change of size.
 #[derive(Clone, Copy, Debug)]
-struct Change {
-    old: u64,
-    new: u64,
-    mode: Preallocation,
+pub(crate) struct Change {
+    pub(crate) old: u64,
+    pub(crate) new: u64,
+    pub(crate) mode: Preallocation,
 }
 
 impl Change {
@@ -148,7 +148,8 @@ impl Change {
         Ok(())
     }
 
-    fn make(self, chain: &FileChain) -> CliResult<()> {
+    /// Makes it. A raw disk learns of it when it is opened anew.
+    pub(crate) fn make(self, chain: &FileChain) -> CliResult<()> {
         match chain.disk().as_qcow2() {
             Some(image) => self.resize_image(image),
             None if self.mode == Preallocation::Metadata => {

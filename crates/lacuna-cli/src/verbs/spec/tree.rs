@@ -73,6 +73,22 @@ pub(crate) enum BelowSpec {
     Nothing,
 }
 
+impl BelowSpec {
+    /// Stands on a disk whose format is known by now.
+    pub(crate) fn on(disk: &DiskSpec, format: Format) -> Self {
+        let is_file = disk.window == Window::default() && disk.tops.is_empty();
+        let (format, file, below) = match is_file && disk.data_file.is_none() {
+            true => (format, disk.file.clone(), disk.below.clone()),
+            false => {
+                let disk = DiskSpec { format: Some(format), ..disk.clone() };
+                (Format::Raw, StorageSpec::Disk(Box::new(disk)), Self::Nothing)
+            }
+        };
+        let (format, file, first_key) = (Some(format), Some(file), String::new());
+        Self::Changed(Box::new(Changed { format, file, below, first_key }))
+    }
+}
+
 /// A backing layer as far as options describe it.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Changed {
