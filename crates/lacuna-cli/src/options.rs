@@ -25,20 +25,26 @@ pub(crate) struct Spec {
     pub(crate) help: &'static str,
     /// The value of an option that is not given, where the `Formatting` line shows one.
     pub(crate) default: Option<&'static str>,
+    /// Whether stock tools do not know it.
+    pub(crate) is_ours: bool,
 }
 
 const fn spec(name: &'static str, kind: Kind, help: &'static str) -> Spec {
-    Spec { name, kind, help, default: None }
+    Spec { name, kind, help, default: None, is_ours: false }
 }
 
 impl Spec {
     const fn or(self, value: &'static str) -> Self {
         Self { default: Some(value), ..self }
     }
+
+    const fn ours(self) -> Self {
+        Self { is_ours: true, ..self }
+    }
 }
 
 /// The options of a new qcow2 image, in the order of the `Formatting` line.
-const QCOW2: [Spec; 11] = [
+const QCOW2: [Spec; 12] = [
     spec("cluster_size", Kind::Size, "Size of a cluster, 512 to 2M").or("65536"),
     spec("extended_l2", Kind::Switch, "32 subclusters for each cluster").or("off"),
     spec("preallocation", Kind::Text, "What to allocate at once (off)"),
@@ -49,6 +55,8 @@ const QCOW2: [Spec; 11] = [
     spec("backing_fmt", Kind::Text, "Format of the backing image"),
     spec("data_file", Kind::Text, "File name of an external data file"),
     spec("data_file_raw", Kind::Switch, "Keep the data file readable as a raw image"),
+    spec("zero_claims", Kind::Switch, "Say in private bits while all is zero or unallocated")
+        .ours(),
     spec("lazy_refcounts", Kind::Switch, "Update reference counts late").or("off"),
 ];
 

@@ -76,6 +76,15 @@ const ROWS: &[Row] = &[
 "#,
     },
     Row {
+        matter: "an image that says in private bits that it is all zeros",
+        qemu: "`info` says nothing of it",
+        lacuna: "`info` says so",
+        prepare: "stock-img create -q -f qcow2 image 64k
+                  printf '\\x0c' | dd of=image bs=1 seek=95 conv=notrunc status=none",
+        line: "IMG info image | grep -c '^    all zero: true$\\|^    all unallocated: true$'; true",
+        ours: "2\n",
+    },
+    Row {
         matter: "a backing file whose format the image does not name",
         qemu: "probed",
         lacuna: "refused without `--probe-backing`: a guest could have written a header",

@@ -1,9 +1,9 @@
 //! A storage object seen as a guest disk.
 
 use crate::block::{AllocationDepth, DiscardMode, Extent, ExtentBuilder, ExtentStatus, Layer};
-use crate::block::{Preallocation, WriteFlags, ZeroFlags};
+use crate::block::{KnownZeroes, Preallocation, WriteFlags, ZeroFlags};
 use crate::buffer::{Buffer, Hold};
-use crate::storage::{HostStatus, Storage, Transfer, ZeroMode, reserve};
+use crate::storage::{Capability, HostStatus, Storage, Transfer, ZeroMode, reserve};
 use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
 
@@ -150,6 +150,18 @@ impl<S: Storage> Layer for Raw<S> {
         HOST_BLOCK_BYTES
     }
 
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        let whole = HostRange::new(HostOffset(0), self.size_bytes);
+        // A file; what a block device held before nobody knows.
+        let is_file = self.storage.capabilities().set_len != Capability::Unsupported;
+        if !is_file || whole.is_empty() {
+            return Ok(KnownZeroes { open: whole.is_empty(), ..KnownZeroes::NOTHING });
+        }
+        let first = self.storage.status_at(whole).await?;
+        let open = first.status == HostStatus::Hole && first.len == whole.len;
+        Ok(KnownZeroes { create: true, truncate: true, open })
+    }
+
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         match self.check(GuestRange::new(offset, buffer.len() as u64)) {
             Ok(range) => self.storage.read_at(range.start, buffer).await,
@@ -176,7 +188,7 @@ impl<S: Storage> Layer for Raw<S> {
             false => ZeroMode::Allocate,
         };
         let native = self.storage.capabilities().write_zeroes;
-        if flags.contains(ZeroFlags::FAST) && native != crate::storage::Capability::Native {
+        if flags.contains(ZeroFlags::FAST) && native != Capability::Native {
             return Err(Error::unsupported("The host cannot zero faster than writing"));
         }
         self.storage.write_zeroes_at(range, mode, Hold::none()).await?;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lacuna::Result;
-use lacuna::block::{BoxFuture, DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{BoxFuture, DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::job::Target;
 use lacuna::qcow2::{Encoder, Stream};
@@ -25,6 +25,7 @@ trait DynDisk: Send + Sync {
     fn bytes(&self) -> u64;
     fn refuses_writes(&self) -> bool;
     fn zero_unit(&self) -> u64;
+    fn known_dyn(&self) -> BoxFuture<'_, Result<KnownZeroes>>;
     fn read_dyn(&self, offset: GuestOffset, buffer: Buffer) -> BoxFuture<'_, Transfer>;
     fn write_dyn(
         &self,
@@ -56,6 +57,10 @@ impl<L: Target> DynDisk for L {
 
     fn zero_unit(&self) -> u64 {
         self.zero_unit_bytes()
+    }
+
+    fn known_dyn(&self) -> BoxFuture<'_, Result<KnownZeroes>> {
+        Box::pin(self.known_zeroes())
     }
 
     fn read_dyn(&self, offset: GuestOffset, buffer: Buffer) -> BoxFuture<'_, Transfer> {
@@ -112,6 +117,10 @@ impl Layer for Below {
 
     fn zero_unit_bytes(&self) -> u64 {
         self.0.zero_unit()
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        self.0.known_dyn().await
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {

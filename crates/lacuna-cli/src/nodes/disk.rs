@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lacuna::block::{
-    DetectZeroes, DiscardMode, Extent, Layer, WriteFlags, ZeroDetection, ZeroFlags,
+    DetectZeroes, DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroDetection, ZeroFlags,
 };
 use lacuna::buffer::Buffer;
 use lacuna::chain::{Disk, Format};
@@ -113,6 +113,10 @@ impl Layer for ToolDisk {
 
     fn zero_unit_bytes(&self) -> u64 {
         self.disk.zero_unit_bytes()
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        self.disk.known_zeroes().await
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {

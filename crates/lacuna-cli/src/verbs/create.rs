@@ -63,7 +63,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let format_name = parsed.last("format").unwrap_or("raw");
     let given = match (asked, Format::from_name(format_name)) {
         (Asked::Values(given), _) => given,
-        (Asked::Help, Some(format)) => return list_options(format),
+        (Asked::Help, Some(format)) => return list_options(tool, format),
         (Asked::Help, None) => return Err(unknown_format(format_name)),
     };
     let (file, size) = match &parsed.operands[..] {
@@ -99,8 +99,9 @@ pub(super) fn image_size(text: &str) -> CliResult<u64> {
 }
 
 /// Prints the options of a format.
-pub(super) fn list_options(format: Format) -> CliResult<u8> {
+pub(super) fn list_options(tool: &Tool, format: Format) -> CliResult<u8> {
     let mut specs = options::specs(format);
+    specs.retain(|spec| tool.is_own() || !spec.is_ours);
     specs.sort_by_key(|spec| spec.name);
     let mut text = format!("Supported {format} options:\n");
     for spec in specs {
@@ -325,6 +326,7 @@ impl Plan {
             cluster_bytes: cluster_bytes(values)?,
             compression: compression(values.text("compression_type"))?,
             lazy_refcounts: values.is_on("lazy_refcounts"),
+            zero_claims: values.is_on("zero_claims"),
             backing: backing(values)?,
             data_file: data_file(values)?,
             ..CreateOptions::default()

@@ -56,7 +56,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let chain = source.map(|file| open_source(tool, parsed, file)).transpose()?;
     let format = target_format(parsed.last("target-format").unwrap_or("raw"))?;
     let given = match asked {
-        Asked::Help => return create::list_options(format),
+        Asked::Help => return create::list_options(tool, format),
         Asked::Values(given) => given,
     };
     let mut values = values(tool, format, &given)?;

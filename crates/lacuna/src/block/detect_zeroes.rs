@@ -3,7 +3,7 @@
 //! * Always byte-exact: what is handed down as zeros was zeros, what was not is written.
 //! * Never: a request is torn for less than a unit, unless all of it is zeros.
 
-use super::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags, is_zero};
+use super::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags, is_zero};
 use crate::Result;
 use crate::buffer::Buffer;
 use crate::storage::Transfer;
@@ -156,6 +156,10 @@ impl<L: Layer> Layer for DetectZeroes<L> {
 
     fn zero_unit_bytes(&self) -> u64 {
         self.below.zero_unit_bytes()
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        self.below.known_zeroes().await
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {

@@ -5,7 +5,7 @@ use std::pin::Pin;
 
 use bitflags::bitflags;
 
-use super::Extent;
+use super::{Extent, KnownZeroes};
 use crate::Result;
 use crate::storage::Transfer;
 use crate::units::{GuestOffset, GuestRange};
@@ -90,6 +90,10 @@ pub trait Layer: Send + Sync {
     /// aligned ranges read as zeros without writing bytes. A hint: smaller ranges work too.
     fn zero_unit_bytes(&self) -> u64;
 
+    /// Returns what is known of being all zeros without a walk (000-5). Cheap; where in doubt,
+    /// [`KnownZeroes::NOTHING`].
+    fn known_zeroes(&self) -> impl Future<Output = Result<KnownZeroes>> + Send;
+
     /// Fills the buffer from `offset` on. `OutOfBounds` where that passes the end.
     fn read(
         &self,
@@ -159,6 +163,8 @@ pub trait DynLayer: Send + Sync {
         offset: GuestOffset,
         buffer: crate::buffer::Buffer,
     ) -> BoxFuture<'_, Transfer>;
+    /// As [`Layer::known_zeroes`].
+    fn known_zeroes_boxed(&self) -> BoxFuture<'_, Result<KnownZeroes>>;
     /// As [`Layer::extents`].
     fn extents_boxed(&self, range: GuestRange) -> BoxFuture<'_, Result<Vec<Extent>>>;
 }
@@ -174,6 +180,10 @@ impl<L: Layer> DynLayer for L {
         buffer: crate::buffer::Buffer,
     ) -> BoxFuture<'_, Transfer> {
         Box::pin(self.read(offset, buffer))
+    }
+
+    fn known_zeroes_boxed(&self) -> BoxFuture<'_, Result<KnownZeroes>> {
+        Box::pin(self.known_zeroes())
     }
 
     fn extents_boxed(&self, range: GuestRange) -> BoxFuture<'_, Result<Vec<Extent>>> {

@@ -3,6 +3,7 @@
 mod cursor;
 mod detect_zeroes;
 mod extent;
+mod known_zeroes;
 mod layer;
 mod preallocation;
 mod zero;
@@ -10,6 +11,7 @@ mod zero;
 pub(crate) use cursor::{ExtentCursor, no_status};
 pub use detect_zeroes::{DetectZeroes, ZeroDetection};
 pub use extent::{AllocationDepth, Extent, ExtentBuilder, ExtentStatus};
+pub use known_zeroes::{KnownZeroes, is_all_zeroes};
 pub use layer::{BoxFuture, DiscardMode, DynLayer, Layer, WriteFlags, ZeroFlags};
 pub use preallocation::Preallocation;
 pub use zero::{first_nonzero, is_zero};

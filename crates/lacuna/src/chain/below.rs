@@ -9,7 +9,7 @@
 use super::disk::Disk;
 use crate::block::{
     AllocationDepth, BoxFuture, DiscardMode, DynLayer, Extent, ExtentBuilder, ExtentCursor,
-    ExtentStatus, Layer, WriteFlags, ZeroFlags,
+    ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags,
 };
 use crate::buffer::Buffer;
 use crate::storage::{Storage, Transfer};
@@ -94,6 +94,16 @@ impl<S: Storage> Layer for Below<S> {
         512
     }
 
+    /// Each level knows of itself alone: all must.
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        for level in self.0.iter() {
+            if !level.known_zeroes().await?.open {
+                return Ok(KnownZeroes::NOTHING);
+            }
+        }
+        Ok(KnownZeroes { open: true, ..KnownZeroes::NOTHING })
+    }
+
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         let mut cursors = self.cursors();
         let (mut done, mut rest, mut at) = (None, buffer, offset);
@@ -170,6 +180,10 @@ impl DynLayer for Nothing {
             )),
         };
         Box::pin(std::future::ready((result, buffer)))
+    }
+
+    fn known_zeroes_boxed(&self) -> BoxFuture<'_, Result<KnownZeroes>> {
+        Box::pin(std::future::ready(Ok(KnownZeroes { open: true, ..KnownZeroes::NOTHING })))
     }
 
     fn extents_boxed(&self, _: GuestRange) -> BoxFuture<'_, Result<Vec<Extent>>> {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::policy::Format;
 use super::probe::MAGIC;
-use crate::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
 use crate::buffer::Buffer;
 use crate::qcow2::{Access, Image};
 use crate::raw::Raw;
@@ -162,6 +162,10 @@ impl<S: Storage> Layer for RawDisk<S> {
         self.raw.zero_unit_bytes()
     }
 
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        self.raw.known_zeroes().await
+    }
+
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         self.raw.read(offset, buffer).await
     }
@@ -211,6 +215,13 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.zero_unit_bytes(),
             Self::Raw(disk) => disk.zero_unit_bytes(),
+        }
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        match self {
+            Self::Qcow2(image) => image.known_zeroes().await,
+            Self::Raw(disk) => disk.known_zeroes().await,
         }
     }
 

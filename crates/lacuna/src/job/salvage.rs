@@ -6,7 +6,7 @@
 use parking_lot::Mutex;
 
 use crate::block::{
-    AllocationDepth, DiscardMode, Extent, ExtentStatus, Layer, WriteFlags, ZeroFlags,
+    AllocationDepth, DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags,
 };
 use crate::buffer::Buffer;
 use crate::storage::Transfer;
@@ -118,6 +118,10 @@ impl<L: Layer, F: FnMut(Lost<'_>) + Send> Layer for Salvage<'_, L, F> {
         self.below.zero_unit_bytes()
     }
 
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        self.below.known_zeroes().await
+    }
+
     fn is_read_only(&self) -> bool {
         true
     }
@@ -191,6 +195,10 @@ mod tests {
 
         fn zero_unit_bytes(&self) -> u64 {
             self.disk.zero_unit_bytes()
+        }
+
+        async fn known_zeroes(&self) -> Result<KnownZeroes> {
+            self.disk.known_zeroes().await
         }
 
         fn is_read_only(&self) -> bool {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use super::format::{Geometry, Header, IncompatibleFeatures};
+use super::format::{Features, Geometry, Header, IncompatibleFeatures};
 use super::in_flight::Token;
 use super::mapping::DataPlace;
 use super::meta::{LoadedTable, Meta};
@@ -222,6 +222,7 @@ impl<S: Storage> Image<S> {
     /// Boxed, since a write-back plans in turn; this is never the fast path.
     fn satisfy(&self, need: Need) -> BoxFuture<'_, Result<()>> {
         match need {
+            Need::DropClaims(claims) => Box::pin(self.drop_claims(claims)),
             Need::DirtyBit => Box::pin(self.set_dirty_bit()),
             Need::FirstChange => Box::pin(self.mark_bitmaps_in_use()),
             Need::L2Slice(offset) => Box::pin(self.load_l2_slice(offset)),
@@ -327,10 +328,15 @@ impl<S: Storage> Image<S> {
         &self,
         change: impl FnOnce(&mut IncompatibleFeatures),
     ) -> Result<()> {
+        self.change_features(|features| change(&mut features.incompatible)).await
+    }
+
+    /// Changes the feature words, durably.
+    pub(super) async fn change_features(&self, change: impl FnOnce(&mut Features)) -> Result<()> {
         self.wait_for_metadata_writes().await;
         let (offset, bytes) = {
             let mut header = self.0.header.lock();
-            change(&mut header.features.incompatible);
+            change(&mut header.features);
             header.features.header_update()
         };
         self.write_header_field(offset, &bytes).await

@@ -2,7 +2,7 @@
 
 use super::image::Image;
 use crate::Result;
-use crate::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
 use crate::buffer::Buffer;
 use crate::storage::{Storage, Transfer};
 use crate::units::{GuestOffset, GuestRange};
@@ -18,6 +18,10 @@ impl<S: Storage> Layer for Image<S> {
 
     fn zero_unit_bytes(&self) -> u64 {
         self.geometry().subcluster_bytes()
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        self.zeroes_known().await
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {

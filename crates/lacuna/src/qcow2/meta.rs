@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use smallvec::SmallVec;
 
 use super::bitmaps::Bitmaps;
-use super::format::{CompressedRun, Geometry, L1Entry, L2Entry, Version};
+use super::format::{AutoclearFeatures, CompressedRun, Geometry, L1Entry, L2Entry, Version};
 use super::in_flight::{InFlight, Token};
 use super::mapping::{DataPlace, Decoder, Mapping, Run};
 use super::need::{Need, Planned, Stop};
@@ -96,6 +96,8 @@ pub(super) struct Meta {
     pub(super) failed: Option<Error>,
     pub(super) on_discard: OnDiscard,
     pub(super) discard_unit: DiscardUnit,
+    /// What the image on storage says of the whole disk.
+    pub(super) claims: AutoclearFeatures,
 }
 
 /// Where the entry of a guest byte lies.

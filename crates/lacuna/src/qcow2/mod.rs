@@ -44,6 +44,7 @@ mod table_cache;
 mod write;
 mod write_back;
 mod zero;
+mod zero_claims;
 
 pub(crate) use host_status::HostStatuses;
 

@@ -2,6 +2,7 @@
 
 use event_listener::EventListener;
 
+use super::format::AutoclearFeatures;
 use crate::Error;
 use crate::units::HostOffset;
 
@@ -18,6 +19,8 @@ pub(super) enum Need {
     Turn(EventListener),
     /// Too much is dirty: write it first.
     WriteBack,
+    /// These claims about the whole disk must be off before a change makes them lies.
+    DropClaims(AutoclearFeatures),
     /// The dirty bit must be durable before refcounts go stale.
     DirtyBit,
     /// Unknown or outdated autoclear claims and bitmaps must be marked before the first change.

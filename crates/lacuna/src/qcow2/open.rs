@@ -15,6 +15,7 @@ use super::overlap::{Structure, Structures};
 use super::quarantine::Quarantine;
 use super::refcounts::Refcounts;
 use super::table_cache::TableCache;
+use super::zero_claims;
 use crate::buffer::Buffer;
 use crate::storage::Storage;
 use crate::units::{HostOffset, HostRange};
@@ -135,7 +136,9 @@ async fn prepare_for_writing<S: Storage>(storage: &S, header: &mut Header) -> Re
         repair_dirty(storage).await?;
         *header = read_header(storage).await?;
     }
-    let known = AutoclearFeatures::BITMAPS | AutoclearFeatures::RAW_EXTERNAL_DATA;
+    let known = AutoclearFeatures::BITMAPS
+        | AutoclearFeatures::RAW_EXTERNAL_DATA
+        | zero_claims::possible(header);
     let kept = header.features.autoclear & known;
     if kept != header.features.autoclear {
         header.features.autoclear = kept;
@@ -216,6 +219,7 @@ async fn load_meta<S: Storage>(
         failed: None,
         on_discard: options.on_discard,
         discard_unit: options.discard_unit,
+        claims: header.features.autoclear & zero_claims::possible(header),
     })
 }
 

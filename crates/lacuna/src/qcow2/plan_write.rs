@@ -78,6 +78,7 @@ pub(super) fn plan_write(
     // Once more: the disk may have shrunk while this waited.
     meta.check_bounds(range)?;
     meta.before_change(range)?;
+    meta.before_data()?;
     let run = meta.run(range)?;
     match run.mapping {
         Mapping::Data { host, on_write: OnWrite::InPlace } if meta.owns_table(range.start) => {

@@ -113,6 +113,7 @@ fn replace(
     new: L2Entry,
     by: FreedBy,
 ) -> Planned<()> {
+    meta.before_mapping(new)?;
     meta.own_table(guest)?;
     // A table just copied or made has the same entry, and its slice is at hand after this.
     meta.entry(guest)?;

@@ -113,7 +113,7 @@ impl<S: Storage> Image<S> {
     async fn allocate_piece(&self, piece: &Piece, mode: Preallocation, shown: Shown) -> Result<()> {
         let mut hold = self.hold(piece.token);
         if self.place() == DataPlace::ImageFile {
-            hold = self.make_zero(piece, mode, hold).await?;
+            hold = self.make_piece_zero(piece, mode, hold).await?;
         }
         self.plan(|meta| meta.link_piece(piece, shown)).await?;
         drop(hold);
@@ -121,7 +121,12 @@ impl<S: Storage> Image<S> {
     }
 
     /// Makes host clusters read as zeros, as firmly reserved as asked for, within the file.
-    async fn make_zero(&self, piece: &Piece, mode: Preallocation, hold: Hold) -> Result<Hold> {
+    async fn make_piece_zero(
+        &self,
+        piece: &Piece,
+        mode: Preallocation,
+        hold: Hold,
+    ) -> Result<Hold> {
         let storage = &self.0.storage;
         let zero_mode = match mode {
             Preallocation::Full => {
@@ -216,6 +221,7 @@ impl Meta {
     }
 
     fn link_piece(&mut self, piece: &Piece, shown: Shown) -> Planned<()> {
+        self.before_mapping(shown.entry(self, piece.host.start))?;
         self.own_table(piece.guest.start)?;
         self.entry_to_change(piece.guest.start)?;
         let cluster_bytes = self.geometry().cluster_bytes();

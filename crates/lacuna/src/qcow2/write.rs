@@ -251,6 +251,7 @@ fn plan_stream(
 ) -> Planned<(super::in_flight::Token, HostOffset)> {
     meta.check_bounds(range)?;
     meta.before_change(range)?;
+    meta.before_data()?;
     meta.own_table(range.start)?;
     let clusters = meta.geometry().cover_clusters(range);
     if meta.in_flight.conflicts(Touch::Exclusive, clusters) {

@@ -4,6 +4,7 @@
 //! where it has the behaviour.
 
 mod batches;
+mod claims;
 mod detection;
 mod l2_results;
 mod mapping;

@@ -3,7 +3,7 @@
 //! * A write that does not fill its units is filled up with what is there.
 //! * One writer: two writes to one unit at once may lose one of them.
 
-use lacuna::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::job::Target;
 use lacuna::qcow2::{Encoder, Stream};
@@ -52,6 +52,10 @@ impl Layer for Compress {
 
     fn zero_unit_bytes(&self) -> u64 {
         self.0.zero_unit_bytes()
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        self.0.known_zeroes().await
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {

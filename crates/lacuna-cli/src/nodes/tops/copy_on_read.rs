@@ -4,7 +4,9 @@
 //! * Zeros stay zeros: they are written as such, and take no space.
 
 use lacuna::Result;
-use lacuna::block::{AllocationDepth, DiscardMode, Extent, Layer, WriteFlags, ZeroFlags, is_zero};
+use lacuna::block::{
+    AllocationDepth, DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags, is_zero,
+};
 use lacuna::buffer::Buffer;
 use lacuna::job::Target;
 use lacuna::qcow2::{Encoder, Stream};
@@ -72,6 +74,10 @@ impl Layer for CopyOnRead {
 
     fn zero_unit_bytes(&self) -> u64 {
         self.below.zero_unit_bytes()
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        self.below.known_zeroes().await
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {

@@ -3,7 +3,7 @@
 //! * Pieces go down one after the other; the first that fails ends the request.
 
 use lacuna::Result;
-use lacuna::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::job::Target;
 use lacuna::qcow2::{Encoder, Stream};
@@ -57,6 +57,10 @@ impl Layer for Limited {
 
     fn zero_unit_bytes(&self) -> u64 {
         self.below.zero_unit_bytes()
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        self.below.known_zeroes().await
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {

@@ -1,6 +1,6 @@
 //! Several disks, one behind the other, as one to read from.
 
-use lacuna::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
@@ -58,6 +58,10 @@ impl Layer for Concat {
 
     fn zero_unit_bytes(&self) -> u64 {
         512
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        Ok(KnownZeroes::NOTHING)
     }
 
     async fn read(&self, offset: GuestOffset, mut buffer: Buffer) -> Transfer {

@@ -82,7 +82,7 @@ pub(super) const VERB: Verb = Verb {
 };
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
-    let Some(wish) = Wish::new(tool, parsed)? else { return help(parsed) };
+    let Some(wish) = Wish::new(tool, parsed)? else { return help(tool, parsed) };
     let sources = wish.open_sources(tool, parsed)?;
     wish.check_target(tool, &sources)?;
     if wish.creates {
@@ -114,9 +114,10 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 }
 
 /// `-o help`.
-fn help(parsed: &Parsed) -> CliResult<u8> {
+fn help(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let name = parsed.last("target-format").unwrap_or("raw");
-    Format::from_name(name).map_or_else(|| Err(unknown_format(name)), create::list_options)
+    let format = Format::from_name(name).ok_or_else(|| unknown_format(name))?;
+    create::list_options(tool, format)
 }
 
 fn unknown_format(name: &str) -> CliError {

@@ -1,6 +1,6 @@
 //! A part of a disk, to read from.
 
-use lacuna::block::{DiscardMode, Extent, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
@@ -34,6 +34,10 @@ impl<L: Layer> Layer for Part<'_, L> {
 
     fn zero_unit_bytes(&self) -> u64 {
         512
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        Ok(KnownZeroes::NOTHING)
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {

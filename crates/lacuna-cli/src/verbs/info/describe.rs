@@ -152,6 +152,20 @@ fn is_dirty(header: &Header) -> bool {
     header.features.incompatible.contains(IncompatibleFeatures::DIRTY)
 }
 
+/// Adds what an image says of its whole disk in private bits, where it does (000-13).
+pub(super) fn add_claims(node: &mut Value, header: &Header) {
+    let claims = [
+        ("all-zero", AutoclearFeatures::ALL_ZERO),
+        ("all-unallocated", AutoclearFeatures::ALL_UNALLOCATED),
+    ];
+    let Some(Value::Object(data)) = node.pointer_mut("/format-specific/data") else { return };
+    for (key, claim) in claims {
+        if header.features.autoclear.contains(claim) {
+            data.insert(key.into(), true.into());
+        }
+    }
+}
+
 /// Describes what only qcow2 images have.
 pub(crate) fn specifics(header: &Header, storage: &AnyStorage) -> CliResult<Value> {
     let is_new = header.geometry.version() == Version::V3;

@@ -79,7 +79,11 @@ fn described(tool: &Tool, request: &Request, levels: Levels) -> CliResult<Vec<Va
     let found = inspected(tool, request, levels)?;
     let described = found.iter().enumerate().map(|(level, info)| {
         // The top one as the user wrote it, not as it was resolved.
-        describe::node(info, (level == 0).then_some(&spec.disk))
+        let mut node = describe::node(info, (level == 0).then_some(&spec.disk))?;
+        if let (true, Some(header)) = (tool.is_own(), &info.header) {
+            describe::add_claims(&mut node, header);
+        }
+        Ok(node)
     });
     described.collect()
 }

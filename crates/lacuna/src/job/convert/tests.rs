@@ -9,7 +9,7 @@ use pollster::block_on;
 
 use super::*;
 use crate::ErrorKind;
-use crate::block::{DiscardMode, Extent, WriteFlags, ZeroFlags};
+use crate::block::{DiscardMode, Extent, KnownZeroes, WriteFlags, ZeroFlags};
 use crate::buffer::Buffer;
 use crate::job::{CompareOptions, compare};
 use crate::raw::Raw;
@@ -140,6 +140,10 @@ impl Layer for Slow {
 
     fn zero_unit_bytes(&self) -> u64 {
         512
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        Ok(KnownZeroes::NOTHING)
     }
 
     fn is_read_only(&self) -> bool {

@@ -97,6 +97,9 @@ pub enum FindingKind {
     BitmapUnusable { at: HostOffset, text: String },
     /// An entry of a bitmap table has reserved bits, or an offset that is not aligned.
     BitmapEntryInvalid { table: HostOffset, index: u64, entry: u64 },
+    /// The image claims by private autoclear bit `claim` that its disk is all zeros (2) or that it
+    /// maps nothing (3), and this entry of an L2 table contradicts that.
+    ClaimWrong { claim: u32, table: HostOffset, index: u64 },
     /// A compressed cluster has the copied flag.
     CompressedCopied { table: HostOffset, index: u64, entry: u64, offset: HostOffset },
     /// A compressed cluster in an image with an external data file.
@@ -235,6 +238,7 @@ impl FindingKind {
             | Self::CopiedData { table, .. }
             | Self::DataUnaligned { table, .. }
             | Self::L2Reserved { table, .. }
+            | Self::ClaimWrong { table, .. }
             | Self::L2Overlaps { table }
             | Self::PreallocatedUnaligned { table, .. }
             | Self::SubclustersInvalid { table, .. }
@@ -342,6 +346,12 @@ impl FindingKind {
             Self::L1Unaligned { index, offset } => write!(
                 f,
                 "L1 entry {index} points to {offset}, which is not the start of a cluster"
+            ),
+            Self::ClaimWrong { claim, table, index } => write!(
+                f,
+                "Autoclear bit {claim} claims that the image {}, but entry {index} of the L2 table \
+                 at {table} contradicts it",
+                if *claim == 2 { "is all zeros" } else { "maps nothing" },
             ),
             Self::L2Overlaps { table } => {
                 write!(f, "L2 table at {table} is not written: other metadata lies there")

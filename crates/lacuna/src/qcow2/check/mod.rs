@@ -12,6 +12,7 @@
 
 mod bitmaps;
 mod census;
+mod claims;
 mod compare;
 pub(super) mod copied;
 mod finding;

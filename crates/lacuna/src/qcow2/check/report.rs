@@ -75,6 +75,15 @@ impl CheckReport {
         self.list(finding);
     }
 
+    /// Takes the findings about claims out: no such claim is made any more.
+    pub(crate) fn take_wrong_claims(&mut self) -> Vec<FindingKind> {
+        let is_claim =
+            |finding: &mut Finding| matches!(finding.kind, FindingKind::ClaimWrong { .. });
+        let taken: Vec<_> = self.findings.extract_if(.., is_claim).map(|it| it.kind).collect();
+        self.corruptions -= taken.len() as u64;
+        taken
+    }
+
     /// Lists, without counting, something that was repaired.
     pub(crate) fn list_repaired(&mut self, finding: Finding) {
         self.list(Finding { repaired: true, ..finding });

@@ -64,6 +64,7 @@ impl Survey {
         survey.walk(storage, listener).await;
         survey.compare(storage, listener).await;
         survey.check_flags(storage, listener).await;
+        survey.check_claims(storage).await;
         Ok(survey)
     }
 

@@ -1,9 +1,10 @@
 //! What an image is to be like, and which wishes exclude each other.
 
 use super::super::format::{
-    AutoclearFeatures, CompatibleFeatures, CompressionType, EntryWidth, Geometry, Header,
-    IncompatibleFeatures, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, StoredName, Version,
+    AutoclearFeatures, CompatibleFeatures, CompressionType, EntryWidth, FeatureName, Geometry,
+    Header, IncompatibleFeatures, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES, StoredName, Version,
 };
+use super::super::zero_claims;
 use crate::block::Preallocation;
 use crate::{Error, Result};
 
@@ -74,6 +75,9 @@ pub struct CreateOptions {
     /// What is allocated at once. With a backing file it needs extended L2 entries; a raw data
     /// file has its clusters mapped in any case.
     pub preallocation: Preallocation,
+    /// Whether the image says so while it is all zeros, or maps nothing: private bits that stock
+    /// tools clear when they write. Needs version 3.
+    pub zero_claims: bool,
 }
 
 impl Default for CreateOptions {
@@ -89,6 +93,7 @@ impl Default for CreateOptions {
             backing: None,
             data_file: None,
             preallocation: Preallocation::Off,
+            zero_claims: false,
         }
     }
 }
@@ -140,7 +145,20 @@ impl CreateOptions {
             header.backing_name = Some(StoredName::new(backing.name.as_str()));
             header.extensions.backing_format = backing.format.as_deref().map(StoredName::from);
         }
+        if self.zero_claims {
+            header.extensions.feature_names.extend(FeatureName::zero_claims());
+            header.features.autoclear |= self.true_claims(&header);
+        }
         Ok(header)
+    }
+
+    /// What was just made reads as zeros; it maps nothing unless it is preallocated.
+    fn true_claims(&self, header: &Header) -> AutoclearFeatures {
+        let possible = zero_claims::possible(header);
+        match self.effective_preallocation() {
+            Preallocation::Off => possible,
+            _ => possible - AutoclearFeatures::ALL_UNALLOCATED,
+        }
     }
 
     fn check_version(&self) -> Result<()> {
@@ -153,6 +171,7 @@ impl CreateOptions {
             (self.compression != CompressionType::Deflate, "zstd compression"),
             (self.lazy_refcounts, "lazy refcounts"),
             (self.data_file.is_some(), "an external data file"),
+            (self.zero_claims, "claims of being all zero"),
         ];
         match wishes.iter().find(|(wished, _)| *wished) {
             None => Ok(()),

@@ -60,7 +60,16 @@ bitflags! {
         const BITMAPS = 1;
         /// The external data file is a valid raw image by itself.
         const RAW_EXTERNAL_DATA = 1 << 1;
+        /// Every byte of the disk reads as zero (000-1). Private: see `docs/private-bits.md`.
+        const ALL_ZERO = 1 << 2;
+        /// No cluster of this image has a mapping (000-3). Private likewise.
+        const ALL_UNALLOCATED = 1 << 3;
     }
+}
+
+impl AutoclearFeatures {
+    /// Both claims about the whole disk.
+    pub const ZERO_CLAIMS: Self = Self::ALL_ZERO.union(Self::ALL_UNALLOCATED);
 }
 
 /// All three feature words; a version 2 image has them all zero.
@@ -185,6 +194,17 @@ impl RawFeatureName {
 }
 
 impl FeatureName {
+    /// Returns the names of the private claims; an image that has them wants the claims made.
+    #[must_use]
+    pub fn zero_claims() -> [Self; 2] {
+        let name = |bit, name: &str| Self {
+            word: FeatureWord::AUTOCLEAR,
+            bit,
+            name: StoredName::new(name),
+        };
+        [name(2, "all zero"), name(3, "all unallocated")]
+    }
+
     /// Decodes a feature name table; what the last row lacks is zeros, as for QEMU.
     pub(crate) fn decode_table(data: &[u8]) -> Vec<Self> {
         let (rows, rest) = data.as_chunks::<48>();

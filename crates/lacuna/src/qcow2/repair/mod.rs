@@ -63,7 +63,10 @@ pub(crate) async fn repair<S: Storage>(
 ) -> Result<CheckReport> {
     let mut repaired = CheckReport::default();
     if !survey.io_failed {
-        clear_unknown_bits(storage, &mut survey).await?;
+        clear_bits_of_others(storage, &mut survey).await?;
+        for kind in survey.report.take_wrong_claims() {
+            repaired.record_repaired(kind, 1);
+        }
     }
     for round in 0..ROUNDS {
         listener(Progress { phase: Phase::Repair, done: round, total: ROUNDS });
@@ -180,14 +183,15 @@ async fn write<S: Storage>(storage: &S, at: HostOffset, bytes: &[u8]) -> Result<
 }
 
 /// Clears the autoclear bits that are not known here: who opens an image for writing does so before
-/// anything else (B.12), whether anything is written later or not.
-async fn clear_unknown_bits<S: Storage>(storage: &S, survey: &mut Survey) -> Result<()> {
+/// anything else (B.12), whether anything is written later or not. The claims about the whole disk
+/// go too: what a repair changes need not be zeros (A.1.2).
+async fn clear_bits_of_others<S: Storage>(storage: &S, survey: &mut Survey) -> Result<()> {
     let features = &mut survey.header.features;
-    let unknown = features.autoclear - AutoclearFeatures::all();
-    if unknown.is_empty() {
+    let kept = AutoclearFeatures::all() - AutoclearFeatures::ZERO_CLAIMS;
+    if kept.contains(features.autoclear) {
         return Ok(());
     }
-    features.autoclear &= AutoclearFeatures::all();
+    features.autoclear &= kept;
     let (at, bytes) = features.header_update();
     write(storage, at, &bytes).await?;
     storage.flush().await
