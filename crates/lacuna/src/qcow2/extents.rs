@@ -71,7 +71,7 @@ impl<S: Storage> Image<S> {
             walk.stretch = self.read_stretch(rest).await?;
         }
         match &walk.stretch {
-            Some(stretch) => match teller.tell(stretch, rest, &mut walk.builder) {
+            Some(stretch) => match teller.tell(stretch, rest, &mut walk.host, &mut walk.builder) {
                 Ok(open) => Ok(open),
                 Err(error) => Err(self.mark_corrupt(error).await),
             },
@@ -200,13 +200,14 @@ impl Teller {
         &self,
         stretch: &Stretch,
         range: GuestRange,
+        host: &mut HostStatuses,
         builder: &mut ExtentBuilder,
     ) -> Result<Option<(GuestRange, Mapping)>> {
         let (mut at, end) = (range.start, range.end().min(stretch.covers.end()));
         while at < end {
             let run = self.run(stretch, GuestRange::new(at, end - at))?;
             let found = GuestRange::new(at, run.len);
-            let Some(status) = self.status(run.mapping) else {
+            let Some(status) = self.status(run, host) else {
                 return Ok(Some((found, run.mapping)));
             };
             builder.push(Extent { range: found, status });
@@ -222,11 +223,16 @@ impl Teller {
         self.decoder.run(entries, rest)
     }
 
-    fn status(&self, mapping: Mapping) -> Option<ExtentStatus> {
-        match mapping {
-            Mapping::Data { .. } if self.detail == ExtentDetail::Host => None,
-            Mapping::Unallocated { .. } if !self.has_backing => Some(nothing(mapping)),
-            _ => status(mapping),
+    fn status(&self, run: Run, host: &mut HostStatuses) -> Option<ExtentStatus> {
+        match run.mapping {
+            Mapping::Data { host: at, .. } if self.detail == ExtentDetail::Host => {
+                let found = host.known(HostRange::new(at, run.len))?;
+                let reads_zero = found.status.reads_zero();
+                let data = status(run.mapping).filter(|_| found.len == run.len)?;
+                Some(ExtentStatus { reads_zero, ..data })
+            }
+            Mapping::Unallocated { .. } if !self.has_backing => Some(nothing(run.mapping)),
+            mapping => status(mapping),
         }
     }
 }

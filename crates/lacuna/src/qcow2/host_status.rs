@@ -10,12 +10,14 @@ use crate::Result;
 use crate::storage::{HostExtent, HostStatus, Storage};
 use crate::units::{HostOffset, HostRange};
 
-/// The least that is asked about: scattered clusters share questions then.
-const WINDOW_BYTES: u64 = 64 << 20;
-
-/// Answers so far, which never overlap: the end and the status by the start.
+/// Answers so far, which never overlap.
 #[derive(Debug, Default)]
-pub(crate) struct HostStatuses(BTreeMap<HostOffset, (HostOffset, HostStatus)>);
+pub(crate) struct HostStatuses {
+    /// The end and the status by the start.
+    known: BTreeMap<HostOffset, (HostOffset, HostStatus)>,
+    /// The answer that was of use last: mostly it is again.
+    last: Option<(HostRange, HostStatus)>,
+}
 
 impl HostStatuses {
     /// Returns the status of the first run of `range`, never longer than it.
@@ -28,22 +30,31 @@ impl HostStatuses {
             return Ok(known);
         }
         let found = storage.status_at(self.question(range)).await?;
-        self.0.insert(range.start, (range.start + found.len, found.status));
+        self.known.insert(range.start, (range.start + found.len, found.status));
         Ok(HostExtent { len: found.len.min(range.len), ..found })
     }
 
-    fn known(&self, range: HostRange) -> Option<HostExtent> {
-        let (_, &(end, status)) = self.0.range(..=range.start).next_back()?;
-        let len = end.0.checked_sub(range.start.0).filter(|&len| len > 0)?;
+    /// As [`first`](Self::first), where no question is needed.
+    pub(crate) fn known(&mut self, range: HostRange) -> Option<HostExtent> {
+        let (found, status) = match self.last {
+            Some((last, status)) if last.contains(range.start) => (last, status),
+            _ => {
+                let (&start, &(end, status)) = self.known.range(..=range.start).next_back()?;
+                (HostRange::new(start, end - start), status)
+            }
+        };
+        let len = found.end().0.checked_sub(range.start.0).filter(|&len| len > 0)?;
+        self.last = Some((found, status));
         Some(HostExtent { len: len.min(range.len), status })
     }
 
-    /// Asks as far as the next answer that is there already.
+    /// Asks as far as the next answer that is there already: a long run costs no more to be told of
+    /// than a short one, and clusters that are scattered over it share the answer.
     fn question(&self, range: HostRange) -> HostRange {
-        let wanted = range.len.max(WINDOW_BYTES).min(i64::MAX as u64 - range.start.0);
-        let next = self.0.range(range.start..).next();
+        let most = (i64::MAX as u64).saturating_sub(range.start.0).max(range.len);
+        let next = self.known.range(range.start..).next();
         let room = next.map_or(u64::MAX, |(start, _)| start.0 - range.start.0);
-        HostRange::new(range.start, wanted.min(room))
+        HostRange::new(range.start, most.min(room))
     }
 }
 

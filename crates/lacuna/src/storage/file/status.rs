@@ -25,7 +25,8 @@ use crate::units::HostRange;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Glance {
     Known(HostExtent),
-    /// Unwritten on the disk, but with cached pages: so many bytes must be written back to tell.
+    /// Unwritten on the disk, but with cached pages among them: so many bytes must be written back to
+    /// tell, which is nothing where they come from reads.
     Doubtful(u64),
 }
 
@@ -50,18 +51,16 @@ impl Inner {
             return known(HostStatus::Data, len);
         }
         match self.map(start, len) {
-            None => self.seek_status(start, len, HostStatus::Hole).map(Glance::Known),
+            None => Ok(Glance::Known(self.seek_status(start, len))),
             Some(Run { mapping: Mapping::Written, len }) => known(HostStatus::Data, len),
             Some(Run { mapping: Mapping::Gap, len }) => {
-                self.seek_status(start, len, HostStatus::Hole).map(Glance::Known)
+                Ok(Glance::Known(self.seek_status(start, len)))
             }
-            Some(Run { mapping: Mapping::Unwritten, len }) => {
-                let extent = self.seek_status(start, len, HostStatus::Unwritten)?;
-                Ok(match extent.status {
-                    HostStatus::Data => Glance::Doubtful(extent.len),
-                    _ => Glance::Known(extent),
-                })
-            }
+            // Where the cached pages end is not asked: that looks at each of them.
+            Some(Run { mapping: Mapping::Unwritten, len }) => match self.data_from(start) {
+                Some(data) if data - start >= len => known(HostStatus::Unwritten, len),
+                _ => Ok(Glance::Doubtful(len)),
+            },
         }
     }
 
@@ -77,21 +76,31 @@ impl Inner {
         run.ok()
     }
 
-    /// Says how far there is no data from `start` on, which is `status` then, or how far there is.
-    fn seek_status(&self, start: u64, len: u64, status: HostStatus) -> io::Result<HostExtent> {
-        let data = match uninterrupted(|| rustix::fs::seek(&self.file, SeekFrom::Data(start))) {
-            Ok(data) => data,
+    /// Returns where data begins at or behind `start`, the largest offset where there is none;
+    /// nothing where the host cannot tell.
+    fn data_from(&self, start: u64) -> Option<u64> {
+        match uninterrupted(|| rustix::fs::seek(&self.file, SeekFrom::Data(start))) {
+            Ok(data) => Some(data.max(start)),
             // Nothing but a hole up to the end of the file.
-            Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => u64::MAX,
-            // A host that cannot tell has data everywhere.
-            Err(_) => return Ok(HostExtent { len, status: HostStatus::Data }),
+            Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
+                Some(u64::MAX)
+            }
+            Err(_) => None,
+        }
+    }
+
+    /// Says how far there is a hole from `start` on, or how far there is data.
+    fn seek_status(&self, start: u64, len: u64) -> HostExtent {
+        // A host that cannot tell has data everywhere.
+        let Some(data) = self.data_from(start) else {
+            return HostExtent { len, status: HostStatus::Data };
         };
         if data > start {
-            return Ok(HostExtent { len: len.min(data - start), status });
+            return HostExtent { len: len.min(data - start), status: HostStatus::Hole };
         }
         let hole = uninterrupted(|| rustix::fs::seek(&self.file, SeekFrom::Hole(start)));
         let run = hole.ok().and_then(|hole| hole.checked_sub(start)).filter(|&run| run > 0);
-        Ok(HostExtent { len: run.map_or(len, |run| run.min(len)), status: HostStatus::Data })
+        HostExtent { len: run.map_or(len, |run| run.min(len)), status: HostStatus::Data }
     }
 
     /// Asks the map after writeback, while no write of ours is under way in the range.
