@@ -127,6 +127,17 @@ fn a_longer_backing_file_does_not_come_to_light() {
 }
 
 #[test]
+fn a_cut_disk_gives_up_refcount_blocks_that_count_nothing() {
+    both(
+        "stock-img create -q -f qcow2 -o cluster_size=512,refcount_bits=64 a 9M
+         stock-io -c 'write 0 9M' a >/dev/null
+         qemu-img resize --shrink a 4k; stat -c %s a; stock-img check -q a
+         qemu-img resize a 8M; stock-io -c 'write 0 8M' a >/dev/null
+         qemu-img resize --shrink a 4k; stat -c %s a; stock-img check a",
+    );
+}
+
+#[test]
 fn bitmaps_follow_the_size() {
     let (stock, ours) = both(
         "stock-img create -q -f qcow2 a 10M; stock-io -c 'write 0 3M' a >/dev/null

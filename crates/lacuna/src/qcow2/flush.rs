@@ -191,6 +191,7 @@ impl<S: Storage> UndoOnDrop<'_, S> {
         let mut meta = self.image.0.meta.lock();
         meta.l2.written();
         meta.refcounts.blocks.written();
+        meta.refcounts.dropped_blocks_are_gone();
         self.undo.take().map(|undo| undo.batch).unwrap_or_default()
     }
 }

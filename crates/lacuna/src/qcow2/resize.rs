@@ -236,8 +236,10 @@ impl<S: Storage> Image<S> {
 
     /// Shortens the file to the end of its last used cluster.
     async fn cut_file(&self) -> Result<()> {
-        let end = self.plan(Meta::pause_and_cut).await?;
+        self.plan(Meta::pause).await?;
         let pause = Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, CUT);
+        self.drop_empty_blocks().await?;
+        let end = self.plan(Meta::find_end).await?;
         if self.0.storage.len().await? <= end.0 {
             return Ok(());
         }
@@ -249,6 +251,16 @@ impl<S: Storage> Image<S> {
         drop(meta);
         drop(pause);
         Ok(())
+    }
+
+    /// Gives up refcount blocks that count nothing any more, as QEMU does when it shrinks an image.
+    /// Only while nothing is allocated.
+    async fn drop_empty_blocks(&self) -> Result<()> {
+        let indices = self.0.meta.lock().refcounts.block_indices();
+        for index in indices {
+            self.plan(|meta| meta.drop_empty_block(index)).await?;
+        }
+        self.write_back(Refcounting::Written).await
     }
 
     /// Lets no guest byte from `offset` on be changed while the hold lives, now or when the disk is
@@ -310,16 +322,31 @@ impl Meta {
         Ok(())
     }
 
-    /// Finds the end of the last used cluster, and lets nothing be allocated until the file was
-    /// cut there.
-    fn pause_and_cut(&mut self) -> Planned<HostOffset> {
+    /// Lets nothing be allocated until the file was cut.
+    fn pause(&mut self) -> Planned<()> {
         if self.paused {
             return Err(Need::Turn(self.in_flight.wait()).into());
         }
+        self.paused = true;
+        Ok(())
+    }
+
+    fn drop_empty_block(&mut self, index: u64) -> Planned<()> {
+        match self.refcounts.drop_empty_block(index)? {
+            Some(block) if block.is_counted => self.free(block.cluster, FreedBy::Other),
+            Some(block) => {
+                self.structures.remove_cluster(block.cluster);
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Finds the end of the last used cluster, where the file is to be cut.
+    fn find_end(&mut self) -> Planned<HostOffset> {
         let end = self.refcounts.used_end()?;
         let end = self.geometry().host_offset(end);
         self.refcounts.cut_at(end);
-        self.paused = true;
         Ok(end)
     }
 

@@ -4,8 +4,8 @@
 
 use std::ops::Range;
 
-use super::Refcounts;
-use crate::qcow2::need::{Planned, Stop};
+use super::{BLOCK_OFFSET_MASK, Refcounts};
+use crate::qcow2::need::{Need, Planned, Stop};
 use crate::qcow2::overlap::Structure;
 use crate::qcow2::refcount_space::{RefcountSpace, Room};
 use crate::units::{HostCluster, HostOffset, HostRange};
@@ -13,6 +13,13 @@ use crate::{Error, ErrorKind};
 
 /// The refcount table may not take more bytes than this (B.11).
 const MAX_TABLE_BYTES: u64 = 8 << 20;
+
+/// A block that the table names no more.
+pub(in crate::qcow2) struct Dropped {
+    pub(in crate::qcow2) cluster: HostCluster,
+    /// Another block counts it, so that it has to be freed.
+    pub(in crate::qcow2) is_counted: bool,
+}
 
 impl Refcounts {
     /// Makes the refcount block that covers `cluster`, somewhere from `from` on.
@@ -58,6 +65,45 @@ impl Refcounts {
             self.make_block((index * per_block).max(self.end), self.end, 0..0)?;
         }
         Ok(self.end())
+    }
+
+    /// Returns the table's entries that name a block.
+    pub(in crate::qcow2) fn block_indices(&self) -> Vec<u64> {
+        let there = (0..).zip(&self.table).filter(|(_, entry)| **entry & BLOCK_OFFSET_MASK != 0);
+        there.map(|(index, _)| index).collect()
+    }
+
+    /// Drops a block that counts nothing but maybe itself.
+    pub(in crate::qcow2) fn drop_empty_block(&mut self, index: u64) -> Planned<Option<Dropped>> {
+        let Some(offset) = self.block(index)? else { return Ok(None) };
+        let cluster = self.geometry.host_cluster(offset);
+        let counts_itself = cluster.0 / self.entries() == index;
+        let own = if counts_itself { 1 } else { 0 };
+        if self.read(cluster)? != 1 || self.used_in_block(offset)? > own {
+            return Ok(None);
+        }
+        self.table[index as usize] = 0;
+        self.table_dirty.insert(index as usize);
+        self.blocks.forget(offset);
+        if counts_itself {
+            self.leaving.insert(cluster.0);
+        }
+        Ok(Some(Dropped { cluster, is_counted: !counts_itself }))
+    }
+
+    /// Counts clusters in use by what a block says; slices of zeros cost next to nothing.
+    fn used_in_block(&mut self, offset: HostOffset) -> Planned<u64> {
+        let (width, per_slice) = (self.width, self.slice_entries() as usize);
+        let mut used = 0;
+        for at in (0..self.geometry.cluster_bytes()).step_by(self.blocks.slice_bytes() as usize) {
+            let Some(bytes) = self.blocks.read(offset + at) else {
+                return Err(Need::RefcountSlice(offset + at).into());
+            };
+            if bytes.iter().any(|byte| *byte != 0) {
+                used += (0..per_slice).filter(|index| width.read(bytes, *index) > 0).count() as u64;
+            }
+        }
+        Ok(used)
     }
 
     fn install_block(&mut self, index: u64, block: u64) {

@@ -69,6 +69,9 @@ pub(in crate::qcow2) struct Refcounts {
     /// New metadata clusters since the last look: for the overlap map.
     new_metadata: Vec<(HostRange, Structure)>,
     released_by_search: u64,
+    /// Clusters of blocks that counted nothing but themselves, while the table on storage may still
+    /// name them: not free, though no block says so.
+    leaving: BTreeSet<u64>,
 }
 
 /// Clusters that were handed out.
@@ -106,6 +109,7 @@ impl Refcounts {
             replaced: Vec::new(),
             new_metadata: Vec::new(),
             released_by_search: 0,
+            leaving: BTreeSet::new(),
         }
     }
 
@@ -208,7 +212,9 @@ impl Refcounts {
 
     /// Returns the refcount of a cluster.
     pub(in crate::qcow2) fn read(&mut self, cluster: HostCluster) -> Planned<u64> {
-        let Some((slice, index)) = self.locate(cluster.0)? else { return Ok(0) };
+        let Some((slice, index)) = self.locate(cluster.0)? else {
+            return Ok(u64::from(self.leaving.contains(&cluster.0)));
+        };
         let width = self.width;
         match self.blocks.read(slice) {
             Some(bytes) => Ok(width.read(bytes, index as usize)),
@@ -255,6 +261,11 @@ impl Refcounts {
         if self.compressed_cursor.is_some_and(|at| self.geometry.host_cluster(at) == cluster) {
             self.compressed_cursor = None;
         }
+    }
+
+    /// The table on storage names no block any more that was dropped.
+    pub(in crate::qcow2) fn dropped_blocks_are_gone(&mut self) {
+        self.leaving.clear();
     }
 
     // ---- write-back ------------------------------------------------------------------------
