@@ -239,3 +239,18 @@ fn comparisons_agree_in_words_and_exit_codes() {
          qemu-img compare -Z a b"
     ));
 }
+
+#[test]
+fn progress_is_printed_as_stock_prints_it() {
+    both(
+        "stock-img create -q -f raw disk 8M
+         stock-io -f raw -c 'write -P 3 0 8M' disk
+         qemu-img convert -p -f raw -O raw disk out | tr '\\r' '|'
+         qemu-img convert -p -q -f raw -O raw disk out
+         qemu-img convert -p -O raw missing out | tr '\\r' '|'
+         qemu-img convert -p -f raw -O raw disk missing/out | tr '\\r' '|'
+         qemu-img compare -p disk out | tr '\\r' '|'
+         stock-io -f raw -c 'write -P 4 4M 64k' out
+         qemu-img compare -p disk out | tr '\\r' '|'",
+    );
+}

@@ -15,6 +15,7 @@ use lacuna::storage::CacheMode;
 
 use super::busy;
 use super::open::{self, FileChain, Request};
+use super::progress::Meter;
 use super::spec::ImageSpec;
 use super::{Example, Task, Verb, advice, common, create};
 use crate::args::{Flag, Parsed};
@@ -83,6 +84,8 @@ pub(super) const VERB: Verb = Verb {
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let Some(wish) = Wish::new(tool, parsed)? else { return help(tool, parsed) };
+    // Progress begins before anything is opened, as stock's does.
+    let meter = Meter::new(tool, parsed, "convert")?;
     let sources = wish.open_sources(tool, parsed)?;
     wish.check_target(tool, &sources)?;
     if wish.creates {
@@ -98,7 +101,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
             // What is below may be exchanged one day; the copy is not to change with it.
             options.known_zeros = KnownZeros::Zeroed;
         }
-        run::copy(tool, parsed, &sources, target, &options)
+        run::copy(tool, parsed, &sources, target, &options, meter)
     });
     drop(watch);
     // Between making and opening it somebody else may have taken it.

@@ -27,13 +27,14 @@ pub(super) fn copy(
     sources: &[FileChain],
     target: FileChain,
     options: &ConvertOptions,
+    meter: Meter,
 ) -> CliResult<()> {
     match sources {
-        [source] => copy_layer(tool, parsed, source.disk(), target, options),
+        [source] => copy_layer(tool, parsed, source.disk(), target, options, meter),
         sources => {
             let row = Concat::new(sources.iter().map(|source| source.disk().clone()))
                 .ok_or_else(|| CliError::new("The sources together are too large for a disk"))?;
-            copy_layer(tool, parsed, &row, target, options)
+            copy_layer(tool, parsed, &row, target, options, meter)
         }
     }
 }
@@ -44,9 +45,9 @@ fn copy_layer<L: Layer>(
     source: &L,
     target: FileChain,
     options: &ConvertOptions,
+    mut meter: Meter,
 ) -> CliResult<()> {
     let limit = asked::rate(parsed)?.map(Limit::new);
-    let mut meter = Meter::new(tool, parsed, "convert")?;
     let mut report = |progress: Progress| {
         let phase = match progress.phase {
             Phase::Copy => "copy",
