@@ -106,3 +106,17 @@ fn a_session_ends_though_a_request_waits() {
         ours.run("lacuna io -f qcow2 -c 'break write_aio A' -c 'aio_write 0 4k' blkdebug::a.qcow2");
     assert!(got.text.contains("wrote 4096/4096"), "{got:?}");
 }
+
+#[test]
+fn what_is_written_through_is_there_after_a_kill() {
+    let (_, ours) = prepared();
+    for (mode, write) in [("writethrough", "write"), ("directsync", "aio_write")] {
+        let line = format!(
+            "qemu-io -t {mode} -c '{write} -P 9 0 64k' -c aio_flush -c 'sigraise 9' b.qcow2; true"
+        );
+        ours.prepare(&line);
+        let got = ours.run("stock-io -f qcow2 -c 'read -P 9 0 64k' b.qcow2");
+        assert!(got.code == Some(0) && !got.text.contains("failed"), "{mode}: {got:?}");
+        ours.prepare("stock-io -f qcow2 -c 'write -P 5 0 64k' b.qcow2");
+    }
+}

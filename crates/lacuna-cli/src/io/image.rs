@@ -15,7 +15,9 @@ use crate::error::{CliError, CliResult, sentence};
 use crate::options::{self, Asked};
 use crate::output::io_size;
 use crate::verbs::create::preallocation;
-use crate::verbs::open::{cache_mode, check_force_share, hold_length, sharing, unnamed};
+use crate::verbs::open::{
+    cache_mode, check_force_share, hold_length, sharing, unnamed, writes_through,
+};
 use crate::verbs::resize::Change;
 use crate::verbs::spec::ImageSpec;
 use crate::verbs::{dump, specifics};
@@ -35,6 +37,8 @@ pub(super) struct OpenFlags {
     pub(super) discards: Option<bool>,
     /// Whether what is read from below is kept.
     pub(super) copies_on_read: bool,
+    /// Whether what is written is durable at once.
+    pub(super) writes_through: bool,
 }
 
 impl OpenFlags {
@@ -54,7 +58,18 @@ impl OpenFlags {
         let (snapshot, unnamed) = (parsed.has("snapshot"), unnamed(parsed));
         let sharing = sharing(parsed);
         let copies_on_read = parsed.has("copy-on-read");
-        Ok(Self { access, cache, sharing, snapshot, unnamed, is_native, discards, copies_on_read })
+        let writes_through = parsed.last("cache").is_some_and(writes_through);
+        Ok(Self {
+            access,
+            cache,
+            sharing,
+            snapshot,
+            unnamed,
+            is_native,
+            discards,
+            copies_on_read,
+            writes_through,
+        })
     }
 }
 

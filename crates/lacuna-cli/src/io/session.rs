@@ -313,6 +313,9 @@ impl<'t> Session<'t> {
 fn put_on_top(request: &mut Request, flags: &OpenFlags) {
     let disk = &mut request.image.disk;
     disk.common.discard = disk.common.discard.or(flags.discards);
+    if flags.writes_through {
+        disk.tops.push(TopSpec::WriteThrough);
+    }
     if flags.copies_on_read {
         disk.tops.push(TopSpec::CopyOnRead);
     }

@@ -3,6 +3,7 @@
 mod compress;
 mod copy_on_read;
 mod limited;
+mod write_through;
 
 use compress::Compress;
 use copy_on_read::CopyOnRead;
@@ -10,6 +11,7 @@ use lacuna::block::Layer;
 use lacuna::job::Target;
 use lacuna::{Error, Result};
 use limited::Limited;
+use write_through::WriteThrough;
 
 use super::below::Below;
 use crate::verbs::spec::tree::TopSpec;
@@ -29,6 +31,7 @@ pub(super) fn stacked(disk: Below, tops: &[TopSpec], unit_bytes: u64) -> Result<
                 return Err(Error::invalid("Can't use copy-on-read on read-only device"));
             }
             TopSpec::CopyOnRead => Below::new(CopyOnRead { below, unit_bytes }),
+            TopSpec::WriteThrough => Below::new(WriteThrough(below)),
             TopSpec::Limits(limits) => Below::new(Limited { below, limits: *limits }),
         };
     }

@@ -15,6 +15,7 @@ use lacuna::units::GuestOffset;
 use pollster::block_on;
 
 use super::open::{self, Request};
+use super::spec::tree::TopSpec;
 use super::{Example, Task, Verb, common, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult, errno_words};
@@ -166,7 +167,11 @@ impl Wish {
         let reading = Request::reading(name, parsed, "format")?;
         let native = open::check_native(self.is_native, self.cache);
         native.map_err(|error| open::cannot_open(name, error))?;
-        Ok(Request { access, cache: self.cache, ..reading })
+        let mut request = Request { access, cache: self.cache, ..reading };
+        if self.writes && parsed.last("cache").is_some_and(open::writes_through) {
+            request.image.disk.tops.push(TopSpec::WriteThrough);
+        }
+        Ok(request)
     }
 
     fn announced(&self) -> String {

@@ -389,6 +389,11 @@ pub(crate) fn cache_mode(name: &str) -> Option<CacheMode> {
     }
 }
 
+/// Says whether a cache mode of QEMU makes every write durable at once.
+pub(crate) fn writes_through(mode: &str) -> bool {
+    ["writethrough", "directsync"].contains(&mode)
+}
+
 /// Reads the option for the cache mode of images that are read.
 pub(crate) fn source_cache(parsed: &Parsed, flag: &str) -> CliResult<CacheMode> {
     match parsed.last(flag) {

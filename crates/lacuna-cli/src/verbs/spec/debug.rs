@@ -1,5 +1,6 @@
 //! The options of `blkdebug`: limits, and rules about when what fails or waits.
 
+use std::io::Read as _;
 use std::path::Path;
 
 use super::keys::{Keys, Scalar};
@@ -62,6 +63,9 @@ const IO_TYPES: [&str; 6] = ["read", "write", "write-zeroes", "discard", "flush"
 
 /// Instead of an event: in force from the start.
 pub(crate) const ALWAYS: &str = "none";
+
+/// What is read of a file with rules.
+const MOST_CONFIG_BYTES: u64 = 1 << 20;
 
 /// The kinds of rules.
 const SECTIONS: [&str; 2] = ["inject-error", "set-state"];
@@ -273,7 +277,9 @@ fn invalid(value: &str) -> CliError {
 
 /// Reads a file of sections `[kind]` with lines `key = "value"`.
 fn rules_in_file(path: &Path) -> CliResult<Vec<Rule>> {
-    let text = std::fs::read_to_string(path).map_err(|error| {
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map(|file| file.take(MOST_CONFIG_BYTES));
+    file.and_then(|mut file| file.read_to_string(&mut text)).map_err(|error| {
         CliError::new(format!("Could not read blkdebug config file: {}", of_host(&error)))
     })?;
     let mut sections: Vec<(&str, Keys)> = Vec::new();

@@ -7,6 +7,7 @@ pub(crate) mod debug;
 mod json;
 pub(crate) mod keys;
 pub(crate) mod runtime;
+mod storage;
 pub(crate) mod tree;
 
 use std::path::PathBuf;
