@@ -2,9 +2,11 @@
 
 use std::sync::{Mutex, Once, PoisonError};
 
+use lacuna::ErrorKind;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
+use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::verbs::Form;
 
@@ -73,6 +75,21 @@ fn say(text: &str, file: &str, code: i32) {
             format!("{line}\n")
         }
     });
+}
+
+/// Makes `file` wholly, or removes it: where `make` fails, or the process is interrupted.
+pub(crate) fn whole_or_gone<T>(file: &str, make: impl FnOnce() -> CliResult<T>) -> CliResult<T> {
+    let watch = RemoveOnSignal::new(file);
+    let result = make();
+    drop(watch);
+    // Between making and opening it somebody else may have taken it.
+    let is_ours = |error: &CliError| error.class() != Some(ErrorKind::Busy);
+    if result.as_ref().is_err_and(is_ours)
+        && let Err(error) = remove_half(file)
+    {
+        output::warn(&format!("{file} is incomplete and could not be removed: {error}"));
+    }
+    result
 }
 
 /// Removes a regular file; a device keeps what it has.

@@ -108,6 +108,11 @@ impl Given {
         self.0.iter().map(|(key, _)| &**key)
     }
 
+    /// Returns the last value of a key.
+    pub(crate) fn last(&self, name: &str) -> Option<&str> {
+        self.0.iter().rev().find(|(key, _)| key == name).map(|(_, value)| &**value)
+    }
+
     /// Returns keys and values in order.
     pub(crate) fn into_pairs(self) -> Vec<(String, String)> {
         self.0

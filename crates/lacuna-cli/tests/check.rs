@@ -15,7 +15,9 @@ fn sound_images_are_reported_alike() {
          qemu-img check -q image
          qemu-img check --output=json image
          qemu-img check -f qcow2 -T none image
-         qemu-img check -r all image"
+         qemu-img check -r all image
+         qemu-img create -q -f qcow2 nothing 0
+         qemu-img check --output=json nothing"
     ));
 }
 

@@ -104,6 +104,37 @@ fn several_sources_are_put_behind_each_other() {
 }
 
 #[test]
+fn options_of_the_target_mean_what_they_mean_to_the_stock_tool() {
+    let (stock, ours) = both(&format!(
+        "{CHAIN}
+         qemu-img convert -O qcow2 -o size=1M top small
+         stock-img compare top small
+         qemu-img convert -O qcow2 -o size=1G top large
+         stock-img compare -s top large
+         qemu-img convert -O qcow2 -o backing_file=base,backing_fmt=qcow2 top thin
+         stock-img map --output=json thin
+         qemu-img convert -O qcow2 -F qcow2 top out
+         qemu-img convert -F qcow2 top out
+         qemu-img convert -c -O qcow2 -o preallocation=full top out
+         qemu-img convert -c -O qcow2 -o preallocation=off top out
+         qemu-img convert -F qcow2 -B base -O raw top raw"
+    ));
+    same_files(&stock, &ours, &["small", "large", "thin"]);
+}
+
+/// QEMU's program says this, does nothing, and calls it a success.
+#[test]
+fn a_target_with_a_backing_file_is_not_taken_to_be_zero() {
+    let ours = Sandbox::ours();
+    ours.prepare(CHAIN);
+    ours.prepare("stock-img create -q -f qcow2 there 8M");
+    let line = "convert -n --target-is-zero -O qcow2 -B base -F qcow2 top there";
+    let said = ours.run(&format!("qemu-img {line}"));
+    let text = "Cannot use --target-is-zero when the destination image has a backing file";
+    assert!(said.text.contains(text) && said.code == Some(1), "{said:?}");
+}
+
+#[test]
 fn compressed_copies_are_sound_and_equal() {
     let ours = Sandbox::ours();
     ours.prepare(CHAIN);

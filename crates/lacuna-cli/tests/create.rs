@@ -186,4 +186,17 @@ fn an_image_is_never_made_over_its_own_backing_chain() {
     assert!(before == ours.bytes("base"));
     let refused = ours.run("lacuna create -f qcow2 -o data_file=../work/one one 1M");
     assert!(refused.text.contains("its own data file"), "{}", refused.text);
+    let refused = ours.run("lacuna create -f qcow2 -b top -F qcow2 -o data_file=link new");
+    assert!(refused.text.contains("data file is part of the backing chain"), "{}", refused.text);
+    assert!(before == ours.bytes("base"));
+}
+
+#[test]
+fn a_backing_format_that_nobody_has_is_refused() {
+    both(
+        "qemu-img create -f qcow2 -u -b missing -F fmt image 1M
+         qemu-img create -f raw -F qcow2 image 1M
+         qemu-img create -f qcow2 -u -b missing -F vmdk image 1M
+         stock-img info image",
+    );
 }

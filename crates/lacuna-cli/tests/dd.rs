@@ -93,3 +93,17 @@ fn a_source_is_never_its_own_target() {
     }
     assert!(ours.bytes("a.qcow2") == before);
 }
+
+#[test]
+fn half_a_copy_is_removed_under_our_own_name_only() {
+    let ours = Sandbox::ours();
+    ours.prepare("stock-img create -q disk 4M; stock-io -f raw -c 'write -P 7 0 4M' disk");
+    for (tool, remains) in [("lacuna", false), ("qemu-img", true)] {
+        let line = format!(
+            "trap '' XFSZ; ulimit -f 1000; {tool} dd -f raw -O qcow2 bs=1M if=disk of={tool}.out"
+        );
+        let refused = ours.run(&line);
+        assert_eq!(refused.code, Some(1), "{}", refused.text);
+        assert_eq!(ours.path(&format!("{tool}.out")).exists(), remains, "{}", refused.text);
+    }
+}

@@ -303,7 +303,7 @@ fn json(report: &CheckReport, request: &Request) -> Value {
     };
     put("image-end-offset", report.image_end_offset.0, true);
     put("compressed-clusters", report.compressed_clusters, false);
-    put("total-clusters", report.total_clusters, true);
+    put("total-clusters", report.total_clusters, false);
     put("corruptions-fixed", report.corruptions_fixed, false);
     put("corruptions", report.corruptions, false);
     put("check-errors", report.check_errors, true);

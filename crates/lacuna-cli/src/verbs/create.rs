@@ -375,7 +375,7 @@ pub(crate) fn preallocation(name: &str) -> Result<Preallocation, &str> {
 fn set_backing(parsed: &Parsed, format: Format, values: &mut Values) -> CliResult<()> {
     for (flag, name, shown) in [
         ("backing", "backing_file", "Backing file"),
-        ("backing-format", "backing_fmt", "Backing format"),
+        ("backing-format", "backing_fmt", "Backing file format"),
     ] {
         let Some(text) = parsed.last(flag) else { continue };
         if !values.takes(name) {
@@ -408,6 +408,12 @@ fn backing_size(tool: &Tool, file: &str, values: &Values) -> CliResult<Option<u6
     })?;
     if open::is_part_of(Path::new(file), &chain) {
         return Err(CliError::new("The new image would be part of its own backing chain"));
+    }
+    if let Some(data) = values.text("data_file")
+        && open::is_part_of(&beside(Path::new(file), data), &chain)
+    {
+        return Err(CliError::new("The data file is part of the backing chain")
+            .with_hint("it would be emptied; give another name"));
     }
     Ok(Some(chain.disk().size_bytes()))
 }
@@ -481,13 +487,62 @@ pub(super) fn refcount_bits(values: &Values) -> CliResult<u32> {
 }
 
 fn backing(values: &Values) -> CliResult<Option<BackingName>> {
-    let format = values.text("backing_fmt").map(str::to_owned);
+    let format = values.text("backing_fmt").map(backing_format).transpose()?;
     match values.text("backing_file").filter(|name| !name.is_empty()) {
         Some(name) => Ok(Some(BackingName { name: name.to_owned(), format })),
         None if format.is_some() => {
             Err(CliError::new("Backing format cannot be used without backing file"))
         }
         None => Ok(None),
+    }
+}
+
+/// Takes the name of a format that QEMU has, be it one that is not ours: the image may be for QEMU.
+fn backing_format(name: &str) -> CliResult<String> {
+    const KNOWN: &[&str] = &[
+        "qcow2",
+        "raw",
+        "bochs",
+        "cloop",
+        "dmg",
+        "luks",
+        "parallels",
+        "qcow",
+        "qed",
+        "vdi",
+        "vhdx",
+        "vmdk",
+        "vpc",
+        "vvfat",
+        "file",
+        "host_device",
+        "nbd",
+        "null-co",
+        "null-aio",
+        "blkdebug",
+        "blkverify",
+        "quorum",
+        "throttle",
+        "http",
+        "https",
+        "ftp",
+        "ftps",
+        "iscsi",
+        "nfs",
+        "rbd",
+        "ssh",
+        "gluster",
+        "copy-on-read",
+        "compress",
+        "preallocate",
+        "replication",
+    ];
+    match KNOWN.contains(&name) {
+        true => Ok(name.to_owned()),
+        false => {
+            let text = format!("Parameter 'backing-fmt' does not accept value '{name}'");
+            Err(CliError::new(text).with_hint("mostly it is qcow2 or raw"))
+        }
     }
 }
 

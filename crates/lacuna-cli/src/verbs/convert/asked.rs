@@ -7,6 +7,7 @@ use super::super::advice;
 use super::super::open::FileChain;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
+use crate::options::Values;
 use crate::persona::Tool;
 use crate::size::{self, SizeError};
 
@@ -82,6 +83,18 @@ pub(super) fn options(tool: &Tool, parsed: &Parsed) -> CliResult<ConvertOptions>
         options.known_zeros = KnownZeros::Zeroed;
     }
     Ok(options)
+}
+
+/// Refuses to reserve space for clusters that will be stored elsewhere, compressed.
+pub(super) fn check_compressed(encoding: Encoding, values: &Values) -> CliResult<()> {
+    let reserves = values.text("preallocation").is_some_and(|mode| mode != "off");
+    match encoding == Encoding::Compressed && reserves {
+        true => {
+            let text = "Compression and preallocation not supported at the same time";
+            Err(CliError::new(text).with_hint("leave out -c or -o preallocation"))
+        }
+        false => Ok(()),
+    }
 }
 
 /// Reads `-r`: bytes per second, or nothing for no limit.

@@ -6,7 +6,6 @@ mod run;
 
 use std::path::Path;
 
-use lacuna::ErrorKind;
 use lacuna::block::Layer;
 use lacuna::chain::{Sharing, UnnamedFormat};
 use lacuna::job::{ConvertOptions, KnownZeros, TargetContent};
@@ -21,9 +20,8 @@ use super::{Example, Task, Verb, advice, common, create};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
-use crate::interrupt::{RemoveOnSignal, remove_half};
+use crate::interrupt::whole_or_gone;
 use crate::options::{self, Asked, Given, Values};
-use crate::output;
 use crate::persona::Tool;
 
 /// The verb.
@@ -91,29 +89,23 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     if wish.creates {
         wish.create(tool, &sources)?;
     }
+    let copy = || {
+        wish.open_target(tool, &sources).and_then(|target| {
+            let mut options =
+                ConvertOptions { content: wish.content(&sources, &target), ..wish.options };
+            if target.levels().len() > 1 {
+                // What is below may be exchanged one day; the copy is not to change with it.
+                options.known_zeros = KnownZeros::Zeroed;
+            }
+            run::copy(tool, parsed, &sources, target, &options, meter)
+        })
+    };
     // Half a copy looks like a whole one. QEMU's programs leave it, and scripts know that.
-    let removes_half = wish.creates && tool.is_own();
-    let watch = removes_half.then(|| RemoveOnSignal::new(&wish.target_name));
-    let result = wish.open_target(tool, &sources).and_then(|target| {
-        let mut options =
-            ConvertOptions { content: wish.content(&sources, &target), ..wish.options };
-        if target.levels().len() > 1 {
-            // What is below may be exchanged one day; the copy is not to change with it.
-            options.known_zeros = KnownZeros::Zeroed;
-        }
-        run::copy(tool, parsed, &sources, target, &options, meter)
-    });
-    drop(watch);
-    // Between making and opening it somebody else may have taken it.
-    let is_ours = |error: &CliError| error.class() != Some(ErrorKind::Busy);
-    if result.as_ref().is_err_and(is_ours)
-        && removes_half
-        && let Err(error) = remove_half(&wish.target_name)
-    {
-        let file = &wish.target_name;
-        output::warn(&format!("{file} is incomplete and could not be removed: {error}"));
+    match wish.creates && tool.is_own() {
+        true => whole_or_gone(&wish.target_name, copy)?,
+        false => copy()?,
     }
-    result.map(|()| 0)
+    Ok(0)
 }
 
 /// `-o help`.
@@ -172,6 +164,13 @@ impl Wish {
         if !creates && parsed.has("target-options") {
             return Err(CliError::new("-o has no effect when skipping image creation"));
         }
+        let backing = parsed.last("backing").or_else(|| given.last("backing_file"));
+        let backing = backing.filter(|name| !name.is_empty()).map(str::to_owned);
+        if parsed.has("target-is-zero") && backing.is_some() {
+            return Err(CliError::new(
+                "Cannot use --target-is-zero when the destination image has a backing file",
+            ));
+        }
         let target_cache = parsed.last("target-cache").unwrap_or("unsafe");
         Ok(Some(Self {
             options,
@@ -183,7 +182,7 @@ impl Wish {
                     .with_hint(advice::CACHE_MODES)
             })?,
             given,
-            backing: parsed.last("backing").map(str::to_owned),
+            backing,
             backing_format: parsed.last("backing-format").map(str::to_owned),
             creates,
             is_zero: parsed.has("target-is-zero"),
@@ -259,20 +258,33 @@ impl Wish {
     fn create(&self, tool: &Tool, sources: &[FileChain]) -> CliResult<()> {
         let format = self.target_format.unwrap_or(Format::Raw);
         let mut values = Values::new(format, &self.given)?;
-        if values.text("size").is_none() {
+        // QEMU's programs read `-o size` and make the target as large as the sources all the same.
+        if values.text("size").is_none() || !tool.is_own() {
             values.set("size", total(sources)?.to_string());
         }
         self.set_backing(tool, &mut values, format)?;
+        asked::check_compressed(self.options.encoding, &values)?;
         let plan = create::Plan::checked(tool, format, values, &self.target_name);
         plan.make().map_err(|error| error.under(self.while_converting()))
     }
 
     fn set_backing(&self, tool: &Tool, values: &mut Values, format: Format) -> CliResult<()> {
-        let Some(name) = &self.backing else { return Ok(()) };
-        if !values.takes("backing_file") {
-            let text = format!("Backing file not supported for file format '{format}'");
-            return Err(CliError::new(text));
+        for (asked, name, shown) in [
+            (&self.backing, "backing_file", "Backing file"),
+            (&self.backing_format, "backing_fmt", "Backing file format"),
+        ] {
+            if asked.is_some() && !values.takes(name) {
+                let text = format!("{shown} not supported for file format '{format}'");
+                return Err(CliError::new(text));
+            }
         }
+        let Some(name) = &self.backing else {
+            // Making the image refuses it, as there is nothing that it could be the format of.
+            if let Some(format) = &self.backing_format {
+                values.set("backing_fmt", format.clone());
+            }
+            return Ok(());
+        };
         let Some(backing_format) = self
             .backing_format
             .as_deref()

@@ -23,6 +23,7 @@ use super::{Example, Task, Verb, common, create};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
+use crate::interrupt::whole_or_gone;
 use crate::options::{Given, Values};
 use crate::output;
 use crate::persona::Tool;
@@ -73,14 +74,22 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     }
     let range = wish.range(source.disk().size_bytes());
     create_target(tool, &wish.target, format, range.len)?;
-    let target = open_target(tool, &wish.target, format, &request)?;
-    if range.skips_all {
-        output::complain(&format!(
-            "{}: {}: cannot skip to specified offset\n",
-            tool.name, request.image.shown
-        ));
+    let fill = || {
+        let target = open_target(tool, &wish.target, format, &request)?;
+        if range.skips_all {
+            output::complain(&format!(
+                "{}: {}: cannot skip to specified offset\n",
+                tool.name, request.image.shown
+            ));
+        }
+        copy(tool, parsed, &source, target, range)
+    };
+    // As for `convert`: half a copy looks like a whole one.
+    match tool.is_own() {
+        true => whole_or_gone(&wish.target, fill)?,
+        false => fill()?,
     }
-    copy(tool, parsed, &source, target, range).map(|()| 0)
+    Ok(0)
 }
 
 /// What the operands ask for.
