@@ -10,7 +10,10 @@ use crate::Result;
 use crate::storage::{HostExtent, HostStatus, Storage};
 use crate::units::{HostOffset, HostRange};
 
-/// Answers so far, which never overlap.
+/// A question of this size is not made larger.
+const LARGE_BYTES: u64 = 64 << 20;
+
+/// Answers so far, by where they start. Where two overlap, the later start counts.
 #[derive(Debug, Default)]
 pub(crate) struct HostStatuses {
     /// The end and the status by the start.
@@ -48,9 +51,13 @@ impl HostStatuses {
         Some(HostExtent { len: len.min(range.len), status })
     }
 
-    /// Asks as far as the next answer that is there already: a long run costs no more to be told of
-    /// than a short one, and clusters that are scattered over it share the answer.
+    /// Asks as far as the next answer that is there already: clusters that are scattered over a long
+    /// run share its answer. A large question stays as it is, since the host would go on to look
+    /// for what nobody asked about.
     fn question(&self, range: HostRange) -> HostRange {
+        if range.len >= LARGE_BYTES {
+            return range;
+        }
         let most = (i64::MAX as u64).saturating_sub(range.start.0).max(range.len);
         let next = self.known.range(range.start..).next();
         let room = next.map_or(u64::MAX, |(start, _)| start.0 - range.start.0);
