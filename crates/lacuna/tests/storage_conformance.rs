@@ -46,7 +46,7 @@ fn takes_direct(place: &Path) -> bool {
 }
 
 fn conforms(place: &Path, cache: CacheMode, driver: DriverChoice) {
-    if cache == CacheMode::Buffered || takes_direct(place) {
+    if cache != CacheMode::Direct || takes_direct(place) {
         storage_conformance(files(place, options(cache, driver)));
     }
 }
@@ -127,8 +127,51 @@ fn direct_file_conforms_with_a_foreign_loop() {
 }
 
 #[test]
+fn file_with_large_writes_past_the_cache_conforms() {
+    for driver in [DriverChoice::IoUring, DriverChoice::Threads] {
+        conforms(&std::env::temp_dir(), CacheMode::LargeWritesDirect, driver);
+    }
+}
+
+/// Large writes past the cache and small ones through it, over each other.
+#[test]
+fn writes_of_both_ways_meet_in_one_file() {
+    use lacuna::buffer::Buffer;
+    use lacuna::storage::Storage;
+    use lacuna::units::HostOffset;
+    use pollster::block_on;
+    const SIZE: usize = 8 << 20;
+    let seed = testkit::seeds(1).next().expect("a seed");
+    println!("seed {seed}");
+    let mut random = testkit::Random::new(seed);
+    let folder = tempfile::tempdir().expect("a scratch folder can be made");
+    let path = folder.path().join("file");
+    let options = options(CacheMode::LargeWritesDirect, DriverChoice::Auto);
+    let storage = FileStorage::open(&path, &options).expect("the file opens");
+    let mut model = vec![0; SIZE];
+    for step in 0..200 {
+        let unit = *random.pick(&[1, 512, 4096, 65536]);
+        let start = random.index(SIZE) / unit * unit;
+        let len = (1 + random.index(2 << 20)).next_multiple_of(unit).min(SIZE - start);
+        let len = if random.one_in(2) { len.min(unit * 3) } else { len };
+        let byte = step as u8 + 1;
+        let bytes = Buffer::from(&vec![byte; len][..]);
+        block_on(storage.write_at(HostOffset(start as u64), bytes)).0.expect("writes");
+        model[start..start + len].fill(byte);
+        let (from, many) = (random.index(SIZE), 1 + random.index(1 << 20));
+        let many = many.min(SIZE - from);
+        let (result, read) = block_on(storage.read_at(HostOffset(from as u64), Buffer::new(many)));
+        result.expect("reads");
+        assert!(read[..] == model[from..from + many], "step {step}");
+    }
+    block_on(storage.flush()).expect("flushes");
+    let stored = std::fs::read(&path).expect("the file is there");
+    assert!(stored[..] == model[..stored.len()]);
+}
+
+#[test]
 fn tmpfs_file_conforms_in_every_combination() {
-    for cache in [CacheMode::Buffered, CacheMode::Direct] {
+    for cache in [CacheMode::Buffered, CacheMode::Direct, CacheMode::LargeWritesDirect] {
         for driver in [DriverChoice::IoUring, DriverChoice::Threads] {
             conforms(Path::new(TMPFS), cache, driver);
         }

@@ -2,9 +2,10 @@
 
 use lacuna::chain::Format;
 use lacuna::job::{ConvertOptions, Encoding, KnownZeros, WriteOrder};
+use lacuna::storage::CacheMode;
 
 use super::super::advice;
-use super::super::open::FileChain;
+use super::super::open::{self, FileChain};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
 use crate::options::Values;
@@ -94,6 +95,17 @@ pub(super) fn check_compressed(encoding: Encoding, values: &Values) -> CliResult
             Err(CliError::new(text).with_hint("leave out -c or -o preallocation"))
         }
         false => Ok(()),
+    }
+}
+
+/// Reads `-t`. A copy ends on the disk anyway: where nothing is asked for, large writes go there
+/// directly.
+pub(super) fn target_cache(parsed: &Parsed) -> CliResult<CacheMode> {
+    match parsed.last("target-cache") {
+        None => Ok(CacheMode::LargeWritesDirect),
+        Some(name) => open::cache_mode(name).ok_or_else(|| {
+            CliError::new(format!("Invalid cache option: {name}")).with_hint(advice::CACHE_MODES)
+        }),
     }
 }
 

@@ -171,16 +171,12 @@ impl Wish {
                 "Cannot use --target-is-zero when the destination image has a backing file",
             ));
         }
-        let target_cache = parsed.last("target-cache").unwrap_or("unsafe");
         Ok(Some(Self {
             options,
             sources,
             target_name: target.to_owned(),
             target_format: target_format(parsed)?,
-            target_cache: open::cache_mode(target_cache).ok_or_else(|| {
-                CliError::new(format!("Invalid cache option: {target_cache}"))
-                    .with_hint(advice::CACHE_MODES)
-            })?,
+            target_cache: asked::target_cache(parsed)?,
             given,
             backing,
             backing_format: parsed.last("backing-format").map(str::to_owned),

@@ -71,6 +71,14 @@ struct Refusals {
     punch_hole: AtomicBool,
     zero_range: AtomicBool,
     extent_map: AtomicBool,
+    past_cache: AtomicBool,
+}
+
+/// The file once more, open with O_DIRECT for writing.
+#[derive(Debug)]
+struct PastCache {
+    file: Arc<OpenFile>,
+    alignment: DirectAlignment,
 }
 
 #[derive(Debug)]
@@ -82,6 +90,8 @@ struct Inner {
     access: FileAccess,
     /// Present with O_DIRECT.
     direct: Option<DirectAlignment>,
+    /// Present where large writes go past the page cache.
+    past_cache: Option<PastCache>,
     conductor: Conductor,
     pool: Arc<Pool>,
     /// Present with a foreign event loop.

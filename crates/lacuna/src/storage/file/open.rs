@@ -11,7 +11,7 @@ use rustix::fs::{Mode as Permissions, OFlags, fcntl_getfl, fcntl_setfl};
 use super::conductor::{Conductor, Runner, refused};
 use super::lock::FileLock;
 use super::options::{CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions};
-use super::{FileStorage, Inner, RangeLock, Refusals, is_refusal};
+use super::{FileStorage, Inner, PastCache, RangeLock, Refusals, is_refusal};
 use crate::buffer::ALIGNMENT;
 use crate::storage::sys::{
     Bell, DirectAlignment, Kind, OpenFile, Pool, Ring, device_zeroes_natively, direct_alignment,
@@ -77,10 +77,14 @@ pub(super) fn storage(
     }
     set_flags(file.as_fd(), options.cache).map_err(|error| match options.cache {
         CacheMode::Direct => no_direct(&path, Some(error)),
-        CacheMode::Buffered => inspect(error),
+        CacheMode::Buffered | CacheMode::LargeWritesDirect => inspect(error),
     })?;
+    let past_cache = match options.cache {
+        CacheMode::LargeWritesDirect => open_past_cache(file.as_fd(), kind),
+        CacheMode::Buffered | CacheMode::Direct => None,
+    };
     let direct = match options.cache {
-        CacheMode::Buffered => None,
+        CacheMode::Buffered | CacheMode::LargeWritesDirect => None,
         CacheMode::Direct => Some(usable_alignment(file.as_fd(), kind, &path)?),
     };
     let (conductor, bell) = choose_driver(options.driver, &makers)?;
@@ -92,6 +96,7 @@ pub(super) fn storage(
         kind,
         access: options.access,
         direct,
+        past_cache,
         conductor,
         pool: makers.pool,
         bell,
@@ -101,6 +106,21 @@ pub(super) fn storage(
         lost: std::sync::OnceLock::new(),
     };
     Ok(FileStorage { inner: Arc::new(inner) })
+}
+
+/// Opens a regular file once more, past the page cache; nothing where the host cannot.
+///
+/// By what is open, not by its path: that may lead elsewhere by now. Locks stay with the first.
+fn open_past_cache(file: BorrowedFd<'_>, kind: Kind) -> Option<PastCache> {
+    if kind != Kind::Regular {
+        return None;
+    }
+    let again = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    let flags = OFlags::WRONLY | OFlags::DIRECT | OFlags::CLOEXEC;
+    let file = uninterrupted(|| rustix::fs::open(&*again, flags, Permissions::empty())).ok()?;
+    let alignment = direct_alignment(file.as_fd(), kind)
+        .filter(|alignment| alignment.memory as usize <= ALIGNMENT)?;
+    Some(PastCache { file: Arc::new(OpenFile::new(file)), alignment })
 }
 
 fn empty(file: &OpenFile, path: &Path) -> Result<()> {

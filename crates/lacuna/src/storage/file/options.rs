@@ -29,6 +29,9 @@ pub enum CacheMode {
     Buffered,
     /// Past it (O_DIRECT). Requests that do not keep to the alignment work, slowly.
     Direct,
+    /// Through it, but large aligned writes to a regular file past it, where the host can: for
+    /// bulk copies, which spare the copy in memory and leave others' pages in the cache.
+    LargeWritesDirect,
 }
 
 /// Who makes the calls that may block.

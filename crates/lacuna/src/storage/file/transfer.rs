@@ -13,7 +13,11 @@ use super::range_lock::Mode;
 use super::{Inner, Runner, remember, remembered};
 use crate::buffer::Buffer;
 use crate::storage::Transfer;
-use crate::storage::sys::{Attempt, Direction, Rider, uninterrupted};
+use crate::storage::sys::{Attempt, DirectAlignment, Direction, OpenFile, Rider, uninterrupted};
+
+/// From how many bytes on a write goes past the page cache where that was asked for: below, the
+/// wait for the disk costs more than the copy in memory.
+const LARGE_BYTES: usize = 256 << 10;
 
 /// The way of one step of a transfer.
 enum Way {
@@ -118,9 +122,20 @@ impl Inner {
     async fn write_step(
         &self,
         position: u64,
-        buffer: Buffer,
+        mut buffer: Buffer,
         done: usize,
     ) -> (io::Result<usize>, Buffer) {
+        if let Some(file) = self.past_cache(position, &buffer[done..]) {
+            let result;
+            (result, buffer) = self.write_past_cache(file, position, buffer, done).await;
+            match result {
+                // The host promised more than it holds: from now on as before.
+                Err(error) if is_any(&error, &[Errno::INVAL, Errno::OPNOTSUPP]) => {
+                    remember(&self.refusals.past_cache);
+                }
+                result => return (result, buffer),
+            }
+        }
         let way = self.way(position, &buffer[done..]);
         if matches!(way, Way::Bounce) {
             return self.write_bounced(position, buffer, done).await;
@@ -137,11 +152,31 @@ impl Inner {
 
     fn way(&self, position: u64, bytes: &[u8]) -> Way {
         let Some(alignment) = self.direct else { return Way::Inline };
-        let offset = u64::from(alignment.offset);
-        let aligned = position.is_multiple_of(offset)
-            && (bytes.len() as u64).is_multiple_of(offset)
-            && bytes.as_ptr().addr().is_multiple_of(alignment.memory as usize);
-        if aligned { Way::Driver } else { Way::Bounce }
+        if is_aligned(alignment, position, bytes) { Way::Driver } else { Way::Bounce }
+    }
+
+    /// Returns the file to write through where that goes past the page cache.
+    fn past_cache(&self, position: u64, bytes: &[u8]) -> Option<&Arc<OpenFile>> {
+        let past = self.past_cache.as_ref()?;
+        let fits = bytes.len() >= LARGE_BYTES
+            && is_aligned(past.alignment, position, bytes)
+            && !remembered(&self.refusals.past_cache);
+        fits.then_some(&past.file)
+    }
+
+    async fn write_past_cache(
+        &self,
+        file: &Arc<OpenFile>,
+        offset: u64,
+        buffer: Buffer,
+        start: usize,
+    ) -> (io::Result<usize>, Buffer) {
+        let end = offset + (buffer.len() - start) as u64;
+        let rider = Rider { caller: None, lock: self.locks.lock(offset..end, Mode::Shared).await };
+        let (file, direction) = (Arc::clone(file), Direction::Write);
+        let attempt = Attempt { file, direction, offset, buffer, start, rider };
+        let (result, attempt) = self.drive(attempt).await;
+        (result, attempt.buffer)
     }
 
     /// Has the driver make one call.
@@ -176,6 +211,13 @@ impl Inner {
         }
         self.on_thread(move || attempt.block()).await
     }
+}
+
+fn is_aligned(alignment: DirectAlignment, position: u64, bytes: &[u8]) -> bool {
+    let offset = u64::from(alignment.offset);
+    position.is_multiple_of(offset)
+        && (bytes.len() as u64).is_multiple_of(offset)
+        && bytes.as_ptr().addr().is_multiple_of(alignment.memory as usize)
 }
 
 fn is_any(error: &io::Error, codes: &[Errno]) -> bool {
