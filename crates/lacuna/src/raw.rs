@@ -3,7 +3,7 @@
 use crate::block::{AllocationDepth, DiscardMode, Extent, ExtentBuilder, ExtentStatus, Layer};
 use crate::block::{KnownZeroes, Preallocation, WriteFlags, ZeroFlags};
 use crate::buffer::{Buffer, Hold};
-use crate::storage::{Capability, HostStatus, Storage, Transfer, ZeroMode, reserve};
+use crate::storage::{Capability, HostSource, HostStatus, Storage, Transfer, ZeroMode, reserve};
 use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
 
@@ -179,6 +179,15 @@ impl<S: Storage> Layer for Raw<S> {
             return (self.storage.flush().await, buffer);
         }
         (result, buffer)
+    }
+
+    fn host_source(&self, extent: &Extent) -> Option<HostSource> {
+        self.storage.host_source(self.check(extent.range).ok()?)
+    }
+
+    async fn copy_from(&self, offset: GuestOffset, source: HostSource) -> Result<()> {
+        let range = self.check(GuestRange::new(offset, source.range().len))?;
+        self.storage.copy_at(source, range.start, Hold::none()).await
     }
 
     async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {

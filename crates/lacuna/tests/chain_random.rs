@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use lacuna::block::{Layer, WriteFlags, ZeroFlags, is_zero};
 use lacuna::buffer::Buffer;
 use lacuna::chain::{self, Allow, Chain, ChainOptions, FileOpener, Format};
-use lacuna::job::{self, ConvertOptions, Encoding, KnownZeros, TargetContent, Threads, WriteOrder};
+use lacuna::job::{
+    self, ConvertOptions, Encoding, KnownZeros, Mover, TargetContent, Threads, WriteOrder,
+};
 use lacuna::qcow2::{Access, ExtentDetail, OpenOptions};
 use lacuna::storage::FileStorage;
 use lacuna::units::{GuestOffset, GuestRange};
@@ -269,6 +271,7 @@ impl Copy {
             encoding: if compresses { Encoding::Compressed } else { Encoding::Plain },
             in_flight: 1 + random.index(16),
             known_zeros: *random.pick(&[KnownZeros::Left, KnownZeros::Zeroed]),
+            mover: *random.pick(&[Mover::Host, Mover::Job]),
             order: *random.pick(&[WriteOrder::Guest, WriteOrder::Any]),
             sparse_bytes: *random.pick(&[0, 512, 4096, 12288, 65536]),
             threads: *random.pick(&[Threads::Caller, Threads::Cores]),

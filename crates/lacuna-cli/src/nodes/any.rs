@@ -4,13 +4,14 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
-use lacuna::Result;
 use lacuna::block::BoxFuture;
 use lacuna::buffer::{Buffer, Hold};
 use lacuna::storage::{
-    Capabilities, Claim, Event, FileStorage, HostExtent, Permissions, Storage, Transfer, ZeroMode,
+    Capabilities, Claim, Event, FileStorage, HostExtent, HostSource, Permissions, Storage,
+    Transfer, ZeroMode,
 };
 use lacuna::units::{HostOffset, HostRange};
+use lacuna::{Error, Result};
 
 /// A file, or something that plays one.
 pub(crate) enum AnyStorage {
@@ -176,6 +177,20 @@ impl Storage for AnyStorage {
         match self {
             Self::File(file) => file.status_at(range).await,
             Self::Other(other) => other.status_boxed(range).await,
+        }
+    }
+
+    fn host_source(&self, range: HostRange) -> Option<HostSource> {
+        match self {
+            Self::File(file) => file.host_source(range),
+            Self::Other(_) => None,
+        }
+    }
+
+    async fn copy_at(&self, source: HostSource, to: HostOffset, hold: Hold) -> Result<()> {
+        match self {
+            Self::File(file) => file.copy_at(source, to, hold).await,
+            Self::Other(_) => Err(Error::unsupported("Only the host's files copy by themselves")),
         }
     }
 

@@ -9,7 +9,7 @@ use lacuna::buffer::Buffer;
 use lacuna::chain::{Disk, Format};
 use lacuna::job::Target;
 use lacuna::qcow2::{Encoder, Image, Stream};
-use lacuna::storage::Transfer;
+use lacuna::storage::{HostSource, Transfer};
 use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{Error, Result};
 
@@ -130,6 +130,20 @@ impl Layer for ToolDisk {
         match &self.top {
             Some(top) => top.write(offset, buffer, flags).await,
             None => self.disk.write(offset, buffer, flags).await,
+        }
+    }
+
+    fn host_source(&self, extent: &Extent) -> Option<HostSource> {
+        match &self.top {
+            Some(_) => None,
+            None => self.disk.host_source(extent),
+        }
+    }
+
+    async fn copy_from(&self, offset: GuestOffset, source: HostSource) -> Result<()> {
+        match &self.top {
+            Some(_) => Err(Error::unsupported("What lies on top must see what is written")),
+            None => self.disk.copy_from(offset, source).await,
         }
     }
 

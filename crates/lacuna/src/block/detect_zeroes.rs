@@ -4,10 +4,10 @@
 //! * Never: a request is torn for less than a unit, unless all of it is zeros.
 
 use super::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags, is_zero};
-use crate::Result;
 use crate::buffer::Buffer;
-use crate::storage::Transfer;
+use crate::storage::{HostSource, Transfer};
 use crate::units::{GuestOffset, GuestRange};
+use crate::{Error, Result};
 
 /// How hard zeros are looked for (QEMU: `detect-zeroes`; 004-7).
 ///
@@ -175,6 +175,17 @@ impl<L: Layer> Layer for DetectZeroes<L> {
             return (self.below.flush().await, buffer);
         }
         (result, buffer)
+    }
+
+    fn host_source(&self, extent: &Extent) -> Option<HostSource> {
+        self.below.host_source(extent)
+    }
+
+    async fn copy_from(&self, offset: GuestOffset, source: HostSource) -> Result<()> {
+        match self.level {
+            ZeroDetection::Off => self.below.copy_from(offset, source).await,
+            _ => Err(Error::unsupported("What the host copies cannot be searched for zeros")),
+        }
     }
 
     async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {

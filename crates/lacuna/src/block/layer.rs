@@ -6,9 +6,9 @@ use std::pin::Pin;
 use bitflags::bitflags;
 
 use super::{Extent, KnownZeroes};
-use crate::Result;
-use crate::storage::Transfer;
+use crate::storage::{HostSource, Transfer};
 use crate::units::{GuestOffset, GuestRange};
+use crate::{Error, Result};
 
 bitflags! {
     /// How a write is to be done.
@@ -109,6 +109,19 @@ pub trait Layer: Send + Sync {
         flags: WriteFlags,
     ) -> impl Future<Output = Transfer> + Send;
 
+    /// Returns where the host can copy an extent of this layer from, where it can: one that
+    /// [`extents`](Self::extents) gave, or a part of it.
+    fn host_source(&self, _: &Extent) -> Option<HostSource> {
+        None
+    }
+
+    /// Has the host copy bytes to `offset`, instead of a write.
+    ///
+    /// `Unsupported` where it cannot: the range then holds anything, and is to be written.
+    fn copy_from(&self, _: GuestOffset, _: HostSource) -> impl Future<Output = Result<()>> + Send {
+        std::future::ready(Err(Error::unsupported("This disk cannot be copied to by the host")))
+    }
+
     /// Makes the range read as zeros.
     fn write_zeroes(
         &self,
@@ -163,6 +176,8 @@ pub trait DynLayer: Send + Sync {
         offset: GuestOffset,
         buffer: crate::buffer::Buffer,
     ) -> BoxFuture<'_, Transfer>;
+    /// As [`Layer::host_source`].
+    fn host_source_of(&self, extent: &Extent) -> Option<HostSource>;
     /// As [`Layer::known_zeroes`].
     fn known_zeroes_boxed(&self) -> BoxFuture<'_, Result<KnownZeroes>>;
     /// As [`Layer::extents`].
@@ -180,6 +195,10 @@ impl<L: Layer> DynLayer for L {
         buffer: crate::buffer::Buffer,
     ) -> BoxFuture<'_, Transfer> {
         Box::pin(self.read(offset, buffer))
+    }
+
+    fn host_source_of(&self, extent: &Extent) -> Option<HostSource> {
+        self.host_source(extent)
     }
 
     fn known_zeroes_boxed(&self) -> BoxFuture<'_, Result<KnownZeroes>> {

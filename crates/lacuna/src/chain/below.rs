@@ -12,7 +12,7 @@ use crate::block::{
     ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags,
 };
 use crate::buffer::Buffer;
-use crate::storage::{Storage, Transfer};
+use crate::storage::{HostSource, Storage, Transfer};
 use crate::units::{GuestOffset, GuestRange};
 use crate::{Error, ErrorKind, Result};
 
@@ -123,6 +123,12 @@ impl<S: Storage> Layer for Below<S> {
         (Ok(()), join(done, rest))
     }
 
+    fn host_source(&self, extent: &Extent) -> Option<HostSource> {
+        let level = extent.status.depth.0.checked_sub(1)? as usize;
+        let status = ExtentStatus { depth: AllocationDepth::TOP, ..extent.status };
+        self.0.get(level)?.host_source(&Extent { status, ..*extent })
+    }
+
     async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
         (read_only(), buffer)
     }
@@ -180,6 +186,10 @@ impl DynLayer for Nothing {
             )),
         };
         Box::pin(std::future::ready((result, buffer)))
+    }
+
+    fn host_source_of(&self, _: &Extent) -> Option<HostSource> {
+        None
     }
 
     fn known_zeroes_boxed(&self) -> BoxFuture<'_, Result<KnownZeroes>> {

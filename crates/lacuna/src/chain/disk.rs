@@ -13,7 +13,7 @@ use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlag
 use crate::buffer::Buffer;
 use crate::qcow2::{Access, Image};
 use crate::raw::Raw;
-use crate::storage::{Storage, Transfer};
+use crate::storage::{HostSource, Storage, Transfer};
 use crate::units::{GuestOffset, GuestRange};
 use crate::{Error, ErrorKind, Result};
 
@@ -177,6 +177,21 @@ impl<S: Storage> Layer for RawDisk<S> {
         }
     }
 
+    fn host_source(&self, extent: &Extent) -> Option<HostSource> {
+        self.raw.host_source(extent)
+    }
+
+    async fn copy_from(&self, offset: GuestOffset, source: HostSource) -> Result<()> {
+        self.check_writable()?;
+        if self.origin == Origin::Probed && offset.0 < MAGIC.len() as u64 {
+            // What is copied is not seen here, and must not look like a header.
+            return Err(Error::unsupported(
+                "The start of a guessed raw disk is written, not copied",
+            ));
+        }
+        self.raw.copy_from(offset, source).await
+    }
+
     async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
         self.check_writable()?;
         self.raw.write_zeroes(range, flags).await
@@ -236,6 +251,20 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.write(offset, buffer, flags).await,
             Self::Raw(disk) => disk.write(offset, buffer, flags).await,
+        }
+    }
+
+    fn host_source(&self, extent: &Extent) -> Option<HostSource> {
+        match self {
+            Self::Qcow2(image) => image.host_source(extent),
+            Self::Raw(disk) => disk.host_source(extent),
+        }
+    }
+
+    async fn copy_from(&self, offset: GuestOffset, source: HostSource) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.copy_from(offset, source).await,
+            Self::Raw(disk) => disk.copy_from(offset, source).await,
         }
     }
 

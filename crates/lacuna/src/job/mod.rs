@@ -11,8 +11,8 @@ mod salvage;
 
 pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
 pub use convert::{
-    ConvertOptions, Copied, CopyFailure, CopyStep, Encoding, KnownZeros, Phase, Progress, Target,
-    TargetContent, Threads, WriteOrder, convert,
+    ConvertOptions, Copied, CopyFailure, CopyStep, Encoding, KnownZeros, Mover, Phase, Progress,
+    Target, TargetContent, Threads, WriteOrder, convert,
 };
 pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};
 pub use salvage::{Lost, LostPart, Salvage};

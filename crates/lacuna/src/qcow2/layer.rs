@@ -4,7 +4,7 @@ use super::image::Image;
 use crate::Result;
 use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
 use crate::buffer::Buffer;
-use crate::storage::{Storage, Transfer};
+use crate::storage::{HostSource, Storage, Transfer};
 use crate::units::{GuestOffset, GuestRange};
 
 impl<S: Storage> Layer for Image<S> {
@@ -30,6 +30,14 @@ impl<S: Storage> Layer for Image<S> {
 
     async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
         self.write_guest(offset, buffer, flags).await
+    }
+
+    fn host_source(&self, extent: &Extent) -> Option<HostSource> {
+        self.source_of(extent)
+    }
+
+    async fn copy_from(&self, offset: GuestOffset, source: HostSource) -> Result<()> {
+        self.copy_guest(offset, source).await
     }
 
     async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {

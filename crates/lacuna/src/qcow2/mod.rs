@@ -13,6 +13,7 @@ mod bitmaps;
 pub mod check;
 mod clear;
 pub(crate) mod codec;
+mod copy;
 mod create;
 mod discard;
 mod encode;

@@ -92,7 +92,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Brings the bytes around the write to the new place, so that nothing else shows there.
-    async fn fill_head_and_tail(&self, new: &NewData, hold: Hold) -> Result<Hold> {
+    pub(super) async fn fill_head_and_tail(&self, new: &NewData, hold: Hold) -> Result<Hold> {
         let hold = self.copy_old(new, new.head, hold).await?;
         self.copy_old(new, new.tail, hold).await
     }

@@ -21,16 +21,16 @@ pub use claim::{Claim, Locking, Permissions};
 #[cfg(target_os = "linux")]
 pub use file::{
     CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions, FileStorage, Holder, Holders,
-    LockConflict, Obstacle,
+    HostSource, LockConflict, Obstacle,
 };
 pub use memory::MemoryStorage;
 pub(crate) use reserve::{Reserve, reserve};
 #[cfg(target_os = "linux")]
 pub(crate) use sys::Pool;
 
-use crate::Result;
 use crate::buffer::{Buffer, Hold};
 use crate::units::{HostOffset, HostRange};
+use crate::{Error, Result};
 
 /// How well a storage can do something.
 ///
@@ -205,6 +205,25 @@ pub trait Storage: Send + Sync + 'static {
         range: HostRange,
         hold: Hold,
     ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Returns the range as something that the host can copy from, where it is part of a file.
+    fn host_source(&self, _: HostRange) -> Option<HostSource> {
+        None
+    }
+
+    /// Has the host copy bytes of another object to `to`, extending the object where it ends
+    /// earlier. The source must not change meanwhile.
+    ///
+    /// `Unsupported` where the host cannot, or the source ends early: then the range holds
+    /// anything, and is to be written in another way.
+    fn copy_at(
+        &self,
+        _: HostSource,
+        _: HostOffset,
+        _: Hold,
+    ) -> impl Future<Output = Result<()>> + Send {
+        std::future::ready(Err(Error::unsupported("This storage cannot copy by itself")))
+    }
 
     /// Reserves space for the range without changing what it reads as; may extend the object.
     fn allocate_at(&self, range: HostRange) -> impl Future<Output = Result<()>> + Send;

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use super::{Capabilities, Event, HostExtent, Storage, Transfer, ZeroMode};
+use super::{Capabilities, Event, HostExtent, HostSource, Storage, Transfer, ZeroMode};
 use crate::Result;
 use crate::buffer::{Buffer, Hold};
 use crate::units::{HostOffset, HostRange};
@@ -56,6 +56,19 @@ impl<S: Storage> Storage for Arc<S> {
 
     fn set_len(&self, len: u64, hold: Hold) -> impl Future<Output = Result<()>> + Send {
         S::set_len(self, len, hold)
+    }
+
+    fn host_source(&self, range: HostRange) -> Option<HostSource> {
+        S::host_source(self, range)
+    }
+
+    fn copy_at(
+        &self,
+        source: HostSource,
+        to: HostOffset,
+        hold: Hold,
+    ) -> impl Future<Output = Result<()>> + Send {
+        S::copy_at(self, source, to, hold)
     }
 
     fn status_at(&self, range: HostRange) -> impl Future<Output = Result<HostExtent>> + Send {

@@ -1,7 +1,7 @@
 //! What the flags ask of the copy itself, and what they must not ask together.
 
 use lacuna::chain::Format;
-use lacuna::job::{ConvertOptions, Encoding, KnownZeros, WriteOrder};
+use lacuna::job::{ConvertOptions, Encoding, KnownZeros, Mover, WriteOrder};
 use lacuna::storage::CacheMode;
 
 use super::super::advice;
@@ -79,6 +79,9 @@ pub(super) fn options(tool: &Tool, parsed: &Parsed) -> CliResult<ConvertOptions>
     }
     if parsed.has("compress") {
         options.encoding = Encoding::Compressed;
+    }
+    if parsed.has("copy-range-offloading") {
+        options.mover = Mover::Host;
     }
     if !tool.is_own() {
         options.known_zeros = KnownZeros::Zeroed;

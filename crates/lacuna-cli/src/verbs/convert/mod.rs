@@ -56,7 +56,7 @@ pub(super) const VERB: Verb = Verb {
         common::FORCE_SHARE,
         Flag::valued('r', "rate", "RATE", "bytes to write per second at most"),
         Flag::valued('m', "parallel", "COUNT", "requests in flight, 1 to 16 (8)"),
-        Flag::switch('C', "copy-range-offloading", "let the host copy; not done yet"),
+        Flag::switch('C', "copy-range-offloading", "let the host copy, sharing blocks if it can"),
         Flag::switch('\0', "salvage", "go on where SOURCE cannot be read: zeros there").long_only(),
         Flag::switch('W', "oob-writes", "write in any order"),
         common::OBJECT,

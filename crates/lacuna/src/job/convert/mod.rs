@@ -109,6 +109,21 @@ pub enum Threads {
     Cores,
 }
 
+/// Who moves data.
+///
+/// ```
+/// assert_eq!(lacuna::job::Mover::default(), lacuna::job::Mover::Job);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mover {
+    /// The host, from file to file, sharing blocks where its file system can; where it cannot, and
+    /// for content that is to be compressed, the job. Zeros in data are not looked for then.
+    Host,
+    /// The job: it reads and writes.
+    #[default]
+    Job,
+}
+
 /// How to convert.
 ///
 /// ```
@@ -138,6 +153,8 @@ pub struct ConvertOptions {
     pub sparse_bytes: u64,
     /// Where content is compressed; what comes of it is the same.
     pub threads: Threads,
+    /// Who moves the bytes of data.
+    pub mover: Mover,
 }
 
 impl Default for ConvertOptions {
@@ -150,6 +167,7 @@ impl Default for ConvertOptions {
             order: WriteOrder::default(),
             sparse_bytes: 4096,
             threads: Threads::default(),
+            mover: Mover::default(),
         }
     }
 }

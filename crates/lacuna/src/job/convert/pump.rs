@@ -16,13 +16,15 @@ use super::sparse::{Run, runs};
 use super::units::{self, Form, Unit};
 use super::workers::compute;
 use super::{
-    Copied, CopyFailure, CopyStep, KnownZeros, Rules, Target, TargetContent, Threads, WriteOrder,
+    Copied, CopyFailure, CopyStep, KnownZeros, Mover, Rules, Target, TargetContent, Threads,
+    WriteOrder,
 };
-use crate::Result;
 use crate::block::{AllocationDepth, BoxFuture, Extent, Layer, WriteFlags, ZeroFlags, no_status};
 use crate::buffer::Buffer;
 use crate::qcow2::Encoder;
+use crate::storage::HostSource;
 use crate::units::{GuestOffset, GuestRange};
+use crate::{ErrorKind, Result};
 
 /// A piece and what is at hand of it.
 struct Loaded {
@@ -32,6 +34,8 @@ struct Loaded {
 
 enum Content {
     Bytes(Buffer),
+    /// The host copies all of it, part by part.
+    Host(Vec<(GuestRange, HostSource)>),
     Nothing,
     Units(Vec<Unit>),
 }
@@ -61,7 +65,7 @@ pub(super) async fn run<A: Layer, B: Target>(
         if writes.len() < writers
             && let Some(loaded) = ready.take()
         {
-            writes.push(store(target, loaded, rules));
+            writes.push(store(source, target, loaded, rules));
         }
         let event = poll_fn(|context| {
             if let Poll::Ready(Some(done)) = writes.poll_next_unpin(context) {
@@ -115,6 +119,13 @@ async fn load<A: Layer>(
     encoder: Option<Encoder>,
 ) -> Result<Loaded> {
     let (start, len) = (piece.range.start, piece.range.len as usize);
+    if piece.action == Action::Copy
+        && rules.options.mover == Mover::Host
+        && encoder.is_none()
+        && let Some(parts) = host_parts(source, piece.range).await?
+    {
+        return Ok(Loaded { piece, content: Content::Host(parts) });
+    }
     let bytes = match piece.action {
         Action::Copy => {
             let (result, buffer) = source.read(start, Buffer::new(len)).await;
@@ -138,8 +149,54 @@ async fn load<A: Layer>(
     Ok(Loaded { piece, content })
 }
 
+/// Returns where the host can copy a range from, if it can copy all of it.
+async fn host_parts<A: Layer>(
+    source: &A,
+    range: GuestRange,
+) -> Result<Option<Vec<(GuestRange, HostSource)>>> {
+    let (mut parts, mut at) = (Vec::new(), range.start);
+    while at < range.end() {
+        let rest = GuestRange::new(at, range.end() - at);
+        let extents = source.extents(rest).await;
+        let extents = extents.map_err(|error| CopyFailure::at(CopyStep::Map, at, error))?;
+        at = extents.last().ok_or_else(|| no_status(rest))?.range.end();
+        for extent in extents {
+            match source.host_source(&extent) {
+                Some(part) if !extent.status.reads_zero => parts.push((extent.range, part)),
+                _ => return Ok(None),
+            }
+        }
+    }
+    Ok(Some(parts))
+}
+
+/// Has the host copy a part; reads and writes it where the host cannot.
+async fn store_by_host<A: Layer, B: Target>(
+    source: &A,
+    target: &B,
+    range: GuestRange,
+    part: HostSource,
+) -> Result<Copied> {
+    let done = Copied { written_bytes: range.len, ..Copied::default() };
+    match target.copy_from(range.start, part).await {
+        Ok(()) => return Ok(done),
+        Err(error) if error.kind() == ErrorKind::Unsupported => {}
+        Err(error) => return Err(CopyFailure::at(CopyStep::Write, range.start, error)),
+    }
+    let (result, bytes) = source.read(range.start, Buffer::new(range.len as usize)).await;
+    result.map_err(|error| CopyFailure::at(CopyStep::Read, range.start, error))?;
+    let written = target.write(range.start, bytes, WriteFlags::empty()).await.0;
+    written.map_err(|error| CopyFailure::at(CopyStep::Write, range.start, error))?;
+    Ok(done)
+}
+
 /// Brings a piece to the target.
-async fn store<B: Target>(target: &B, loaded: Loaded, rules: &Rules) -> Result<Copied> {
+async fn store<A: Layer, B: Target>(
+    source: &A,
+    target: &B,
+    loaded: Loaded,
+    rules: &Rules,
+) -> Result<Copied> {
     let Loaded { piece: Piece { range, action }, content } = loaded;
     let mut copied = Copied::default();
     match content {
@@ -147,6 +204,11 @@ async fn store<B: Target>(target: &B, loaded: Loaded, rules: &Rules) -> Result<C
             copied.add(zero(target, range, rules).await?);
         }
         Content::Nothing => copied.skipped_bytes += range.len,
+        Content::Host(parts) => {
+            for (range, part) in parts {
+                copied.add(store_by_host(source, target, range, part).await?);
+            }
+        }
         Content::Bytes(mut bytes) => {
             let mut at = range.start;
             for run in runs(&bytes, at, rules) {

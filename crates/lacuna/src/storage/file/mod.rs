@@ -13,6 +13,7 @@
 mod bounce;
 mod conductor;
 mod conflict;
+mod copy;
 mod holders;
 mod lock;
 mod open;
@@ -31,6 +32,7 @@ use std::sync::{Arc, OnceLock};
 
 use conductor::{Conductor, Runner};
 pub use conflict::{LockConflict, Obstacle};
+pub use copy::HostSource;
 pub use holders::{Holder, Holders};
 use lock::FileLock;
 pub use options::{CacheMode, Create, Driver, DriverChoice, FileAccess, FileOptions};
@@ -72,6 +74,7 @@ struct Refusals {
     zero_range: AtomicBool,
     extent_map: AtomicBool,
     past_cache: AtomicBool,
+    copy_range: AtomicBool,
 }
 
 /// The file once more, open with O_DIRECT for writing.
@@ -328,6 +331,14 @@ impl Storage for FileStorage {
 
     async fn punch_hole_at(&self, range: HostRange, hold: Hold) -> Result<()> {
         self.inner.punch_hole(range, hold).await
+    }
+
+    fn host_source(&self, range: HostRange) -> Option<HostSource> {
+        Some(self.source(range))
+    }
+
+    async fn copy_at(&self, source: HostSource, to: HostOffset, hold: Hold) -> Result<()> {
+        self.inner.copy(source, to, hold).await
     }
 
     async fn allocate_at(&self, range: HostRange) -> Result<()> {

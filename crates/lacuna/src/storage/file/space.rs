@@ -168,7 +168,7 @@ impl Inner {
 
     /// Locks the range, and the length if it will grow: an extension that another one overtakes
     /// would cut it off again.
-    async fn lock_to_extend(&self, range: HostRange) -> Result<Hold> {
+    pub(super) async fn lock_to_extend(&self, range: HostRange) -> Result<Hold> {
         loop {
             if range.end().0 > self.current_len()? {
                 return Ok(self.locks.lock(range.start.0..LENGTH, Mode::Exclusive).await);
@@ -218,7 +218,7 @@ impl Inner {
     }
 
     /// Refuses what passes the end of a block device.
-    fn require_room(&self, end: u64) -> Result<()> {
+    pub(super) fn require_room(&self, end: u64) -> Result<()> {
         if self.kind == Kind::Regular {
             return Ok(());
         }
