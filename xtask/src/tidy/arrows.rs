@@ -26,7 +26,10 @@ const AREAS: [Area; 14] = [
     Area { path: "storage::sys", may_name: &["storage"] },
     // A transfer gives the buffer back whoever makes it: storage's word, used by layers as well.
     // So is how firmly space is set aside, which preallocation comes down to.
-    Area { path: "block", may_name: &["storage::Transfer", "storage::Reserve"] },
+    Area {
+        path: "block",
+        may_name: &["storage::Transfer", "storage::Reserve", "storage::HostSource"],
+    },
     // Waits for a layer on the calling thread.
     Area { path: "blocking", may_name: &["block", "storage::Transfer"] },
     Area { path: "raw", may_name: &["block", "storage"] },
