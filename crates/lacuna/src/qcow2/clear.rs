@@ -59,13 +59,13 @@ impl<S: Storage> Image<S> {
         Ok(self.hold(token))
     }
 
-    /// Clears whole clusters.
-    pub(super) async fn clear(&self, range: GuestRange, intent: Intent) -> Result<()> {
+    /// Clears whole clusters; returns what keeps others away from them.
+    pub(super) async fn clear(&self, range: GuestRange, intent: Intent) -> Result<Hold> {
         if range.is_empty() {
-            return Ok(());
+            return Ok(Hold::none());
         }
         let hold = self.exclude_others(range).await?;
-        self.clear_by_rule(range, intent, hold).await.map(drop)
+        self.clear_by_rule(range, intent, hold).await
     }
 
     /// Clears whole subclusters (clusters, where there are none) that `hold` keeps others away

@@ -8,6 +8,7 @@ use super::options::{DiscardUnit, GuestDiscard};
 use super::plan_zero::Intent;
 use crate::Result;
 use crate::block::DiscardMode;
+use crate::buffer::Hold;
 use crate::storage::{Capability, Storage};
 use crate::units::{GuestRange, HostOffset, HostRange};
 
@@ -17,8 +18,8 @@ impl<S: Storage> Image<S> {
         let intent = match (mode, self.geometry().version()) {
             (DiscardMode::Full, _) => {
                 let clusters = cut(range, self.geometry().cluster_bytes(), self.size()).middle;
-                self.clear(clusters, Intent::Cut).await?;
-                return self.discard_in_data_file(clusters).await;
+                let hold = self.clear(clusters, Intent::Cut).await?;
+                return self.discard_in_data_file(clusters, hold).await;
             }
             (DiscardMode::Guest, _) if self.0.discard.guest == GuestDiscard::Ignore => {
                 return Ok(());
@@ -39,17 +40,16 @@ impl<S: Storage> Image<S> {
         let hold = self.exclude_others(units).await?;
         // Compressed clusters have no parts that could be freed: those keep their content.
         let (hold, _) = self.clear_units(units, intent, hold).await?;
-        drop(hold);
-        self.discard_in_data_file(units).await
+        self.discard_in_data_file(units, hold).await
     }
 
-    /// The data file's space goes back once the map no longer shows it.
-    async fn discard_in_data_file(&self, range: GuestRange) -> Result<()> {
+    /// The data file's space goes back once the map no longer shows it; until then `hold` keeps
+    /// writers away, whose bytes would go with it.
+    async fn discard_in_data_file(&self, range: GuestRange, hold: Hold) -> Result<()> {
         if self.place() == DataPlace::ImageFile || range.is_empty() || !self.0.discard.request {
             return Ok(());
         }
         self.flush_all().await?;
-        let hold = self.exclude_others(range).await?;
         let end = range.end().0.min(self.size());
         let host = HostRange::new(HostOffset(range.start.0), end - range.start.0);
         match self.data_storage().capabilities().punch_hole {

@@ -118,6 +118,7 @@ fn replace(
     // A table just copied or made has the same entry, and its slice is at hand after this.
     meta.entry(guest)?;
     let frees = meta.references(old) != meta.references(new);
+    check_place(meta, old)?;
     if frees {
         meta.prepare_free(old)?;
     }
@@ -126,6 +127,16 @@ fn replace(
         meta.free_entry(old, by)?;
     }
     Ok(())
+}
+
+/// Refuses to free or punch what holds metadata: an entry that points there is corrupt.
+fn check_place(meta: &Meta, entry: L2Entry) -> Planned<()> {
+    if meta.decoder.place == DataPlace::External || entry.is_compressed() {
+        return Ok(());
+    }
+    let Some(host) = entry.host() else { return Ok(()) };
+    let cluster = HostRange::new(host, meta.geometry().cluster_bytes());
+    meta.structures.check(cluster, None).map_err(Stop::Corrupt)
 }
 
 /// Returns what `intent` leaves of an entry (A.2.1; extended entries likewise).

@@ -176,11 +176,10 @@ impl<S: Storage> Image<S> {
             return Ok(());
         }
         let range = GuestRange::new(GuestOffset(old), end - old);
-        if hidden <= old && self.reads_zero(range).await? {
-            return Ok(());
+        if hidden > old || !self.reads_zero(range).await? {
+            self.zero_guest(range, ZeroFlags::MAY_UNMAP).await?;
         }
-        self.zero_guest(range, ZeroFlags::MAY_UNMAP).await?;
-        // A crash must not leave the larger disk without these zeros.
+        // Also what reads as zeros may do so in memory only as yet. A crash must not leave the larger disk without these zeros.
         self.flush_all().await
     }
 

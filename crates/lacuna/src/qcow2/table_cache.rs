@@ -225,8 +225,9 @@ impl TableCache {
     pub(super) fn redo(&mut self, unwritten: Unwritten) {
         let cached = |offset: &u64| self.by_offset.contains_key(offset);
         self.dirty.extend(unwritten.dirty.into_iter().filter(cached));
-        self.fresh.extend(unwritten.fresh);
-        self.fresh_written.clear();
+        // Those that were forgotten meanwhile are somebody else's clusters by now.
+        let known = std::mem::take(&mut self.fresh_written);
+        self.fresh.extend(unwritten.fresh.into_iter().filter(|table| known.contains(table)));
         for slot in &mut self.slots {
             slot.writing = false;
         }

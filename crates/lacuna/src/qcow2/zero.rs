@@ -39,7 +39,7 @@ impl<S: Storage> Image<S> {
         }
         let parts = cut(range, self.geometry().cluster_bytes(), self.size());
         self.zero_part_by_bytes(parts.head, flags).await?;
-        self.clear(parts.middle, Intent::Forget).await?;
+        drop(self.clear(parts.middle, Intent::Forget).await?);
         self.zero_part_by_bytes(parts.tail, flags).await
     }
 
@@ -81,8 +81,9 @@ impl<S: Storage> Image<S> {
         // Writing bytes takes the clusters for itself.
         drop(hold);
         for part in refused {
-            let end = part.end().0.min(self.size());
-            self.zero_by_bytes(GuestRange::new(part.start, end - part.start.0), flags).await?;
+            // The disk may have shrunk meanwhile.
+            let len = part.end().0.min(self.size()).saturating_sub(part.start.0);
+            self.zero_by_bytes(GuestRange::new(part.start, len), flags).await?;
         }
         Ok(())
     }
@@ -98,7 +99,7 @@ impl<S: Storage> Image<S> {
         let whole = GuestRange::new(GuestOffset(start), unit);
         let end = (start + unit).min(self.size());
         let before = GuestRange::new(whole.start, part.start.0 - start);
-        let behind = GuestRange::new(part.end(), end - part.end().0);
+        let behind = GuestRange::new(part.end(), end.saturating_sub(part.end().0));
         let hold = self.exclude_others(whole).await?;
         if self.is_zero(before, flags).await? && self.is_zero(behind, flags).await? {
             return self.zero_units(whole, flags, hold).await;

@@ -62,9 +62,9 @@ fn marks_go_only_when_nothing_is_wrong_any_more() {
 fn repair_clears_autoclear_bits_it_does_not_know() {
     for repair in [Repair::Leaks, Repair::All] {
         let image = Image::new("", "64M", &["write -P 1 0 1M"]);
-        image.poke_word(88, 0b1100);
+        image.poke_word(88, 0b11_0000);
         assert!(image.check(Repair::None).is_clean());
-        assert_eq!(image.word(88), 0b1100);
+        assert_eq!(image.word(88), 0b11_0000);
         assert!(image.check(repair).is_clean());
         assert_eq!(image.word(88), 0);
     }

@@ -86,3 +86,31 @@ fn a_punch_waits_until_the_map_is_durable() {
     assert_gave_back(before, disk.allocated(), CLUSTER);
     block_on(image.close()).unwrap();
 }
+
+/// An entry that points at the refcount table: to free it would be to punch it.
+#[test]
+fn clearing_an_entry_that_points_at_metadata_is_refused_and_harms_nothing() {
+    use std::os::unix::fs::FileExt;
+    for keeps in [false, true] {
+        let disk = disk();
+        let header = std::fs::read(&disk.path).unwrap();
+        let word = |at: usize| u64::from_be_bytes(header[at..at + 8].try_into().unwrap());
+        let (refcount_table, l1) = (word(48), word(40) as usize);
+        let l2 = word(l1) & 0x00ff_ffff_ffff_fe00;
+        let file = std::fs::OpenOptions::new().write(true).open(&disk.path).unwrap();
+        file.write_all_at(&(refcount_table | 1 << 63).to_be_bytes(), l2).unwrap();
+        drop(file);
+        let options = match keeps {
+            true => writing().on_discard(lacuna::qcow2::OnDiscard::KeepMapping),
+            false => writing(),
+        };
+        let image = disk.open(options);
+        let range = GuestRange::new(GuestOffset(0), CLUSTER);
+        let error = block_on(image.discard(range, lacuna::block::DiscardMode::Guest)).unwrap_err();
+        assert_eq!(error.kind(), lacuna::ErrorKind::Corrupt, "{error}");
+        drop(image);
+        let after = std::fs::read(&disk.path).unwrap();
+        let table = refcount_table as usize..refcount_table as usize + CLUSTER as usize;
+        assert!(after[table.clone()] == header[table], "the table was touched");
+    }
+}

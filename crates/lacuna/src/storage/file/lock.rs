@@ -71,6 +71,9 @@ impl FileLock {
             Failure::Obstacle(obstacle) => {
                 Some(LockConflict::new(file, path, obstacle).into_error())
             }
+            Failure::Host(error) if !has_no_locks(&error) => {
+                Some(Error::io(error, format!("Locking {}", path.display())))
+            }
             Failure::Host(_) if self.locking == Locking::Auto => {
                 self.is_refused.store(true, Ordering::Relaxed);
                 None
@@ -81,6 +84,14 @@ impl FileLock {
             ))),
         }
     }
+}
+
+/// Says whether the host has no such locks at all, as opposed to being in trouble.
+fn has_no_locks(error: &std::io::Error) -> bool {
+    use rustix::io::Errno;
+    [Errno::INVAL, Errno::NOSYS, Errno::OPNOTSUPP, Errno::NOTTY]
+        .iter()
+        .any(|code| error.raw_os_error() == Some(code.raw_os_error()))
 }
 
 /// Why bytes were not had.
