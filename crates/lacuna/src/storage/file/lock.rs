@@ -86,10 +86,11 @@ impl FileLock {
     }
 }
 
-/// Says whether the host has no such locks at all, as opposed to being in trouble.
+/// Says whether the host has no such locks at all, as opposed to being in trouble. `NOLCK` is what
+/// a network file system without a lock service says.
 fn has_no_locks(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
-    [Errno::INVAL, Errno::NOSYS, Errno::OPNOTSUPP, Errno::NOTTY]
+    [Errno::INVAL, Errno::NOLCK, Errno::NOSYS, Errno::OPNOTSUPP, Errno::NOTTY]
         .iter()
         .any(|code| error.raw_os_error() == Some(code.raw_os_error()))
 }
