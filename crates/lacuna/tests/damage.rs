@@ -162,9 +162,9 @@ fn version_2_has_no_corrupt_bit_and_no_zero_flag() {
 fn unknown_autoclear_bits_fall_at_the_first_open_for_writing_and_unknown_compatible_bits_stay() {
     let storage = image(Version::V3);
     poke(&storage, 80, &(1_u64 << 40).to_be_bytes());
-    poke(&storage, 88, &(1_u64 << 2 | 1 << 50).to_be_bytes());
+    poke(&storage, 88, &(1_u64 << 4 | 1 << 50).to_be_bytes());
     drop(open(&storage, Access::ReadOnly).unwrap());
-    assert_eq!(word(&storage, 88), 1 << 2 | 1 << 50);
+    assert_eq!(word(&storage, 88), 1 << 4 | 1 << 50);
     let image = open(&storage, Access::ReadWrite).unwrap();
     assert_eq!(word(&storage, 88), 0, "before anything is written");
     block_on(image.close()).unwrap();
