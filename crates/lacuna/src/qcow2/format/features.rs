@@ -51,7 +51,7 @@ bitflags! {
     ///
     /// ```
     /// use lacuna::qcow2::format::AutoclearFeatures;
-    /// let word = AutoclearFeatures::from_bits_retain(0b101);
+    /// let word = AutoclearFeatures::from_bits_retain(0b1_0001);
     /// assert_eq!(word & AutoclearFeatures::all(), AutoclearFeatures::BITMAPS);
     /// ```
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
