@@ -8,6 +8,7 @@ use super::meta::Meta;
 use super::need::{Need, Planned};
 use super::plan_zero::Intent;
 use super::quarantine::FreedBy;
+use super::refcounts::BlockLook;
 use super::write_back::Refcounting;
 use crate::block::{Preallocation, ZeroFlags};
 use crate::buffer::{Hold, Release};
@@ -238,7 +239,7 @@ impl<S: Storage> Image<S> {
         self.plan(Meta::pause).await?;
         let pause = Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, CUT);
         self.drop_empty_blocks().await?;
-        let end = self.plan(Meta::find_end).await?;
+        let end = self.find_end().await?;
         if self.0.storage.len().await? <= end.0 {
             return Ok(());
         }
@@ -257,9 +258,19 @@ impl<S: Storage> Image<S> {
     async fn drop_empty_blocks(&self) -> Result<()> {
         let indices = self.0.meta.lock().refcounts.block_indices();
         for index in indices {
-            self.plan(|meta| meta.drop_empty_block(index)).await?;
+            let mut look = BlockLook::default();
+            self.plan(|meta| meta.drop_empty_block(index, &mut look)).await?;
         }
         self.write_back(Refcounting::Written).await
+    }
+
+    /// Finds the end of the last used cluster, where the file is to be cut.
+    async fn find_end(&self) -> Result<HostOffset> {
+        let mut end = self.0.meta.lock().refcounts.counted_end();
+        self.plan(|meta| meta.refcounts.lower_to_used(&mut end)).await?;
+        let end = self.geometry().host_offset(end);
+        self.0.meta.lock().refcounts.cut_at(end);
+        Ok(end)
     }
 
     /// Lets no guest byte from `offset` on be changed while the hold lives, now or when the disk is
@@ -330,8 +341,8 @@ impl Meta {
         Ok(())
     }
 
-    fn drop_empty_block(&mut self, index: u64) -> Planned<()> {
-        match self.refcounts.drop_empty_block(index)? {
+    fn drop_empty_block(&mut self, index: u64, look: &mut BlockLook) -> Planned<()> {
+        match self.refcounts.drop_empty_block(index, look)? {
             Some(block) if block.is_counted => self.free(block.cluster, FreedBy::Other),
             Some(block) => {
                 self.structures.remove_cluster(block.cluster);
@@ -339,14 +350,6 @@ impl Meta {
             }
             None => Ok(()),
         }
-    }
-
-    /// Finds the end of the last used cluster, where the file is to be cut.
-    fn find_end(&mut self) -> Planned<HostOffset> {
-        let end = self.refcounts.used_end()?;
-        let end = self.geometry().host_offset(end);
-        self.refcounts.cut_at(end);
-        Ok(end)
     }
 
     /// Lets changes go on again.

@@ -78,6 +78,13 @@ impl TableCache {
         HostOffset(offset.0 & !(self.slice_bytes - 1))
     }
 
+    /// Raises the bound for a plan that needs so many slices at once, or it would never have them
+    /// all.
+    pub(super) fn make_room_for(&mut self, slices: u64) {
+        let wanted = usize::try_from(slices.saturating_mul(2)).unwrap_or(usize::MAX);
+        self.capacity = self.capacity.max(wanted);
+    }
+
     /// Returns the slice at `offset`, or nothing where it must be loaded first.
     pub(super) fn read(&mut self, offset: HostOffset) -> Option<&[u8]> {
         let slot = self.find(offset)?;

@@ -14,6 +14,14 @@ use crate::{Error, ErrorKind};
 /// The refcount table may not take more bytes than this (B.11).
 const MAX_TABLE_BYTES: u64 = 8 << 20;
 
+/// How far a look for what a block counts came. Kept from one plan to the next, since a small
+/// cache may not hold all slices of a block at once.
+#[derive(Debug, Default)]
+pub(in crate::qcow2) struct BlockLook {
+    seen_bytes: u64,
+    used: u64,
+}
+
 /// A block that the table names no more.
 pub(in crate::qcow2) struct Dropped {
     pub(in crate::qcow2) cluster: HostCluster,
@@ -73,13 +81,18 @@ impl Refcounts {
         there.map(|(index, _)| index).collect()
     }
 
-    /// Drops a block that counts nothing but maybe itself.
-    pub(in crate::qcow2) fn drop_empty_block(&mut self, index: u64) -> Planned<Option<Dropped>> {
+    /// Drops a block that counts nothing but maybe itself. Only while nothing is allocated: what
+    /// `look` saw unused must stay so.
+    pub(in crate::qcow2) fn drop_empty_block(
+        &mut self,
+        index: u64,
+        look: &mut BlockLook,
+    ) -> Planned<Option<Dropped>> {
         let Some(offset) = self.block(index)? else { return Ok(None) };
         let cluster = self.geometry.host_cluster(offset);
         let counts_itself = cluster.0 / self.entries() == index;
         let own = if counts_itself { 1 } else { 0 };
-        if self.read(cluster)? != 1 || self.used_in_block(offset)? > own {
+        if self.read(cluster)? != 1 || self.counts_more_than(own, offset, look)? {
             return Ok(None);
         }
         self.table[index as usize] = 0;
@@ -91,19 +104,27 @@ impl Refcounts {
         Ok(Some(Dropped { cluster, is_counted: !counts_itself }))
     }
 
-    /// Counts clusters in use by what a block says; slices of zeros cost next to nothing.
-    fn used_in_block(&mut self, offset: HostOffset) -> Planned<u64> {
+    /// Says whether a block counts more than `own` clusters as used; slices of zeros cost next to
+    /// nothing.
+    fn counts_more_than(
+        &mut self,
+        own: u64,
+        block: HostOffset,
+        look: &mut BlockLook,
+    ) -> Planned<bool> {
         let (width, per_slice) = (self.width, self.slice_entries() as usize);
-        let mut used = 0;
-        for at in (0..self.geometry.cluster_bytes()).step_by(self.blocks.slice_bytes() as usize) {
-            let Some(bytes) = self.blocks.read(offset + at) else {
-                return Err(Need::RefcountSlice(offset + at).into());
+        while look.seen_bytes < self.geometry.cluster_bytes() && look.used <= own {
+            let slice = block + look.seen_bytes;
+            let Some(bytes) = self.blocks.read(slice) else {
+                return Err(Need::RefcountSlice(slice).into());
             };
             if bytes.iter().any(|byte| *byte != 0) {
-                used += (0..per_slice).filter(|index| width.read(bytes, *index) > 0).count() as u64;
+                let used = (0..per_slice).filter(|index| width.read(bytes, *index) > 0);
+                look.used += used.count() as u64;
             }
+            look.seen_bytes += self.blocks.slice_bytes();
         }
-        Ok(used)
+        Ok(look.used > own)
     }
 
     fn install_block(&mut self, index: u64, block: u64) {

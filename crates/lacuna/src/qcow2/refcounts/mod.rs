@@ -11,7 +11,9 @@ mod blocks;
 mod packed;
 mod search;
 
-use std::collections::BTreeSet;
+pub(in crate::qcow2) use blocks::BlockLook;
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::format::{Geometry, RefcountWidth};
 use super::need::{Need, Planned, Stop};
@@ -58,6 +60,8 @@ pub(in crate::qcow2) struct Refcounts {
     multi_cursor: u64,
     /// No gap of more clusters than this lies between the single cursor and the end.
     largest_gap: Option<u64>,
+    /// How far searches for so many clusters below the end came that lacked a refcount.
+    gap_cursors: BTreeMap<u64, u64>,
     /// Where the next compressed cluster may go: behind the last, in the same host cluster.
     compressed_cursor: Option<HostOffset>,
     /// The end of all clusters ever seen in use, in clusters.
@@ -103,6 +107,7 @@ impl Refcounts {
             single_cursor: 0,
             multi_cursor: 0,
             largest_gap: None,
+            gap_cursors: BTreeMap::new(),
             compressed_cursor: None,
             end: geometry.clusters_for(file_bytes),
             end_at_open: geometry.clusters_for(file_bytes),
@@ -144,14 +149,19 @@ impl Refcounts {
         HostOffset(self.end << self.geometry.cluster_bits())
     }
 
-    /// Returns the end of the last cluster with a refcount. Passes over what no block counts, and
-    /// over slices of zeros, at once: a file may be huge and sparse.
-    pub(in crate::qcow2) fn used_end(&mut self) -> Planned<HostCluster> {
-        let mut end = self.end.min((self.table.len() as u64).saturating_mul(self.entries()));
-        while end > 1 {
-            let last = end - 1;
+    /// Returns where a search for the last used cluster starts.
+    pub(in crate::qcow2) fn counted_end(&self) -> HostCluster {
+        HostCluster(self.end.min((self.table.len() as u64).saturating_mul(self.entries())))
+    }
+
+    /// Moves `end` down to the end of the last cluster below it with a refcount. Passes over what
+    /// no block counts, and over slices of zeros, at once: a file may be huge and sparse. Where a
+    /// slice is missing, `end` is below all that was seen unused.
+    pub(in crate::qcow2) fn lower_to_used(&mut self, end: &mut HostCluster) -> Planned<()> {
+        while end.0 > 1 {
+            let last = end.0 - 1;
             let Some((slice, index)) = self.locate(last)? else {
-                end = last - last % self.entries();
+                end.0 = last - last % self.entries();
                 continue;
             };
             let width = self.width;
@@ -161,11 +171,15 @@ impl Refcounts {
             let is_zero = bytes.iter().all(|byte| *byte == 0);
             let mut used = (0..=index).rev().filter(|index| width.read(bytes, *index as usize) > 0);
             match if is_zero { None } else { used.next() } {
-                Some(used) => return Ok(HostCluster(last - index + used + 1)),
-                None => end = last - index,
+                Some(used) => {
+                    end.0 = last - index + used + 1;
+                    return Ok(());
+                }
+                None => end.0 = last - index,
             }
         }
-        Ok(HostCluster(1))
+        end.0 = 1;
+        Ok(())
     }
 
     /// The file was cut: what lies beyond `end` is unused.
@@ -260,6 +274,7 @@ impl Refcounts {
         self.single_cursor = self.single_cursor.min(cluster.0);
         self.multi_cursor = self.multi_cursor.min(cluster.0);
         self.largest_gap = None;
+        self.gap_cursors.clear();
         if self.compressed_cursor.is_some_and(|at| self.geometry.host_cluster(at) == cluster) {
             self.compressed_cursor = None;
         }

@@ -76,8 +76,7 @@ impl Refcounts {
         if start + count > self.end && count > 1 && self.largest_gap.is_none_or(|gap| count <= gap)
         {
             // The cursor for runs passed gaps that were too small for an earlier, larger run.
-            let mut from = self.single_cursor;
-            let lower = self.scan(&mut from, count, None)?;
+            let lower = self.scan_passed_gaps(count)?;
             if lower + count > self.end {
                 self.largest_gap = Some(count - 1);
             }
@@ -89,6 +88,19 @@ impl Refcounts {
         }
         self.move_cursor(count, start + count);
         Ok(start)
+    }
+
+    /// Finds the first run of `count` free clusters from the single cursor on; an attempt that
+    /// lacked a refcount goes on where it was, or a small cache would never hold the whole way.
+    fn scan_passed_gaps(&mut self, count: u64) -> Planned<u64> {
+        let passed = self.gap_cursors.range(..=count).map(|(_, cursor)| *cursor).max();
+        let mut cursor = self.single_cursor.max(passed.unwrap_or(0));
+        let found = self.scan(&mut cursor, count, None);
+        match &found {
+            Ok(_) => self.gap_cursors.remove(&count),
+            Err(_) => self.gap_cursors.insert(count, cursor),
+        };
+        found
     }
 
     fn move_cursor(&mut self, count: u64, to: u64) {
@@ -141,6 +153,7 @@ impl Refcounts {
     /// first (from `blocks_from` on, but not in what of the run the block does not cover), which
     /// may have taken part of the run: then choose again.
     fn claim(&mut self, start: u64, count: u64, blocks_from: u64) -> Planned<bool> {
+        self.blocks.make_room_for(count / self.slice_entries() + 2);
         let mut cluster = start;
         while cluster < start + count {
             if self.block(cluster / self.entries())?.is_none() {
