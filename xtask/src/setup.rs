@@ -19,8 +19,10 @@ struct Peer {
     programs: &'static [&'static str],
 }
 
-const PEERS: [Peer; 2] = [
-    Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io"] },
+const PEERS: [Peer; 4] = [
+    Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io", "qemu-nbd"] },
+    Peer { package: "libnbd-bin", programs: &["nbdinfo", "nbdcopy"] },
+    Peer { package: "python3-libnbd", programs: &["nbdsh"] },
     Peer { package: "e2fsprogs", programs: &["mke2fs", "e2fsck", "debugfs"] },
 ];
 

@@ -3,10 +3,12 @@
 use super::Finding;
 
 /// Which of our crates may stand on which, tests aside.
-const OURS: [(&str, &[&str]); 4] = [
+const OURS: [(&str, &[&str]); 5] = [
     ("crates/lacuna/", &[]),
     ("crates/lacuna-cli/", &["lacuna"]),
-    ("crates/testkit/", &["lacuna"]),
+    // The protocol alone: it knows no disk.
+    ("crates/lacuna-nbd/", &[]),
+    ("crates/testkit/", &["lacuna", "lacuna-nbd"]),
     ("xtask/", &[]),
 ];
 
@@ -87,5 +89,7 @@ mod tests {
         assert_eq!(found("crates/lacuna/Cargo.toml", text), 1);
         let text = "[dev-dependencies]\ntestkit.workspace = true";
         assert_eq!(found("crates/lacuna/Cargo.toml", text), 0);
+        let text = "[dependencies]\nlacuna.workspace = true";
+        assert_eq!(found("crates/lacuna-nbd/Cargo.toml", text), 1);
     }
 }

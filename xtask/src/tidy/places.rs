@@ -17,10 +17,11 @@ struct Place {
 
 const ENGINE: &str = "crates/lacuna/src/";
 const FORMAT: &str = "crates/lacuna/src/qcow2/format/";
+const PROTOCOL: &str = "crates/lacuna-nbd/src/";
 /// The only modules of the engine that open files.
 const OPENERS: &[&str] = &["crates/lacuna/src/storage/", "crates/lacuna/src/chain"];
 
-const PLACES: [Place; 12] = [
+const PLACES: [Place; 19] = [
     Place {
         code: &["unsafe"],
         within: "",
@@ -48,10 +49,18 @@ const PLACES: [Place; 12] = [
     Place { code: &["File", "::", "open"], within: ENGINE, allowed: OPENERS, reason: OPENS },
     Place { code: &["async"], within: FORMAT, allowed: &[], reason: PURE },
     Place { code: &["await"], within: FORMAT, allowed: &[], reason: PURE },
+    Place { code: &["async"], within: PROTOCOL, allowed: &[], reason: SANS_IO },
+    Place { code: &["await"], within: PROTOCOL, allowed: &[], reason: SANS_IO },
+    Place { code: &["std", "::", "io"], within: PROTOCOL, allowed: &[], reason: SANS_IO },
+    Place { code: &["std", "::", "net"], within: PROTOCOL, allowed: &[], reason: SANS_IO },
+    Place { code: &["std", "::", "os"], within: PROTOCOL, allowed: &[], reason: SANS_IO },
+    Place { code: &["std", "::", "fs"], within: PROTOCOL, allowed: &[], reason: SANS_IO },
+    Place { code: &["std", "::", "time"], within: PROTOCOL, allowed: &[], reason: SANS_IO },
 ];
 
 const PRINTS: &str = "only lacuna-cli prints";
 const OPENS: &str = "only storage and chain open files";
+const SANS_IO: &str = "the NBD protocol does no I/O, waits for nothing and knows no clock";
 const PURE: &str = "qcow2/format does no I/O and waits for nothing";
 
 pub(super) fn check(source: &Source, findings: &mut Vec<Finding>) {
@@ -107,6 +116,13 @@ mod tests {
         assert_eq!(found("crates/lacuna/src/qcow2/open.rs", text), 1);
         assert_eq!(found("crates/lacuna/src/chain/open.rs", text), 0);
         assert_eq!(found("crates/lacuna/src/storage/file.rs", text), 0);
+    }
+
+    #[test]
+    fn the_protocol_does_no_io() {
+        let text = "use std::net::TcpStream; async fn f() {}";
+        assert_eq!(found("crates/lacuna-nbd/src/server/mod.rs", text), 2);
+        assert_eq!(found("crates/lacuna-nbd/tests/peers.rs", text), 0);
     }
 
     #[test]

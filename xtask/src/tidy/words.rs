@@ -26,11 +26,16 @@ const NOWHERE: [(&str, &str); 12] = [
 const NO_FUNCTION: [(&str, &str); 3] =
     [("get", "the noun alone"), ("handle", "what it does"), ("process", "`execute`")];
 
+/// Where a protocol's own word is the right one.
+const ON_THE_WIRE: [(&str, &str); 1] = [("crates/lacuna-nbd/", "trim")];
+
 pub(super) fn check(source: &Source, findings: &mut Vec<Finding>) {
+    let own = ON_THE_WIRE.iter().filter(|(folder, _)| source.path.starts_with(folder));
+    let own: Vec<&str> = own.map(|(_, word)| *word).collect();
     for at in 0..source.tokens.len() {
         let token = &source.tokens[at];
         let Some(kind) = definition(&source.tokens, at) else { continue };
-        if let Some(text) = judge(&token.text, kind) {
+        if let Some(text) = judge(&token.text, kind, &own) {
             findings.push(Finding { path: source.path.clone(), line: token.line, text });
         }
     }
@@ -59,14 +64,15 @@ fn definition(tokens: &[Token], at: usize) -> Option<Kind> {
     }
 }
 
-fn judge(name: &str, kind: Kind) -> Option<String> {
+fn judge(name: &str, kind: Kind, own: &[&str]) -> Option<String> {
     let words = words(name);
     let first = words.first().map_or("", String::as_str);
     let in_function = NO_FUNCTION.iter().filter(|(word, _)| {
         // `get` alone is what collections call it.
         kind == Kind::Function && words.len() > 1 && first == *word
     });
-    let anywhere = NOWHERE.iter().filter(|(word, _)| words.iter().any(|own| own == word));
+    let foreign = NOWHERE.iter().filter(|(word, _)| !own.contains(word));
+    let anywhere = foreign.filter(|(word, _)| words.iter().any(|part| part == word));
     let (word, instead) = in_function.chain(anywhere).next()?;
     Some(format!("`{name}`: not `{word}`, say {instead}"))
 }
@@ -110,6 +116,14 @@ mod tests {
         ] {
             assert_eq!(found(text).len(), 1, "{text}");
         }
+    }
+
+    #[test]
+    fn a_protocol_has_words_of_its_own() {
+        let text = "const SEND_TRIM: u16 = 1 << 5;";
+        assert_eq!(found(text).len(), 1);
+        let path = "crates/lacuna-nbd/src/wire/flags.rs";
+        assert_eq!(super::super::found(check, path, text).len(), 0);
     }
 
     #[test]
