@@ -17,6 +17,7 @@ mod nodes;
 mod options;
 mod output;
 mod persona;
+mod picture;
 mod size;
 mod verbs;
 

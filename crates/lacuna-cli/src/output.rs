@@ -58,6 +58,13 @@ impl Lines {
         self.0.extend_from_slice(text.as_bytes());
     }
 
+    /// Appends a word, filled up with spaces to `columns`.
+    pub(crate) fn padded(&mut self, text: &str, columns: usize) {
+        let end = self.0.len() + columns;
+        self.text(text);
+        self.0.resize(end.max(self.0.len()), b' ');
+    }
+
     pub(crate) fn decimal(&mut self, value: u64) {
         self.digits::<10>(value);
     }

@@ -65,6 +65,20 @@ const ROWS: &[Row] = &[
 "#,
     },
     Row {
+        matter: "`map` for people",
+        qemu: "a line for what lies in files as it is; an error where something is compressed",
+        lacuna: "a line for every run, with depth, content and space in columns of their own; \
+                 `--picture` draws the disk",
+        prepare: "stock-img create -q -f qcow2 image 256k
+                  stock-io -c 'write 0 128k' -c 'write -z 0 64k' -c 'write -c 128k 64k' image",
+        line: "IMG map image",
+        ours: "Offset          Length          Mapped to       Depth  Content     Space  File\n\
+               0               0x10000         0x50000         0      zeros       taken  image\n\
+               0x10000         0x10000         0x60000         0      data        taken  image\n\
+               0x20000         0x10000         -               0      compressed  taken  image\n\
+               0x30000         0x10000         -               -      zeros       none   -\n",
+    },
+    Row {
         matter: "a discard of less than a cluster, with extended L2 entries",
         qemu: "ignored",
         lacuna: "zeroes the subclusters, and frees a cluster whose last data goes",

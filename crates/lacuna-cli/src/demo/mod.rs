@@ -3,7 +3,6 @@
 //! * `files.rs`, `file_system.rs`, `fat.rs` make a file system image of the files at hand
 //! * `guest.rs` says what a guest does to its disk over the years
 //! * `image.rs` takes qcow2 images through that, and measures them
-//! * `picture.rs` draws their maps
 //! * `proof.rs` lets our read path and, where they are, QEMU's tools compare every byte
 //!
 //! Needs no privileges and no network; leaves nothing behind unless told to.
@@ -13,27 +12,30 @@ mod file_system;
 mod files;
 mod guest;
 mod image;
-mod picture;
 mod proof;
 mod scratch;
 
-use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Instant;
+
+use lacuna::units::{GuestOffset, GuestRange};
 
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::Tool;
+use crate::picture::{Content as Kind, Picture, Shape, Terminal, draw};
 use crate::verbs::{Example, Meter, Task, Verb};
 
 use self::guest::{Content, STEPS, Step};
 use self::image::{Detection, GuestImage, Measured};
-use self::picture::Palette;
 use self::scratch::Scratch;
 
 /// The images of the demo.
 const NAMES: [&str; 3] = ["plain.qcow2", "detect.qcow2", "converted.qcow2"];
+
+/// The pictures are as low as those of a chain of so many files: all three fit on a screen.
+const LANES: usize = 5;
 
 /// Whatever goes wrong ends the demo with its text.
 type DemoResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
@@ -100,7 +102,7 @@ impl Progress {
 
 fn tell(scratch: &Scratch, progress: &mut Progress) -> DemoResult {
     let start = Instant::now();
-    let palette = Palette::of_locale(&locale());
+    let terminal = Terminal::of_stdout();
     let raw = scratch.path("disk.raw");
     let made = file_system::make(&raw, scratch)?;
     let content = Content::new(std::fs::File::open(&raw)?)?;
@@ -125,14 +127,14 @@ fn tell(scratch: &Scratch, progress: &mut Progress) -> DemoResult {
     progress.begin("convert");
     let converted = image::convert(&scratch.path("plain.qcow2"), &scratch.path("converted.qcow2"))?;
 
-    say(&format!("\nWhere it led  ({}):\n", palette.legend()))?;
+    say("\nWhere it led:\n")?;
     let maps = [
         ("before: zero detection off", &before),
         ("zero detection on", &detected),
         ("after: convert of the first", &converted),
     ];
     for (title, measured) in maps {
-        say(&chapter(title, measured, palette))?;
+        say(&chapter(title, measured, terminal))?;
     }
     say(&format!(
         "\nThe same disk, {} of {} on the host given back.\n\nProof, byte by byte:\n\n",
@@ -179,21 +181,20 @@ fn sizes(measured: &Measured) -> String {
     columns(&size(measured.file_bytes), &size(measured.host_bytes))
 }
 
-fn chapter(title: &str, measured: &Measured, palette: Palette) -> String {
-    let shares = picture::totals(&measured.extents);
-    let mut text = format!(
-        "\n  {title}: file {}, on host {}\n  data {}, known zeros {}, nothing {}\n",
+/// Draws an image's disk below its title, with a legend and totals.
+fn chapter(title: &str, measured: &Measured, terminal: Terminal) -> String {
+    let range = GuestRange::new(GuestOffset(0), file_system::SIZE_BYTES);
+    let shape = Shape::new(range.len, LANES, terminal.columns, guest::BLOCK);
+    let mut picture = Picture::new(range, 1, shape);
+    for extent in &measured.extents {
+        picture.add(extent.range, 0, Kind::of(&extent.status));
+    }
+    let title = format!(
+        "\n{title}: file {}, on host {}",
         size(measured.file_bytes),
         size(measured.host_bytes),
-        size(shares.data_bytes),
-        size(shares.zero_bytes),
-        size(shares.unallocated_bytes),
     );
-    for line in picture::lines(&measured.extents, file_system::SIZE_BYTES, palette) {
-        // Writing to a string cannot fail.
-        writeln!(text, "  |{line}|").unwrap_or_default();
-    }
-    text
+    draw(&picture, &[title], terminal)
 }
 
 fn size(bytes: u64) -> String {
@@ -202,9 +203,4 @@ fn size(bytes: u64) -> String {
 
 fn say(text: &str) -> DemoResult {
     output::print(text).map_err(|error| error.text().into())
-}
-
-fn locale() -> String {
-    let named = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-    ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().find_map(named).unwrap_or_default()
 }

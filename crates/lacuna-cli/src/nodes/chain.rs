@@ -41,6 +41,11 @@ impl FileChain {
         self.chain.map(range)
     }
 
+    /// Returns what the host allocated for the image file of a level, where that is known.
+    pub(crate) fn level_allocated_bytes(&self, level: usize) -> Option<u64> {
+        self.chain.level_disk(level)?.storage().allocated_bytes()
+    }
+
     /// Returns the image of a level, where it is one of qcow2.
     pub(crate) fn level_image(&self, level: usize) -> Option<&Image<AnyStorage>> {
         self.chain.level_disk(level)?.as_qcow2()
