@@ -33,3 +33,46 @@ impl fmt::Display for Format {
         f.write_str(self.name())
     }
 }
+
+/// Says whether QEMU has a format of this name, be it one that is not ours.
+pub(crate) fn is_known(name: &str) -> bool {
+    const KNOWN: &[&str] = &[
+        "qcow2",
+        "raw",
+        "bochs",
+        "cloop",
+        "dmg",
+        "luks",
+        "parallels",
+        "qcow",
+        "qed",
+        "vdi",
+        "vhdx",
+        "vmdk",
+        "vpc",
+        "vvfat",
+        "file",
+        "host_device",
+        "nbd",
+        "null-co",
+        "null-aio",
+        "blkdebug",
+        "blkverify",
+        "quorum",
+        "throttle",
+        "http",
+        "https",
+        "ftp",
+        "ftps",
+        "iscsi",
+        "nfs",
+        "rbd",
+        "ssh",
+        "gluster",
+        "copy-on-read",
+        "compress",
+        "preallocate",
+        "replication",
+    ];
+    KNOWN.contains(&name)
+}

@@ -17,7 +17,7 @@ use super::spec::{self, ImageSpec};
 use super::{Example, Task, Verb, advice, common};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult, EFBIG, FILE_LIMITS, MAKE_ROOM, host_words, sentence};
-use crate::format::Format;
+use crate::format::{Format, is_known};
 use crate::interrupt::{RemoveOnSignal, remove_half};
 use crate::options::{self, Asked, Given, Values};
 use crate::output;
@@ -441,7 +441,7 @@ pub(super) fn probed(path: &Path) -> Option<Format> {
 }
 
 /// A name in an image is seen from where the image is.
-fn beside(image: &Path, name: &str) -> PathBuf {
+pub(super) fn beside(image: &Path, name: &str) -> PathBuf {
     let name = name.strip_prefix("file:").unwrap_or(name);
     image.parent().unwrap_or_else(|| Path::new("")).join(name)
 }
@@ -499,45 +499,7 @@ fn backing(values: &Values) -> CliResult<Option<BackingName>> {
 
 /// Takes the name of a format that QEMU has, be it one that is not ours: the image may be for QEMU.
 fn backing_format(name: &str) -> CliResult<String> {
-    const KNOWN: &[&str] = &[
-        "qcow2",
-        "raw",
-        "bochs",
-        "cloop",
-        "dmg",
-        "luks",
-        "parallels",
-        "qcow",
-        "qed",
-        "vdi",
-        "vhdx",
-        "vmdk",
-        "vpc",
-        "vvfat",
-        "file",
-        "host_device",
-        "nbd",
-        "null-co",
-        "null-aio",
-        "blkdebug",
-        "blkverify",
-        "quorum",
-        "throttle",
-        "http",
-        "https",
-        "ftp",
-        "ftps",
-        "iscsi",
-        "nfs",
-        "rbd",
-        "ssh",
-        "gluster",
-        "copy-on-read",
-        "compress",
-        "preallocate",
-        "replication",
-    ];
-    match KNOWN.contains(&name) {
+    match is_known(name) {
         true => Ok(name.to_owned()),
         false => {
             let text = format!("Parameter 'backing-fmt' does not accept value '{name}'");

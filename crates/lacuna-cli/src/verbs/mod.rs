@@ -20,6 +20,7 @@ mod measure;
 pub(crate) mod open;
 mod progress;
 mod qemu_words;
+mod rebase;
 pub(crate) mod resize;
 pub(crate) mod spec;
 
@@ -79,7 +80,7 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 15] = [
+const VERBS: [&Verb; 16] = [
     &bench::VERB,
     &check::VERB,
     &compare::VERB,
@@ -94,6 +95,7 @@ const VERBS: [&Verb; 15] = [
     &man::VERB,
     &map::VERB,
     &measure::VERB,
+    &rebase::VERB,
     &resize::VERB,
 ];
 

@@ -119,6 +119,11 @@ pub(crate) fn open_bare(tool: &Tool, request: &Request) -> CliResult<FileChain> 
     open_in_detail(tool, request, ExtentDetail::Map)
 }
 
+/// As [`open_for_content`]; the error does not say yet which image it is about.
+pub(crate) fn open_bare_for_content(tool: &Tool, request: &Request) -> CliResult<FileChain> {
+    open_in_detail(tool, request, ExtentDetail::Host)
+}
+
 fn open_in_detail(tool: &Tool, request: &Request, detail: ExtentDetail) -> CliResult<FileChain> {
     let spec = &request.image;
     let opened = block_on(opening_in_detail(tool, request, detail)?.open());

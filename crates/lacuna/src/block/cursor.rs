@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::{Extent, Layer};
+use super::{DynLayer, Extent};
 use crate::units::GuestRange;
 use crate::{Error, ErrorKind, Result};
 
@@ -15,12 +15,16 @@ pub(crate) struct ExtentCursor {
 
 impl ExtentCursor {
     /// Returns the run that starts where `rest` starts, at most as long as `rest`.
-    pub(crate) async fn at<L: Layer>(&mut self, layer: &L, rest: GuestRange) -> Result<Extent> {
+    pub(crate) async fn at<L: DynLayer + ?Sized>(
+        &mut self,
+        layer: &L,
+        rest: GuestRange,
+    ) -> Result<Extent> {
         while self.known.front().is_some_and(|extent| extent.range.end() <= rest.start) {
             self.known.pop_front();
         }
         if !self.known.front().is_some_and(|extent| extent.range.contains(rest.start)) {
-            self.known = layer.extents(rest).await?.into();
+            self.known = layer.extents_boxed(rest).await?.into();
         }
         let known = self.known.front().and_then(|extent| {
             let range = extent.range.intersection(&rest)?;

@@ -1,4 +1,5 @@
-//! Work on whole disks: copying one to another, comparing two, telling what one would take.
+//! Work on whole disks: copying one to another, comparing two, telling what one would take, putting
+//! one onto another backing file.
 //!
 //! * Always driven by extents: what metadata calls zero is neither read nor compared by bytes.
 //! * Always bounded: requests in flight times request size, said by each job.
@@ -7,6 +8,7 @@
 mod compare;
 mod convert;
 mod measure;
+mod rebase;
 mod salvage;
 
 pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
@@ -15,4 +17,5 @@ pub use convert::{
     Target, TargetContent, Threads, WriteOrder, convert,
 };
 pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};
+pub use rebase::{Onto, RebaseOptions, Rebased, rebase, uncovered_bytes};
 pub use salvage::{Lost, LostPart, Salvage};

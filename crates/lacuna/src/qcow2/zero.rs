@@ -32,6 +32,15 @@ impl<S: Storage> Image<S> {
         if flags.contains(ZeroFlags::FUA) { self.flush_all().await } else { Ok(()) }
     }
 
+    /// Makes the range read as zeros whatever may be put below the image one day: nothing of it stays
+    /// unallocated.
+    pub(crate) async fn zero_for_good(&self, range: GuestRange) -> Result<()> {
+        match self.geometry().version() {
+            Version::V2 => self.zero_by_bytes(range, ZeroFlags::empty()).await,
+            Version::V3 => self.zero_guest(range, ZeroFlags::empty()).await,
+        }
+    }
+
     /// Version 2 cannot say "zero": unallocated is zero only where nothing lies below (001-5).
     async fn zero_without_flag(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
         if self.0.backing.is_some() {

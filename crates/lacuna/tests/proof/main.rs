@@ -12,3 +12,4 @@ mod drive;
 mod faults;
 mod qemu_differential;
 mod random_operations;
+mod rebase;

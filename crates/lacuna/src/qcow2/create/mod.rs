@@ -11,6 +11,7 @@ mod preallocate;
 use zerocopy::IntoBytes;
 use zerocopy::big_endian::U64;
 
+pub(super) use options::raw_excludes_backing;
 pub use options::{BackingName, CreateOptions, DataFileName};
 
 use self::layout::{Layout, OldTable};

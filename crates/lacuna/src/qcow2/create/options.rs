@@ -30,6 +30,40 @@ pub struct BackingName {
     pub format: Option<String>,
 }
 
+impl BackingName {
+    /// Refuses names that the format has no room for.
+    pub(in crate::qcow2) fn check(&self) -> Result<()> {
+        let len = self.name.len();
+        if !(1..=MAX_BACKING_NAME_BYTES).contains(&len) {
+            return Err(Error::invalid(format!(
+                "Backing file name has {len} bytes; 1 to {MAX_BACKING_NAME_BYTES} are allowed"
+            )));
+        }
+        let len = self.format.as_ref().map_or(0, String::len);
+        if len > MAX_FORMAT_BYTES {
+            return Err(Error::invalid(format!(
+                "Name of the backing format has {len} bytes; at most {MAX_FORMAT_BYTES} are \
+                 allowed"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Makes it the one that a header names.
+    pub(in crate::qcow2) fn put_into(&self, header: &mut Header) {
+        header.backing_name = Some(StoredName::new(self.name.as_str()));
+        header.extensions.backing_format = self.format.as_deref().map(StoredName::from);
+    }
+}
+
+/// Says that a raw data file would have to hold what a backing file has.
+pub(in crate::qcow2) fn raw_excludes_backing() -> Error {
+    Error::invalid(
+        "A raw external data file and a backing file exclude each other: the raw file \
+         would lack what the backing file has",
+    )
+}
+
 /// The name of an external data file as it is to be stored.
 ///
 /// ```
@@ -142,8 +176,7 @@ impl CreateOptions {
             header.extensions.data_file_name = Some(StoredName::new(data.name.as_str()));
         }
         if let Some(backing) = &self.backing {
-            header.backing_name = Some(StoredName::new(backing.name.as_str()));
-            header.extensions.backing_format = backing.format.as_deref().map(StoredName::from);
+            backing.put_into(&mut header);
         }
         if self.zero_claims {
             header.extensions.feature_names.extend(FeatureName::zero_claims());
@@ -183,28 +216,13 @@ impl CreateOptions {
 
     fn check_names(&self) -> Result<()> {
         if let Some(backing) = &self.backing {
-            let len = backing.name.len();
-            if !(1..=MAX_BACKING_NAME_BYTES).contains(&len) {
-                return Err(Error::invalid(format!(
-                    "Backing file name has {len} bytes; 1 to {MAX_BACKING_NAME_BYTES} are allowed"
-                )));
-            }
-            let len = backing.format.as_ref().map_or(0, String::len);
-            if len > MAX_FORMAT_BYTES {
-                return Err(Error::invalid(format!(
-                    "Name of the backing format has {len} bytes; at most {MAX_FORMAT_BYTES} are \
-                     allowed"
-                )));
-            }
+            backing.check()?;
         }
         match (&self.data_file, &self.backing) {
             (Some(data), _) if data.name.is_empty() => {
                 Err(Error::invalid("Name of the external data file is empty"))
             }
-            (Some(data), Some(_)) if data.raw => Err(Error::invalid(
-                "A raw external data file and a backing file exclude each other: the raw file \
-                 would lack what the backing file has",
-            )),
+            (Some(data), Some(_)) if data.raw => Err(raw_excludes_backing()),
             _ => Ok(()),
         }
     }

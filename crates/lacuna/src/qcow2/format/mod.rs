@@ -33,6 +33,7 @@ pub use features::{
 pub use geometry::{
     EntryWidth, Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, SUBCLUSTERS, Version,
 };
+pub(crate) use header::Placed;
 pub use header::{
     CompressionType, Encryption, Header, L1Location, MAGIC, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, RefcountTableLocation, SnapshotTableLocation,

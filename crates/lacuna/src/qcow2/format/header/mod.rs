@@ -22,6 +22,7 @@
 
 mod limits;
 mod location;
+mod placed;
 
 use std::borrow::Cow;
 
@@ -30,6 +31,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 pub(crate) use self::limits::check_table;
 pub use self::location::{L1Location, RefcountTableLocation, SnapshotTableLocation};
+pub(crate) use self::placed::Placed;
 use super::extension::{self, Extensions, Surroundings};
 use super::features::{AutoclearFeatures, CompatibleFeatures, Features, IncompatibleFeatures};
 use super::geometry::{EntryWidth, Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Version};
@@ -299,6 +301,11 @@ impl Header {
     /// `NoSpace` where it does not fit into a cluster, `Corrupt` where a field is outside of its
     /// limits.
     pub fn encode(&self) -> Result<Vec<u8>> {
+        self.encode_placed().map(|placed| placed.bytes)
+    }
+
+    /// As [`encode`](Self::encode), and says where the parts came to lie.
+    pub(crate) fn encode_placed(&self) -> Result<Placed> {
         self.check(Demand::Usable)?;
         let mut bytes = Vec::new();
         match self.geometry.version() {
@@ -325,7 +332,8 @@ impl Header {
         for (place, byte) in bytes.iter_mut().take(header_bytes).zip(start) {
             *place = byte;
         }
-        Ok(bytes)
+        let version = self.geometry.version();
+        Ok(Placed { bytes, version, extensions_at: header_bytes, name_at: backing_name_offset })
     }
 
     /// Returns the 8 header bytes with the size of the disk and where they go.
