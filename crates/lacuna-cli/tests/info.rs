@@ -153,3 +153,73 @@ fn what_is_no_image_is_refused_in_the_same_words() {
          qemu-img info folder",
     );
 }
+
+/// Makes an image with something of everything, some of it shared with a snapshot.
+const LIVED_IN: &str = "
+    stock-img create -q -f qcow2 image 16M
+    stock-io -c 'write -P 1 0 1M' -c 'write -zu 2M 1M' -c 'write -c -P 7 4M 64k' image
+    stock-img snapshot -c s image
+    stock-io -c 'write -P 2 0 256k' -c 'write -z 768k 256k' image";
+
+#[test]
+fn totals_are_told_under_our_own_name_only() {
+    let ours = common::Sandbox::ours();
+    ours.prepare(LIVED_IN);
+    let qemu = ours.run("qemu-img info image").text;
+    let (before, _) = qemu.split_once("Child node").unwrap();
+    let own = ours.run("lacuna info image").text;
+    let totals = own.strip_prefix(before).and_then(|rest| rest.split_once("Child node"));
+    assert_eq!(
+        totals.unwrap_or_else(|| panic!("{own}")).0,
+        "totals of the image's own tables:\n    \
+         data: 768 KiB (786432 bytes)\n    \
+         compressed: 64 KiB (65536 bytes)\n    \
+         zeros: 1.25 MiB (1310720 bytes)\n    \
+         unallocated: 13.9 MiB (14614528 bytes)\n    \
+         reserved for zeros and unallocated: 256 KiB (262144 bytes)\n    \
+         shared host clusters: 768 KiB (786432 bytes)\n"
+    );
+    let json = ours.command("lacuna info --output=json image").stdout;
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    let expected = serde_json::json!({
+        "data": 786_432, "compressed": 65_536, "zero": 1_310_720, "unallocated": 14_614_528,
+        "reserved": 262_144, "shared": 786_432,
+    });
+    assert_eq!(json["totals"], expected);
+    assert!(!ours.run("qemu-img info --output=json image").text.contains("totals"));
+    let got = ours.run("qemu-img info --totals image");
+    assert!(got.text.contains("unrecognized option '--totals'"), "{}", got.text);
+}
+
+#[test]
+fn large_tables_are_read_only_when_totals_are_asked_for() {
+    let ours = common::Sandbox::ours();
+    // Twenty tables of 64 KiB.
+    ours.prepare(
+        "stock-img create -q -f qcow2 image 20G
+         for table in {0..19}; do echo \"write -zu $((table * 512))M 64k\"; done | stock-io image",
+    );
+    let got = ours.run("lacuna info image").text;
+    assert!(got.contains("\ntotals: not counted, --totals does\n"), "{got}");
+    let json = ours.run("lacuna info --output=json image").text;
+    assert!(json.contains("\"totals\": null"), "{json}");
+    let got = ours.run("lacuna info --totals image").text;
+    assert!(got.contains("    zeros: 1.25 MiB (1310720 bytes)\n"), "{got}");
+}
+
+#[test]
+fn an_image_whose_tables_cannot_be_added_up_is_described_all_the_same() {
+    let ours = common::Sandbox::ours();
+    ours.prepare(
+        "stock-img create -q -f qcow2 image 1M; stock-io -c 'write 0 64k' image
+         printf '\\x02' | dd of=image bs=1 seek=$((0x40006)) conv=notrunc status=none",
+    );
+    let reason = "L2 entry 0x8000000000050200 (subclusters 0x0000000000000000) of guest offset 0x0 \
+                  points to no multiple of the cluster size";
+    let got = ours.run("lacuna info image");
+    assert_eq!(got.code, Some(0), "{}", got.text);
+    assert!(got.text.contains(&format!("\ntotals: unknown: {reason}\n")), "{}", got.text);
+    let got = ours.run("lacuna info --totals image");
+    assert_eq!(got.code, Some(1));
+    assert!(got.text.contains(reason), "{}", got.text);
+}

@@ -99,6 +99,15 @@ const ROWS: &[Row] = &[
         ours: "2\n",
     },
     Row {
+        matter: "how much of an image is data, zeros, unallocated, shared",
+        qemu: "`info` says nothing of it",
+        lacuna: "`info` says so of images with small tables, `info --totals` of any",
+        prepare: "stock-img create -q -f qcow2 image 256k; stock-io -c 'write 0 64k' image",
+        line: "IMG info image | grep -A 2 ^totals; true",
+        ours: "totals of the image's own tables:\n    data: 64 KiB (65536 bytes)\n    compressed: 0 B \
+               (0 bytes)\n",
+    },
+    Row {
         matter: "a backing file whose format the image does not name",
         qemu: "probed",
         lacuna: "refused without `--probe-backing`: a guest could have written a header",

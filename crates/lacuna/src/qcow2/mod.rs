@@ -44,6 +44,7 @@ mod repair;
 mod resize;
 mod snapshots;
 mod table_cache;
+mod totals;
 mod write;
 mod write_back;
 mod zero;
@@ -62,3 +63,4 @@ pub use options::{
 pub(crate) use refcount_space::fully_allocated_bytes;
 pub use refcounts::Placement;
 pub use resize::Shrink;
+pub use totals::{Totals, totals};

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::totals;
 use crate::output::{self, date, short_size};
 
 /// Prints one image with the file it lies in.
@@ -33,7 +34,7 @@ pub(super) fn node(node: &Value) -> String {
         text += "Format specific information:\n";
         dump(&mut text, data, 1);
     }
-    text + &children(node, "", 0)
+    text + &totals::text(node) + &children(node, "", 0)
 }
 
 /// Tames every text in a description: names in an image are its maker's.

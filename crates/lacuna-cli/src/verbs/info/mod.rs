@@ -6,6 +6,7 @@
 mod describe;
 mod human;
 mod luks;
+mod totals;
 
 use std::path::Path;
 
@@ -24,6 +25,8 @@ use crate::nodes::AnyStorage;
 use crate::output;
 use crate::persona::Tool;
 
+use self::totals::Effort;
+
 pub(crate) use describe::{bitmaps, specifics};
 pub(crate) use human::dump;
 
@@ -41,6 +44,9 @@ pub(super) const VERB: Verb = Verb {
         common::OBJECT,
         common::PROBE_BACKING,
         common::OUTPUT,
+        Flag::switch('\0', "totals", "count data, zeros and the rest, also in large images")
+            .long_only()
+            .own(),
     ],
     examples: &[
         Example { shows: "size, format, backing file, snapshots", line: "disk.qcow2" },
@@ -48,6 +54,7 @@ pub(super) const VERB: Verb = Verb {
             shows: "an image and all it stands on, for programs",
             line: "--backing-chain --output=json overlay.qcow2",
         },
+        Example { shows: "what its tables add up to, however large", line: "--totals disk.qcow2" },
     ],
     codes: &[],
     run,
@@ -60,7 +67,8 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         true => Levels::All,
         false => Levels::Top,
     };
-    let nodes = described(tool, &request, levels)?;
+    let effort = if parsed.has("totals") { Effort::Whole } else { Effort::Free };
+    let nodes = described(tool, &request, levels, effort)?;
     let nodes: Vec<Value> = match form {
         Form::Human if tool.is_own() => nodes.into_iter().map(human::tamed).collect(),
         _ => nodes,
@@ -74,7 +82,12 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 }
 
 /// Describes the image and, if asked, those below it, in the shape of QEMU's JSON.
-fn described(tool: &Tool, request: &Request, levels: Levels) -> CliResult<Vec<Value>> {
+fn described(
+    tool: &Tool,
+    request: &Request,
+    levels: Levels,
+    effort: Effort,
+) -> CliResult<Vec<Value>> {
     let spec = &request.image;
     let found = inspected(tool, request, levels)?;
     let described = found.iter().enumerate().map(|(level, info)| {
@@ -82,6 +95,7 @@ fn described(tool: &Tool, request: &Request, levels: Levels) -> CliResult<Vec<Va
         let mut node = describe::node(info, (level == 0).then_some(&spec.disk))?;
         if let (true, Some(header)) = (tool.is_own(), &info.header) {
             describe::add_claims(&mut node, header);
+            totals::add(&mut node, info, effort)?;
         }
         Ok(node)
     });

@@ -53,7 +53,9 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let form = form(parsed)?;
     if form == Form::Json && parsed.has("picture") {
         let error = CliError::usage("--picture is for people, --output=json for programs");
-        return Err(error.with_hint("the same facts without --picture"));
+        return Err(
+            error.with_hint("the same facts without --picture; `info --totals` adds them up")
+        );
     }
     let start = offset(parsed, "start-offset", "start offset")?.unwrap_or(0);
     let len = offset(parsed, "max-length", "max length")?.unwrap_or(u64::MAX);
