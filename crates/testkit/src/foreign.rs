@@ -21,6 +21,8 @@ pub struct Tool {
     pub package: &'static str,
 }
 
+/// Asks an NBD server.
+pub const NBDINFO: Tool = Tool { name: "nbdinfo", package: "libnbd-bin" };
 /// Makes, checks and compares images.
 pub const QEMU_IMG: Tool = Tool { name: "qemu-img", package: "qemu-utils" };
 /// Reads and writes images by commands.

@@ -3,9 +3,10 @@
 use super::Finding;
 
 /// Which of our crates may stand on which, tests aside.
-const OURS: [(&str, &[&str]); 5] = [
+const OURS: [(&str, &[&str]); 6] = [
     ("crates/lacuna/", &[]),
-    ("crates/lacuna-cli/", &["lacuna"]),
+    ("crates/lacuna-cli/", &["lacuna", "lacuna-export", "lacuna-nbd"]),
+    ("crates/lacuna-export/", &["lacuna", "lacuna-nbd"]),
     // The protocol alone: it knows no disk.
     ("crates/lacuna-nbd/", &[]),
     ("crates/testkit/", &["lacuna", "lacuna-nbd"]),

@@ -1,0 +1,36 @@
+//! What answers a request.
+
+use lacuna::buffer::Buffer;
+use lacuna_nbd::server::HeaderBytes;
+use smallvec::SmallVec;
+
+/// A part of what goes out: a header or a text, and bytes that belong behind it.
+#[derive(Debug)]
+pub(super) enum Part {
+    Header(HeaderBytes),
+    HeaderAndData(HeaderBytes, Buffer),
+    Text(Vec<u8>),
+}
+
+impl Part {
+    /// Returns the two pieces of memory, the second maybe empty.
+    pub(super) fn pieces(&self) -> [&[u8]; 2] {
+        match self {
+            Self::Header(header) => [header, &[]],
+            Self::HeaderAndData(header, data) => [header, data],
+            Self::Text(text) => [text, &[]],
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.pieces().iter().map(|piece| piece.len()).sum()
+    }
+}
+
+/// The whole answer to one request.
+#[derive(Debug)]
+pub(super) struct Reply {
+    pub(super) parts: SmallVec<[Part; 1]>,
+    /// What the request counted against the limits, in bytes.
+    pub(super) weight: u64,
+}

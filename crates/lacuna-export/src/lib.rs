@@ -1,0 +1,46 @@
+//! Serves disks to NBD clients.
+//!
+//! ```text
+//!  listener ─ accepted socket ─▶ worker (one thread, one runtime, many connections)
+//!                                  │
+//!                                  ▼
+//!                     Connection: handshake, then transmission
+//!                       receive ─▶ lacuna_nbd (pure) ─▶ requests
+//!                                                          │ polled once where they arrive,
+//!                                                          │ kept only where they must wait
+//!                       send   ◀─ headers and bytes ◀──────┘
+//!                                  │
+//!                                  ▼
+//!                     ServedDisk (a Layer of the engine, and what its format knows beyond)
+//! ```
+//!
+//! * `disk.rs`: what a disk must tell to be served
+//! * `export.rs`: a disk under a name, for some clients, in some way
+//! * `exports.rs`: all exports of a server
+//! * `address.rs`, `stream.rs`: where clients come from, and their sockets
+//! * `server.rs`: listeners, workers, and a stop that loses nothing
+//! * `connection/`: one client
+//!
+//! Always and never:
+//!
+//! * All connections share one engine, so that what one client wrote and flushed is what all see:
+//!   `CAN_MULTI_CONN` is honest.
+//! * One client never stalls another: each has bounds of its own on requests, bytes and time, and
+//!   what it does not read stays its own queue.
+//! * A request is never handed to another thread: it is polled where it arrived. A read from the
+//!   page cache costs no wake-up, no lock beyond the engine's, and no allocation of its own.
+//! * An idle connection keeps no buffer.
+
+mod address;
+mod connection;
+mod disk;
+mod export;
+mod exports;
+mod server;
+mod stream;
+
+pub use address::{Address, Listener};
+pub use disk::{DirtyRun, Plain, ServedDisk};
+pub use export::{Clients, Export, ExportOptions, Statistics};
+pub use exports::Exports;
+pub use server::{Connection, Limits, Server, ServerOptions};

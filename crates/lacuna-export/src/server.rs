@@ -1,0 +1,381 @@
+//! Listeners, workers, and a stop that loses nothing.
+//!
+//! * One thread and one runtime for each worker; a connection stays with the worker that got it.
+//! * The first worker accepts; each client goes to the worker that has the fewest.
+//! * A stop lets no client in, rejects what is asked from then on, waits for what is in flight as
+//!   long as the limit says, and returns when all connections are over.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, SystemTime};
+
+use lacuna_nbd::ExportName;
+use parking_lot::{Condvar, Mutex};
+use tokio::runtime::Builder;
+use tokio::sync::{mpsc, watch};
+use tokio::task::LocalSet;
+
+use crate::connection::{self, Scratch};
+use crate::stream::Accepted;
+use crate::{Exports, Listener, ServedDisk};
+
+/// How long accepting rests where the host has no descriptors left.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// What one client, and all together, may use.
+///
+/// Memory: `connections` times `bytes` plus one payload of at most 32 MiB each, in the worst case;
+/// what a client only announces takes none.
+///
+/// ```
+/// assert_eq!(lacuna_export::Limits::default().requests, 128);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Connections at once; more are closed at once.
+    pub connections: usize,
+    /// How long a handshake may take.
+    pub handshake: Duration,
+    /// Requests of one connection that run at once.
+    pub requests: usize,
+    /// Bytes of one connection in requests that run and in replies that wait.
+    pub bytes: u64,
+    /// How long a stop waits for what is in flight.
+    pub stop: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 4096,
+            handshake: Duration::from_secs(10),
+            requests: 128,
+            bytes: 32 << 20,
+            stop: Duration::from_secs(10),
+        }
+    }
+}
+
+/// How a server works.
+///
+/// ```
+/// assert!(lacuna_export::ServerOptions::default().workers >= 1);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerOptions {
+    /// Threads that serve.
+    pub workers: usize,
+    /// What clients may use.
+    pub limits: Limits,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        let workers = thread::available_parallelism().map_or(1, usize::from);
+        Self { workers, limits: Limits::default() }
+    }
+}
+
+/// A running server. Dropping it stops it.
+///
+/// ```
+/// use std::sync::Arc;
+/// use lacuna::{raw::Raw, storage::MemoryStorage};
+/// use lacuna_export::{
+///     Address, Export, ExportOptions, Exports, Listener, Plain, Server, ServerOptions,
+/// };
+///
+/// let disk = pollster::block_on(Raw::create(MemoryStorage::new(), 1 << 20)).unwrap();
+/// let exports = Arc::new(Exports::default());
+/// exports.add(Export::new("", Plain(disk), ExportOptions::default()).unwrap()).unwrap();
+/// let server = Server::start(exports, ServerOptions::default()).unwrap();
+///
+/// let folder = tempfile::tempdir().unwrap();
+/// let address = Address::Unix(folder.path().join("nbd.sock"));
+/// for listener in Listener::bind(&address).unwrap() {
+///     server.listen(listener);
+/// }
+/// // Clients come and go.
+/// server.stop();
+/// ```
+pub struct Server<D: ServedDisk> {
+    shared: Arc<Shared<D>>,
+    workers: Vec<Worker<D>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// What all workers know.
+pub(crate) struct Shared<D> {
+    exports: Arc<Exports<D>>,
+    limits: Limits,
+    stop: watch::Sender<bool>,
+    population: Mutex<Population>,
+    changed: Condvar,
+}
+
+/// A connection, for lists.
+///
+/// ```
+/// fn line(connection: &lacuna_export::Connection) -> String {
+///     format!("{} from {}", connection.number, connection.peer)
+/// }
+/// # let _ = line;
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// Counts from 1, in order of arrival.
+    pub number: u64,
+    /// Its address, or `unix`.
+    pub peer: String,
+    /// The export, once it is chosen.
+    pub export: Option<String>,
+    /// When it came.
+    pub since: SystemTime,
+}
+
+/// The connections there are, and how many there ever were.
+#[derive(Debug, Default)]
+struct Population {
+    now: BTreeMap<u64, Connection>,
+    ever: u64,
+}
+
+struct Worker<D> {
+    inbox: mpsc::UnboundedSender<Errand<D>>,
+    connections: Arc<AtomicUsize>,
+}
+
+/// What a worker is given to do.
+enum Errand<D> {
+    Listen(Listener),
+    Serve(Accepted, Place<D>),
+}
+
+impl<D: ServedDisk> Server<D> {
+    /// Starts the workers; nobody can connect yet.
+    ///
+    /// # Errors
+    /// Where the host gives no threads or no event queue.
+    pub fn start(exports: Arc<Exports<D>>, options: ServerOptions) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            exports,
+            limits: options.limits,
+            stop: watch::Sender::new(false),
+            population: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let (workers, inboxes): (Vec<_>, Vec<_>) =
+            (0..options.workers.max(1)).map(|_| Worker::new()).unzip();
+        let mut threads = Vec::new();
+        for (number, inbox) in inboxes.into_iter().enumerate() {
+            let (shared, workers) = (Arc::clone(&shared), workers.clone());
+            // Made here, so that its failure is ours.
+            let runtime = Builder::new_current_thread().enable_all().build()?;
+            let work = move || {
+                let local = LocalSet::new();
+                local.block_on(&runtime, work(inbox, shared, workers));
+            };
+            threads.push(thread::Builder::new().name(format!("export-{number}")).spawn(work)?);
+        }
+        Ok(Self { shared, workers, threads: Mutex::new(threads) })
+    }
+
+    /// Lets clients in by a listener.
+    pub fn listen(&self, listener: Listener) {
+        self.workers[0].send(Errand::Listen(listener));
+    }
+
+    /// Returns the exports, which may come and go.
+    pub fn exports(&self) -> &Arc<Exports<D>> {
+        &self.shared.exports
+    }
+
+    /// Returns the connections there are, in order of arrival.
+    pub fn connections(&self) -> Vec<Connection> {
+        self.shared.population.lock().now.values().cloned().collect()
+    }
+
+    /// Waits until there was a client and the last one has left.
+    pub fn wait_until_left(&self) {
+        let mut population = self.shared.population.lock();
+        while population.ever == 0 || !population.now.is_empty() {
+            self.shared.changed.wait(&mut population);
+        }
+    }
+
+    /// Stops: returns when all connections are over. What was acknowledged and not flushed is in
+    /// the disks, which the caller closes.
+    pub fn stop(&self) {
+        self.shared.stop.send_replace(true);
+        for thread in std::mem::take(&mut *self.threads.lock()) {
+            // A worker that panicked has said so already.
+            drop(thread.join());
+        }
+    }
+}
+
+impl<D: ServedDisk> Drop for Server<D> {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl<D> Shared<D> {
+    pub(crate) const fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    pub(crate) const fn exports(&self) -> &Arc<Exports<D>> {
+        &self.exports
+    }
+
+    fn stopping(&self) -> Stopping {
+        Stopping { begun: self.stop.subscribe(), patience: self.limits.stop }
+    }
+
+    /// Counts a connection in, unless there are as many as there may be.
+    fn enter(self: &Arc<Self>, peer: &str, worker: &Worker<D>) -> Option<Place<D>> {
+        let mut population = self.population.lock();
+        if population.now.len() >= self.limits.connections {
+            return None;
+        }
+        population.ever += 1;
+        let number = population.ever;
+        let (peer, since) = (peer.to_owned(), SystemTime::now());
+        population.now.insert(number, Connection { number, peer, export: None, since });
+        let on_worker = Arc::clone(&worker.connections);
+        on_worker.fetch_add(1, Ordering::SeqCst);
+        Some(Place { shared: Arc::clone(self), number, on_worker })
+    }
+}
+
+/// The end of a server, as a connection sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct Stopping {
+    begun: watch::Receiver<bool>,
+    patience: Duration,
+}
+
+impl Stopping {
+    /// Waits until the server stops.
+    pub(crate) async fn begun(&mut self) {
+        // An error means that the server is gone altogether.
+        drop(self.begun.wait_for(|stop| *stop).await);
+    }
+
+    /// Waits as long as a stopping server does.
+    pub(crate) async fn overdue(&mut self) {
+        tokio::time::sleep(self.patience).await;
+    }
+}
+
+impl<D> Clone for Worker<D> {
+    fn clone(&self) -> Self {
+        Self { inbox: self.inbox.clone(), connections: Arc::clone(&self.connections) }
+    }
+}
+
+impl<D> Worker<D> {
+    fn new() -> (Self, mpsc::UnboundedReceiver<Errand<D>>) {
+        let (inbox, errands) = mpsc::unbounded_channel();
+        (Self { inbox, connections: Arc::default() }, errands)
+    }
+
+    fn send(&self, errand: Errand<D>) {
+        // A worker that is gone has stopped with the server: what it was given ends with it.
+        drop(self.inbox.send(errand));
+    }
+}
+
+/// A place among the connections, given back when the connection is over.
+pub(crate) struct Place<D> {
+    shared: Arc<Shared<D>>,
+    number: u64,
+    on_worker: Arc<AtomicUsize>,
+}
+
+impl<D> Place<D> {
+    pub(crate) const fn shared(&self) -> &Arc<Shared<D>> {
+        &self.shared
+    }
+
+    /// Notes what the client has chosen.
+    pub(crate) fn chose(&self, export: &ExportName) {
+        if let Some(connection) = self.shared.population.lock().now.get_mut(&self.number) {
+            connection.export = Some(export.as_str().to_owned());
+        }
+    }
+}
+
+impl<D> Drop for Place<D> {
+    fn drop(&mut self) {
+        self.on_worker.fetch_sub(1, Ordering::SeqCst);
+        self.shared.population.lock().now.remove(&self.number);
+        self.shared.changed.notify_all();
+    }
+}
+
+/// Runs until the server stops and all that was begun is over.
+async fn work<D: ServedDisk>(
+    mut inbox: mpsc::UnboundedReceiver<Errand<D>>,
+    shared: Arc<Shared<D>>,
+    workers: Vec<Worker<D>>,
+) {
+    let mut stopping = shared.stopping();
+    let (scratch, mut tasks) = (connection::scratch(), tokio::task::JoinSet::new());
+    loop {
+        let errand = tokio::select! {
+            errand = inbox.recv() => errand,
+            () = stopping.begun() => None,
+            Some(_) = tasks.join_next(), if !tasks.is_empty() => continue,
+        };
+        match errand {
+            None => break,
+            Some(Errand::Listen(listener)) => {
+                tasks.spawn_local(accept(listener, Arc::clone(&shared), workers.clone()));
+            }
+            Some(Errand::Serve(socket, place)) => {
+                tasks.spawn_local(serve(socket, place, scratch.clone()));
+            }
+        }
+    }
+    while tasks.join_next().await.is_some() {}
+}
+
+/// Hands clients to the workers until the server stops.
+async fn accept<D: ServedDisk>(
+    listener: Listener,
+    shared: Arc<Shared<D>>,
+    workers: Vec<Worker<D>>,
+) {
+    let mut stopping = shared.stopping();
+    let Ok(acceptor) = listener.register() else { return };
+    loop {
+        let accepted = tokio::select! {
+            accepted = acceptor.accept() => accepted,
+            () = stopping.begun() => return,
+        };
+        let idlest = workers.iter().min_by_key(|it| it.connections.load(Ordering::SeqCst));
+        match (accepted, idlest) {
+            // One too many sees the end of the stream.
+            (Ok(socket), Some(worker)) => {
+                if let Some(place) = shared.enter(&socket.peer, worker) {
+                    worker.send(Errand::Serve(socket, place));
+                }
+            }
+            // A client that left already, or no descriptors: neither ends the server.
+            _ => tokio::time::sleep(PAUSE).await,
+        }
+    }
+}
+
+/// Serves one client; what it did wrong ends its own connection only.
+async fn serve<D: ServedDisk>(socket: Accepted, place: Place<D>, scratch: Scratch) {
+    let stopping = place.shared().stopping();
+    if let Ok(stream) = socket.register() {
+        drop(connection::serve(stream, &place, stopping, scratch).await);
+    }
+}
