@@ -62,8 +62,6 @@ pub struct Rejection {
     pub error: ErrorCode,
     /// A text for people.
     pub message: String,
-    /// Whether it was a read, which is answered in its own way.
-    pub is_read: bool,
 }
 
 /// Which contexts a block status is about.
@@ -373,8 +371,7 @@ impl Transmission {
         });
         Ok(match judged {
             Ok((header, ids)) => {
-                let mut request = Request::new(&header, Command::BlockStatus);
-                request.flags.remove(CommandFlags::PAYLOAD_LEN);
+                let request = Request::new(&header, Command::BlockStatus);
                 TransmissionEvent::BlockStatus(request, WantedContexts::Only(ids))
             }
             Err((error, message)) => {
@@ -417,7 +414,8 @@ impl Request {
         Self {
             tag: Tag { cookie: header.cookie, offset: header.offset },
             command,
-            flags: header.flags,
+            // How the length was meant is settled by now.
+            flags: header.flags.difference(CommandFlags::PAYLOAD_LEN),
             range: ByteRange { start: header.offset, len: header.len },
         }
     }
@@ -432,6 +430,6 @@ impl Request {
 impl Rejection {
     fn new(header: &RequestHeader, error: ErrorCode, message: String) -> Self {
         let tag = Tag { cookie: header.cookie, offset: header.offset };
-        Self { tag, error, message, is_read: header.command == CommandCode::READ }
+        Self { tag, error, message }
     }
 }
