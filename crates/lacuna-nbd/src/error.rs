@@ -22,10 +22,10 @@ pub enum ErrorKind {
 /// What went wrong, and what would have been right.
 ///
 /// ```
-/// use lacuna_nbd::{BlockSizes, ErrorKind};
-/// let error = BlockSizes::new(3, 4096, 1 << 20).unwrap_err();
+/// use lacuna_nbd::{ErrorKind, Uri};
+/// let error = Uri::parse("nbd+unix:///disk").unwrap_err();
 /// assert_eq!(error.kind(), ErrorKind::InvalidRequest);
-/// assert!(error.to_string().contains("a power of two up to 65536"));
+/// assert!(error.to_string().contains("?socket=PATH"));
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {

@@ -82,15 +82,25 @@
 )]
 
 mod block_sizes;
+pub mod client;
+mod command;
 pub mod context;
 mod error;
 mod gather;
+mod header_bytes;
+mod judge;
+mod replies;
 pub mod server;
 mod text;
 mod units;
+mod uri;
 pub mod wire;
 
 pub use block_sizes::{BlockSizes, DEFAULT_MAX_PAYLOAD_BYTES};
+pub use command::Command;
 pub use error::{Error, ErrorKind, Result};
+pub use header_bytes::HeaderBytes;
+pub use replies::Replies;
 pub use text::{ExportName, MAX_TEXT_BYTES};
 pub use units::{ByteRange, ContextId, Cookie};
+pub use uri::{Address, DEFAULT_PORT, TlsKind, TlsParameters, Uri};

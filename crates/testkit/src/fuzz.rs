@@ -7,6 +7,12 @@
 //!   that decodes to the same, what was written must read back.
 //! * Never: one input takes long. Images that claim large tables are decoded but not opened.
 
+mod nbd;
+mod nbd_seeds;
+
+pub use nbd::{nbd_client, nbd_server, nbd_uri};
+pub use nbd_seeds::{NbdSeed, nbd_seeds};
+
 use lacuna::block::{DiscardMode, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::fuzzing;

@@ -103,6 +103,21 @@ fn compressed_clusters_survive_their_corpus_and_its_mutations() {
     replay_and_mutate("compressed_cluster", fuzz::compressed_cluster);
 }
 
+#[test]
+fn nbd_servers_survive_their_corpus_and_its_mutations() {
+    replay_and_mutate("nbd_server", fuzz::nbd_server);
+}
+
+#[test]
+fn nbd_clients_survive_their_corpus_and_its_mutations() {
+    replay_and_mutate("nbd_client", fuzz::nbd_client);
+}
+
+#[test]
+fn nbd_uris_survive_their_corpus_and_its_mutations() {
+    replay_and_mutate("nbd_uri", fuzz::nbd_uri);
+}
+
 /// Runs a foreign tool in `folder`; a missing one is a failure.
 fn tool(folder: &Path, words: &[&str]) {
     let output = Command::new(words[0])
@@ -181,5 +196,33 @@ fn write_the_corpus_anew() {
         let done = lacuna::fuzzing::compress(kind, &words[..len], &mut stream[1..]).unwrap();
         stream.truncate(done.expect("words compress") + 1);
         fs::write(folder.join(name), stream).unwrap();
+    }
+}
+
+const URIS: [&str; 8] = [
+    "nbd://example.com/disk",
+    "nbds://user@[fe80::1%25eth0]:99//my%20disk?tls-type=x509&tls-verify-peer=0",
+    "nbd+unix:///disk?socket=/run/nbd.sock",
+    "nbds+unix:///?socket=%00/abstract&tls-hostname=a&tls-psk-file=/b",
+    "nbd+vsock://2:10809/disk",
+    "nbds+vsock:///?x-a=b%3dc&tls-certificates=/d",
+    "nbd://localhost:/%c3%a4/?",
+    "nbd:localhost:10809:exportname=x",
+];
+
+#[test]
+#[ignore = "writes fuzz/corpus"]
+fn write_the_nbd_corpus_anew() {
+    let write = |target: &str, name: &str, bytes: &[u8]| {
+        let folder = corpus_folder(target);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join(name), bytes).unwrap();
+    };
+    for seed in fuzz::nbd_seeds() {
+        write("nbd_server", &seed.name, &seed.client);
+        write("nbd_client", &seed.name, &seed.server);
+    }
+    for (index, uri) in URIS.iter().enumerate() {
+        write("nbd_uri", &format!("uri-{index}"), uri.as_bytes());
     }
 }

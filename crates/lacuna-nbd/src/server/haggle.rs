@@ -4,11 +4,10 @@ use super::handshake::{
     Asked, Event, Handshake, MAX_HANDSHAKE_BYTES, MAX_OPTION_BYTES, MAX_OPTIONS, State, TlsMode,
 };
 use super::options::{ContextRequest, InfoRequest, wrong_name};
-use super::replies::Replies;
 use crate::wire::{
     CLIENT_FLAGS_BYTES, ClientFlags, OPTION_HEADER_BYTES, OptionCode, OptionHeader, ReplyCode,
 };
-use crate::{Error, ExportName, Result};
+use crate::{Error, ExportName, Replies, Result};
 
 impl Handshake {
     pub(super) fn client_flags(&mut self, input: &mut &[u8]) -> Result<Option<Event>> {

@@ -12,13 +12,12 @@ use smallvec::SmallVec;
 use super::answers::Answers;
 use super::export::{Export, ListedExport, Purpose, Question, Refusal};
 use super::options::{ContextRequest, InfoRequest};
-use super::replies::Replies;
 use super::transmission::Transmission;
 use crate::context::Context;
 use crate::gather::{Gather, take_of};
 use crate::wire::ReplyCode;
 use crate::wire::{ClientFlags, Greeting, HandshakeFlags, InfoType, OptionCode, OptionHeader};
-use crate::{Error, ExportName, Result};
+use crate::{Error, ExportName, Replies, Result};
 
 /// Most options of one handshake.
 pub const MAX_OPTIONS: u32 = 1024;

@@ -7,7 +7,6 @@
 //! * `export.rs`: what the driver is asked, and how it answers
 //! * `contexts.rs`: which meta contexts a query means
 //! * `transmission.rs`: cuts what arrives into requests and payloads
-//! * `judge.rs`: which requests an export takes, and what it says to the others
 //! * `replies.rs`, `status.rs`: headers and chunks of replies
 
 mod answers;
@@ -15,19 +14,17 @@ mod contexts;
 mod export;
 mod haggle;
 mod handshake;
-mod judge;
 mod options;
 mod outcome;
 mod replies;
 mod status;
 mod transmission;
 
+pub use crate::{Command, HeaderBytes, Replies};
 pub use export::{Export, ListedExport, Purpose, Question, Refusal};
 pub use handshake::{
     Event, Handshake, MAX_HANDSHAKE_BYTES, MAX_OPTION_BYTES, MAX_OPTIONS, TlsMode,
 };
-pub use replies::{HeaderBytes, Last, Replies, Tag};
+pub use replies::{Last, Tag};
 pub use status::{MAX_EXTENTS, StatusExtent};
-pub use transmission::{
-    Command, Rejection, Request, Transmission, TransmissionEvent, WantedContexts,
-};
+pub use transmission::{Rejection, Request, Transmission, TransmissionEvent, WantedContexts};

@@ -7,13 +7,13 @@ use super::contexts;
 use super::export::{Export, Refusal};
 use super::handshake::{Handshake, Selection, State};
 use super::options::{ContextRequest, InfoRequest};
-use super::replies::Replies;
 use super::transmission::{Session, Transmission};
 use crate::context::{Context, StatusWidth};
+use crate::judge::Terms;
 use crate::wire::{
     ClientFlags, InfoType, NO_ZEROES_BYTES, OptionCode, ReplyCode, TransmissionFlags,
 };
-use crate::{Error, ExportName};
+use crate::{Error, ExportName, Replies};
 
 impl Handshake {
     /// Finishes `EXPORT_NAME`, which cannot be answered with an error.
@@ -141,14 +141,14 @@ impl Handshake {
         flags: TransmissionFlags,
         contexts: SmallVec<[Context; 4]>,
     ) {
-        let session = Session {
-            name,
+        let terms = Terms {
             replies: self.replies,
             flags,
             size_bytes: export.size_bytes,
             block_sizes: export.block_sizes,
-            contexts,
+            contexts: u32::try_from(contexts.len()).unwrap_or(u32::MAX),
         };
+        let session = Session { name, terms, contexts };
         self.state = State::Ready(Box::new(Transmission::new(session)));
     }
 }

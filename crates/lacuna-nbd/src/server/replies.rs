@@ -8,12 +8,10 @@
 //! * Never: the last data chunk of a reply is marked so before its bytes are at hand, since it
 //!   could not fail any more: read first, then build the header.
 
-use smallvec::SmallVec;
-
 use super::Rejection;
 use crate::text::truncated;
 use crate::wire::{ChunkFlags, ChunkHeader, ChunkType, ErrorCode, encode_simple};
-use crate::{ByteRange, Cookie};
+use crate::{ByteRange, Cookie, HeaderBytes, Replies};
 
 /// What a reply carries to be matched with its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,46 +29,6 @@ pub enum Last {
     No,
     /// The reply ends.
     Yes,
-}
-
-/// How replies are written on a connection; negotiated once, then fixed.
-///
-/// ```
-/// use lacuna_nbd::server::{Replies, Tag};
-/// use lacuna_nbd::{ByteRange, Cookie};
-/// let tag = Tag { cookie: Cookie(0x0102), offset: 4096 };
-/// let header = Replies::Simple.success(tag);
-/// assert_eq!(&header[..], b"\x67\x44\x66\x98\0\0\0\0\0\0\0\0\0\0\x01\x02");
-/// // 4096 bytes go out behind this.
-/// let header = Replies::Structured.whole_read(tag, ByteRange { start: 4096, len: 4096 });
-/// assert_eq!(header.len(), 28);
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Replies {
-    /// Chunks with 64-bit headers.
-    Extended,
-    /// A status, and the bytes of a read.
-    Simple,
-    /// Chunks for reads, errors and block status.
-    Structured,
-}
-
-/// Encoded bytes of a header, without the heap.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct HeaderBytes(SmallVec<[u8; 64]>);
-
-impl std::ops::Deref for HeaderBytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl AsRef<[u8]> for HeaderBytes {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
-    }
 }
 
 impl Replies {
@@ -108,7 +66,7 @@ impl Replies {
         let len = range.len.checked_add(8).and_then(|len| u32::try_from(len).ok());
         assert!(len.is_some(), "a chunk has less than 4 GiB");
         let mut bytes = self.chunk(tag, ChunkType::OFFSET_DATA, len.unwrap_or(0), last);
-        bytes.0.extend_from_slice(&range.start.to_be_bytes());
+        bytes.push(&range.start.to_be_bytes());
         bytes
     }
 
@@ -121,8 +79,8 @@ impl Replies {
         let len = u32::try_from(range.len).ok().filter(|len| *len > 0);
         assert!(len.is_some(), "a hole has at least one byte and less than 4 GiB");
         let mut bytes = self.chunk(tag, ChunkType::OFFSET_HOLE, 12, last);
-        bytes.0.extend_from_slice(&range.start.to_be_bytes());
-        bytes.0.extend_from_slice(&len.unwrap_or(0).to_be_bytes());
+        bytes.push(&range.start.to_be_bytes());
+        bytes.push(&len.unwrap_or(0).to_be_bytes());
         bytes
     }
 
@@ -167,12 +125,6 @@ impl Replies {
         self.error(rejection.tag, rejection.error, &rejection.message, output);
     }
 
-    /// Says whether replies consist of chunks: holes, parts and errors with a place.
-    #[must_use]
-    pub fn has_chunks(self) -> bool {
-        self != Self::Simple
-    }
-
     /// Returns the header of a chunk with `len` bytes of payload.
     pub(super) fn chunk(self, tag: Tag, kind: ChunkType, len: u32, last: Last) -> HeaderBytes {
         assert!(self != Self::Simple, "simple replies have no chunks");
@@ -181,11 +133,11 @@ impl Replies {
             Last::Yes => ChunkFlags::DONE,
         };
         let header = ChunkHeader { flags, kind, cookie: tag.cookie, len };
-        HeaderBytes(if self == Self::Extended {
-            SmallVec::from_slice(&header.encode_extended(tag.offset))
+        if self == Self::Extended {
+            HeaderBytes::from(&header.encode_extended(tag.offset)[..])
         } else {
-            SmallVec::from_slice(&header.encode_structured())
-        })
+            HeaderBytes::from(&header.encode_structured()[..])
+        }
     }
 
     fn error_chunk(
@@ -212,5 +164,5 @@ impl Replies {
 }
 
 fn simple(tag: Tag, error: Option<ErrorCode>) -> HeaderBytes {
-    HeaderBytes(SmallVec::from_slice(&encode_simple(tag.cookie, error)))
+    HeaderBytes::from(&encode_simple(tag.cookie, error)[..])
 }

@@ -5,10 +5,10 @@
 //! * In the 32-bit form a length is cut to a multiple of the alignment below 4 GiB, never wrapped
 //!   to 0 (CVE-2025-47711); what was cut off becomes the next extent where the request asks for it.
 
-use super::replies::{Last, Replies};
+use super::replies::Last;
 use super::transmission::Request;
-use crate::ContextId;
 use crate::wire::{ChunkType, CommandFlags};
+use crate::{ContextId, Replies};
 
 /// Most extents of a chunk; the client asks again for the rest.
 pub const MAX_EXTENTS: u32 = 128 << 10;

@@ -9,35 +9,16 @@
 
 use smallvec::SmallVec;
 
-use super::judge;
-use super::replies::{Replies, Tag};
+use super::replies::Tag;
 use crate::context::Context;
 use crate::gather::{Gather, take, take_of};
+use crate::judge::{self, Terms};
 use crate::wire::{
     CommandCode, CommandFlags, ErrorCode, Fields, RequestForm, RequestHeader, TransmissionFlags,
 };
-use crate::{BlockSizes, ByteRange, ContextId, Cookie, Error, ExportName, Result};
-
-/// What a request asks for. The answers are in [`Replies`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// What is known of the range, in the wanted contexts. `REQ_ONE` wants one extent of each.
-    BlockStatus,
-    /// The range will be read.
-    Cache,
-    /// Make durable all that was replied to before, on every connection.
-    Flush,
-    /// The bytes of the range. `DF` wants them in one piece.
-    Read,
-    /// Change the size of the export to `range.start`; `range.len` is 0.
-    Resize,
-    /// The range is not needed. `FUA` wants it durable.
-    Trim,
-    /// The payload into the range. `FUA` wants it durable.
-    Write,
-    /// Zeros into the range. `FUA`, `NO_HOLE`, `FAST_ZERO`.
-    WriteZeroes,
-}
+use crate::{
+    BlockSizes, ByteRange, Command, ContextId, Cookie, Error, ExportName, Replies, Result,
+};
 
 /// A request that the export takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,10 +128,7 @@ pub struct Transmission {
 #[derive(Clone, Debug)]
 pub(super) struct Session {
     pub(super) name: ExportName,
-    pub(super) replies: Replies,
-    pub(super) flags: TransmissionFlags,
-    pub(super) size_bytes: u64,
-    pub(super) block_sizes: BlockSizes,
+    pub(super) terms: Terms,
     pub(super) contexts: SmallVec<[Context; 4]>,
 }
 
@@ -213,7 +191,7 @@ impl Transmission {
     /// Returns how replies are written on this connection.
     #[must_use]
     pub const fn replies(&self) -> Replies {
-        self.session.replies
+        self.session.terms.replies
     }
 
     /// Returns the name that the client chose.
@@ -225,13 +203,13 @@ impl Transmission {
     /// Returns what the client was told may be asked.
     #[must_use]
     pub const fn flags(&self) -> TransmissionFlags {
-        self.session.flags
+        self.session.terms.flags
     }
 
     /// Returns the sizes that requests keep to.
     #[must_use]
     pub const fn block_sizes(&self) -> BlockSizes {
-        self.session.block_sizes
+        self.session.terms.block_sizes
     }
 
     /// Returns the contexts that were chosen, in the order they are best answered.
@@ -243,7 +221,7 @@ impl Transmission {
     /// Returns the size in bytes that ranges are checked against.
     #[must_use]
     pub const fn size_bytes(&self) -> u64 {
-        self.session.size_bytes
+        self.session.terms.size_bytes
     }
 
     /// Takes a new size: after a `Resize` succeeded, or because somebody else changed it.
@@ -255,7 +233,7 @@ impl Transmission {
     /// If the size is 2⁶³ or more.
     pub fn set_size_bytes(&mut self, size_bytes: u64) {
         assert!(i64::try_from(size_bytes).is_ok(), "an export is smaller than 2^63");
-        self.session.size_bytes = size_bytes;
+        self.session.terms.size_bytes = size_bytes;
     }
 
     /// From now on, rejects every request: the server is about to end.
@@ -297,16 +275,10 @@ impl Transmission {
         self.state = if remaining == 0 { State::Header } else { State::Payload { remaining } };
     }
 
-    const fn form(&self) -> RequestForm {
-        match self.session.replies {
-            Replies::Extended => RequestForm::Extended,
-            Replies::Simple | Replies::Structured => RequestForm::Compact,
-        }
-    }
-
     /// Decodes the next header, where it lies if it lies in one piece.
     fn header<'a>(&mut self, input: &mut &'a [u8]) -> Result<TransmissionEvent<'a>> {
-        let (form, len) = (self.form(), self.form().header_bytes());
+        let form = RequestForm::of(self.replies());
+        let len = form.header_bytes();
         let header = if self.gather.as_slice().is_empty() && input.len() >= len {
             RequestHeader::decode(form, take(input, len))?
         } else {
@@ -329,10 +301,10 @@ impl Transmission {
             self.state = State::Disconnected;
             return Ok(TransmissionEvent::Disconnect);
         }
-        let payload_bytes = judge::payload_bytes(&self.session, &header)?;
+        let payload_bytes = judge::payload_bytes(&self.session.terms, &header)?;
         let judged = match self.is_shutting_down {
             true => Err((ErrorCode::ESHUTDOWN, "The server is about to end".to_owned())),
-            false => judge::judge(&self.session, &header),
+            false => judge::judge(&self.session.terms, &header),
         };
         match judged {
             Err((error, message)) => {
@@ -366,7 +338,7 @@ impl Transmission {
         self.state = State::Header;
         let judged = wanted.and_then(|(len, ids)| {
             let header = RequestHeader { len, ..header };
-            judge::judge_status_range(&self.session, &header)?;
+            judge::judge_status_range(&self.session.terms, &header)?;
             Ok((header, ids))
         });
         Ok(match judged {

@@ -7,16 +7,16 @@
 mod code;
 mod fields;
 mod flags;
-#[expect(dead_code, reason = "the client's half is not written yet")]
 mod option;
 mod reply;
-#[expect(dead_code, reason = "the client's half is not written yet")]
 mod request;
 
 pub(crate) use fields::Fields;
-pub(crate) use option::{CLIENT_FLAGS_BYTES, Greeting, OptionHeader, OptionReply};
-pub(crate) use option::{NO_ZEROES_BYTES, OPTION_HEADER_BYTES};
-pub(crate) use reply::{ChunkHeader, encode_simple};
+pub(crate) use option::{
+    CLIENT_FLAGS_BYTES, GREETING_BYTES, Greeting, NO_ZEROES_BYTES, OPTION_HEADER_BYTES,
+    OPTION_REPLY_BYTES, OptionHeader, OptionReply,
+};
+pub(crate) use reply::{ChunkHeader, MAGIC_BYTES, ReplyHeader, encode_simple};
 pub(crate) use request::{RequestForm, RequestHeader};
 
 pub use code::{ChunkType, CommandCode, ErrorCode, InfoType, OptionCode, ReplyCode};

@@ -9,8 +9,8 @@
 use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{ChunkFlags, ChunkType, ErrorCode};
-use crate::Cookie;
+use super::{ChunkFlags, ChunkType, ErrorCode, Fields};
+use crate::{Cookie, Error, Replies, Result};
 
 const SIMPLE: u32 = 0x6744_6698;
 const STRUCTURED: u32 = 0x668e_33ef;
@@ -92,5 +92,52 @@ impl ChunkHeader {
             offset: offset.into(),
             len: u64::from(self.len).into(),
         })
+    }
+}
+
+/// A header that arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReplyHeader {
+    Simple { cookie: Cookie, error: Option<ErrorCode> },
+    Chunk { chunk: ChunkHeader, offset: Option<u64> },
+}
+
+/// Bytes of the magic number, which says how long a header is.
+pub(crate) const MAGIC_BYTES: usize = 4;
+
+impl ReplyHeader {
+    /// Returns the length in bytes of the header that begins with `magic`.
+    pub(crate) fn header_bytes(replies: Replies, magic: [u8; MAGIC_BYTES]) -> Result<usize> {
+        match (u32::from_be_bytes(magic), replies) {
+            (SIMPLE, Replies::Simple | Replies::Structured) => Ok(SIMPLE_REPLY_BYTES),
+            (STRUCTURED, Replies::Structured) => Ok(STRUCTURED_REPLY_BYTES),
+            (EXTENDED, Replies::Extended) => Ok(EXTENDED_REPLY_BYTES),
+            (found, _) => Err(Error::violation(format!(
+                "Reply begins with {found:#010x}, which is not what was negotiated ({replies:?})"
+            ))),
+        }
+    }
+
+    /// Decodes a header of that length.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self> {
+        Self::fields(bytes).ok_or_else(|| Error::violation("Reply is longer than 4 GiB"))
+    }
+
+    fn fields(bytes: &[u8]) -> Option<Self> {
+        let mut fields = Fields(bytes);
+        let magic = fields.u32()?;
+        if magic == SIMPLE {
+            let error = Some(ErrorCode(fields.u32()?)).filter(|error| error.0 != 0);
+            return Some(Self::Simple { error, cookie: Cookie(fields.u64()?) });
+        }
+        let flags = ChunkFlags::from_bits_retain(fields.u16()?);
+        let kind = ChunkType(fields.u16()?);
+        let cookie = Cookie(fields.u64()?);
+        let (offset, len) = if magic == EXTENDED {
+            (Some(fields.u64()?), u32::try_from(fields.u64()?).ok()?)
+        } else {
+            (None, fields.u32()?)
+        };
+        Some(Self::Chunk { chunk: ChunkHeader { flags, kind, cookie, len }, offset })
     }
 }

@@ -12,7 +12,7 @@ use zerocopy::big_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{CommandCode, CommandFlags};
-use crate::{Cookie, Error, Result};
+use crate::{Cookie, Error, HeaderBytes, Replies, Result};
 
 const COMPACT: u32 = 0x2560_9513;
 const EXTENDED: u32 = 0x21e4_1c71;
@@ -49,6 +49,14 @@ pub(crate) enum RequestForm {
 }
 
 impl RequestForm {
+    /// Returns the form that goes with that of the replies.
+    pub(crate) const fn of(replies: Replies) -> Self {
+        match replies {
+            Replies::Extended => Self::Extended,
+            Replies::Simple | Replies::Structured => Self::Compact,
+        }
+    }
+
     /// Returns the length of a header in bytes.
     pub(crate) const fn header_bytes(self) -> usize {
         match self {
@@ -88,11 +96,11 @@ impl RequestHeader {
         decoded.ok_or_else(|| wrong_magic(form, bytes))
     }
 
-    /// Encodes the header and appends it to `output`.
+    /// Encodes the header.
     ///
     /// # Panics
     /// If the length does not fit into the form: whoever built the request checked it.
-    pub(crate) fn encode(&self, form: RequestForm, output: &mut impl Extend<u8>) {
+    pub(crate) fn encode(&self, form: RequestForm) -> HeaderBytes {
         let (flags, command) = (self.flags.bits().into(), self.command.0.into());
         let (cookie, offset) = (self.cookie.0.into(), self.offset.into());
         match form {
@@ -101,13 +109,12 @@ impl RequestHeader {
                 assert!(len.is_ok(), "a compact request has a length of 32 bits");
                 let len = len.unwrap_or(u32::MAX).into();
                 let raw = RawCompact { magic: COMPACT.into(), flags, command, cookie, offset, len };
-                output.extend(raw.as_bytes().iter().copied());
+                HeaderBytes::from(raw.as_bytes())
             }
             RequestForm::Extended => {
-                let magic = EXTENDED.into();
-                let raw =
-                    RawExtended { magic, flags, command, cookie, offset, len: self.len.into() };
-                output.extend(raw.as_bytes().iter().copied());
+                let (magic, len) = (EXTENDED.into(), self.len.into());
+                let raw = RawExtended { magic, flags, command, cookie, offset, len };
+                HeaderBytes::from(raw.as_bytes())
             }
         }
     }

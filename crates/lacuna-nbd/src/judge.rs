@@ -1,28 +1,40 @@
 //! Which requests an export takes, and what it says to the others (C.4, C.7, C.8). Pure.
+//!
+//! A server judges what it receives, a client what it is about to send: neither trusts the other
+//! to do so.
 
-use super::replies::Replies;
-use super::transmission::{Command, Session};
 use crate::block_sizes::DEFAULT_MAX_PAYLOAD_BYTES;
 use crate::wire::{CommandCode, CommandFlags, ErrorCode, RequestHeader, TransmissionFlags};
-use crate::{ByteRange, Error, Result};
+use crate::{BlockSizes, ByteRange, Command, Error, Replies, Result};
 
 type Flags = TransmissionFlags;
 
+/// What both sides agreed on.
+#[derive(Clone, Debug)]
+pub(crate) struct Terms {
+    pub(crate) replies: Replies,
+    pub(crate) flags: TransmissionFlags,
+    pub(crate) size_bytes: u64,
+    pub(crate) block_sizes: BlockSizes,
+    /// How many meta contexts were chosen.
+    pub(crate) contexts: u32,
+}
+
 /// Why a request is not taken.
-pub(super) type Reason = (ErrorCode, String);
+pub(crate) type Reason = (ErrorCode, String);
 
 /// Returns how many bytes of payload follow a header.
 ///
 /// A payload up to the larger of 32 MiB and what was advertised is drained where it is not wanted;
 /// more than that is an attack.
-pub(super) fn payload_bytes(session: &Session, header: &RequestHeader) -> Result<u64> {
+pub(crate) fn payload_bytes(terms: &Terms, header: &RequestHeader) -> Result<u64> {
     let is_announced =
-        session.replies == Replies::Extended && header.flags.contains(CommandFlags::PAYLOAD_LEN);
+        terms.replies == Replies::Extended && header.flags.contains(CommandFlags::PAYLOAD_LEN);
     // An extended write without the flag has its payload all the same, in QEMU's reading too.
     if !is_announced && header.command != CommandCode::WRITE {
         return Ok(0);
     }
-    let limit = session.block_sizes.max_payload().max(DEFAULT_MAX_PAYLOAD_BYTES);
+    let limit = terms.block_sizes.max_payload().max(DEFAULT_MAX_PAYLOAD_BYTES);
     if header.len > limit.into() {
         return Err(Error::violation(format!(
             "{} announces a payload of {} bytes; at most {limit} are taken",
@@ -33,33 +45,21 @@ pub(super) fn payload_bytes(session: &Session, header: &RequestHeader) -> Result
 }
 
 /// Says what the request is, or why the export does not take it.
-pub(super) fn judge(session: &Session, header: &RequestHeader) -> Result<Command, Reason> {
-    let command = command(header)?;
-    judge_flags(session, header, command)?;
-    judge_offer(session, command)?;
-    judge_range(session, header, command)?;
+pub(crate) fn judge(terms: &Terms, header: &RequestHeader) -> Result<Command, Reason> {
+    let Some(command) = Command::of(header.command) else {
+        return invalid(format!("Command {} is not known here", header.command));
+    };
+    judge_flags(terms, header, command)?;
+    judge_offer(terms, command)?;
+    judge_range(terms, header, command)?;
     Ok(command)
 }
 
-fn command(header: &RequestHeader) -> Result<Command, Reason> {
-    Ok(match header.command {
-        CommandCode::READ => Command::Read,
-        CommandCode::WRITE => Command::Write,
-        CommandCode::FLUSH => Command::Flush,
-        CommandCode::TRIM => Command::Trim,
-        CommandCode::CACHE => Command::Cache,
-        CommandCode::WRITE_ZEROES => Command::WriteZeroes,
-        CommandCode::BLOCK_STATUS => Command::BlockStatus,
-        CommandCode::RESIZE => Command::Resize,
-        unknown => return invalid(format!("Command {unknown} is not known here")),
-    })
-}
-
 /// Flags that nobody knows, that the command does not have, or that were not offered.
-fn judge_flags(session: &Session, header: &RequestHeader, command: Command) -> Result<(), Reason> {
+fn judge_flags(terms: &Terms, header: &RequestHeader, command: Command) -> Result<(), Reason> {
     let offered =
-        |flag, with| if session.flags.contains(with) { flag } else { CommandFlags::empty() };
-    let is_extended = session.replies == Replies::Extended;
+        |flag, with| if terms.flags.contains(with) { flag } else { CommandFlags::empty() };
+    let is_extended = terms.replies == Replies::Extended;
     let payload = if is_extended { CommandFlags::PAYLOAD_LEN } else { CommandFlags::empty() };
     let own = match command {
         Command::Read => offered(CommandFlags::DF, Flags::SEND_DF),
@@ -85,46 +85,44 @@ fn judge_flags(session: &Session, header: &RequestHeader, command: Command) -> R
 }
 
 /// Commands that were not offered, and changes of what is read-only.
-fn judge_offer(session: &Session, command: Command) -> Result<(), Reason> {
+fn judge_offer(terms: &Terms, command: Command) -> Result<(), Reason> {
     let is_change =
         matches!(command, Command::Resize | Command::Trim | Command::Write | Command::WriteZeroes);
-    if is_change && session.flags.contains(Flags::READ_ONLY) {
+    if is_change && terms.flags.contains(Flags::READ_ONLY) {
         return Err((ErrorCode::EPERM, "The export is read-only".into()));
     }
-    let (is_offered, name) = match command {
-        Command::Read | Command::Write => (true, CommandCode::READ),
-        Command::Flush => (session.flags.contains(Flags::SEND_FLUSH), CommandCode::FLUSH),
-        Command::Trim => (session.flags.contains(Flags::SEND_TRIM), CommandCode::TRIM),
-        Command::Cache => (session.flags.contains(Flags::SEND_CACHE), CommandCode::CACHE),
-        Command::WriteZeroes => {
-            (session.flags.contains(Flags::SEND_WRITE_ZEROES), CommandCode::WRITE_ZEROES)
+    let needed = match command {
+        Command::Read | Command::Write => Flags::empty(),
+        Command::Flush => Flags::SEND_FLUSH,
+        Command::Trim => Flags::SEND_TRIM,
+        Command::Cache => Flags::SEND_CACHE,
+        Command::WriteZeroes => Flags::SEND_WRITE_ZEROES,
+        Command::Resize => Flags::SEND_RESIZE,
+        Command::BlockStatus if terms.contexts == 0 => {
+            return invalid("No meta context was chosen for this export".into());
         }
-        Command::Resize => (session.flags.contains(Flags::SEND_RESIZE), CommandCode::RESIZE),
-        Command::BlockStatus => (!session.contexts.is_empty(), CommandCode::BLOCK_STATUS),
+        Command::BlockStatus => Flags::empty(),
     };
-    match (is_offered, command) {
-        (true, _) => Ok(()),
-        (false, Command::BlockStatus) => {
-            invalid("No meta context was chosen for this export".into())
-        }
-        (false, _) => invalid(format!("{name} was not offered")),
+    if terms.flags.contains(needed) {
+        return Ok(());
     }
+    invalid(format!("{} was not offered", command.code()))
 }
 
-fn judge_range(session: &Session, header: &RequestHeader, command: Command) -> Result<(), Reason> {
+fn judge_range(terms: &Terms, header: &RequestHeader, command: Command) -> Result<(), Reason> {
     match command {
         // Offset and length mean nothing; nobody insists on zeros.
         Command::Flush => Ok(()),
         Command::Resize => judge_size(header),
         Command::BlockStatus if header.flags.contains(CommandFlags::PAYLOAD_LEN) => {
-            judge_context_payload(session, header)
+            judge_context_payload(terms, header)
         }
-        Command::BlockStatus => judge_status_range(session, header),
+        Command::BlockStatus => judge_status_range(terms, header),
         Command::Read | Command::Write => {
-            judge_payload(session, header)?;
-            judge_bounds(session, header)
+            judge_payload(terms, header)?;
+            judge_bounds(terms, header)
         }
-        Command::Cache | Command::Trim | Command::WriteZeroes => judge_bounds(session, header),
+        Command::Cache | Command::Trim | Command::WriteZeroes => judge_bounds(terms, header),
     }
 }
 
@@ -140,8 +138,8 @@ fn judge_size(header: &RequestHeader) -> Result<(), Reason> {
 }
 
 /// The payload is u64 length, n × u32 context; no context is named twice, so it has a limit.
-fn judge_context_payload(session: &Session, header: &RequestHeader) -> Result<(), Reason> {
-    let most = (session.contexts.len() as u64).saturating_mul(4).saturating_add(8);
+fn judge_context_payload(terms: &Terms, header: &RequestHeader) -> Result<(), Reason> {
+    let most = (u64::from(terms.contexts)).saturating_mul(4).saturating_add(8);
     let has_whole_ids = header.len.checked_rem(4) == Some(0);
     if header.len < 8 || header.len > most || !has_whole_ids {
         return invalid(format!(
@@ -154,28 +152,28 @@ fn judge_context_payload(session: &Session, header: &RequestHeader) -> Result<()
 }
 
 /// Judges a block status whose length is that of a range.
-pub(super) fn judge_status_range(session: &Session, header: &RequestHeader) -> Result<(), Reason> {
+pub(crate) fn judge_status_range(terms: &Terms, header: &RequestHeader) -> Result<(), Reason> {
     if header.len == 0 {
         return invalid("The status of no bytes was asked for".into());
     }
-    judge_bounds(session, header)
+    judge_bounds(terms, header)
 }
 
 /// What goes over the wire in one piece has a limit.
-fn judge_payload(session: &Session, header: &RequestHeader) -> Result<(), Reason> {
-    let most = session.block_sizes.max_payload();
+fn judge_payload(terms: &Terms, header: &RequestHeader) -> Result<(), Reason> {
+    let most = terms.block_sizes.max_payload();
     if header.len <= most.into() {
         return Ok(());
     }
     let is_read = header.command == CommandCode::READ;
-    let has_chunks = session.replies != Replies::Simple;
+    let has_chunks = terms.replies != Replies::Simple;
     let error = if is_read && has_chunks { ErrorCode::EOVERFLOW } else { ErrorCode::EINVAL };
     Err((error, format!("Request has {} bytes; at most {most} go at once", header.len)))
 }
 
-fn judge_bounds(session: &Session, header: &RequestHeader) -> Result<(), Reason> {
+fn judge_bounds(terms: &Terms, header: &RequestHeader) -> Result<(), Reason> {
     let range = ByteRange { start: header.offset, len: header.len };
-    let sizes = session.block_sizes;
+    let sizes = terms.block_sizes;
     if !sizes.is_aligned(range.start) || !sizes.is_aligned(range.len) {
         return invalid(format!(
             "Request for {} bytes at {} is not aligned to {}",
@@ -184,7 +182,7 @@ fn judge_bounds(session: &Session, header: &RequestHeader) -> Result<(), Reason>
             sizes.minimum()
         ));
     }
-    if range.is_within(session.size_bytes) {
+    if range.is_within(terms.size_bytes) {
         return Ok(());
     }
     let is_write = matches!(header.command, CommandCode::WRITE | CommandCode::WRITE_ZEROES);
@@ -193,7 +191,7 @@ fn judge_bounds(session: &Session, header: &RequestHeader) -> Result<(), Reason>
         error,
         format!(
             "Request for {} bytes at {} reaches past the end of the export, {}",
-            range.len, range.start, session.size_bytes
+            range.len, range.start, terms.size_bytes
         ),
     ))
 }
