@@ -3,12 +3,13 @@
 //! * `wish.rs`: what the caller wants; `export.rs`: what the server says there is
 //! * `handshake.rs`: the machine and its states; `haggle.rs`: what is asked next, and what an
 //!   answer means
-//! * `transmission.rs`: requests out; `receive.rs`: replies in; `in_flight.rs`: what is owed to
-//!   each request; `coverage.rs`: which bytes of a read are there
+//! * `transmission.rs`: requests out; `receive.rs`: replies in; `check.rs`: what a reply must be;
+//!   `in_flight.rs`: what is owed to each request; `coverage.rs`: which bytes of a read are there
 //!
 //! A server is trusted no more than a client is: every reply is held against the request it
 //! answers before a byte of it is handed on.
 
+mod check;
 mod coverage;
 mod export;
 mod haggle;
