@@ -2,7 +2,7 @@
 //!
 //! Never kept longer than one answer lives, or one walk by somebody who wants a picture and no more:
 //! others may write the file. Neighbours in the guest may lie anywhere in the file, so answers are
-//! kept by place.
+//! kept by place, and a bounded number of them: a file may lie in millions of pieces.
 
 use std::collections::BTreeMap;
 
@@ -12,6 +12,9 @@ use crate::units::{HostOffset, HostRange};
 
 /// A question of this size is not made larger.
 const LARGE_BYTES: u64 = 64 << 20;
+
+/// So many answers are kept, which is a few MiB; then all are forgotten. Asking again is right, if slow.
+const MOST_ANSWERS: usize = 1 << 16;
 
 /// Answers so far, by where they start. Where two overlap, the later start counts.
 #[derive(Debug, Default)]
@@ -33,6 +36,9 @@ impl HostStatuses {
             return Ok(known);
         }
         let found = storage.status_at(self.question(range)).await?;
+        if self.known.len() >= MOST_ANSWERS {
+            self.known.clear();
+        }
         self.known.insert(range.start, (range.start + found.len, found.status));
         Ok(HostExtent { len: found.len.min(range.len), ..found })
     }
@@ -92,5 +98,21 @@ mod tests {
             ask(start, 512);
             ask(start, 65536);
         }
+    }
+
+    #[test]
+    fn answers_do_not_pile_up() {
+        let storage = MemoryStorage::new();
+        block_on(storage.write_at(HostOffset(0), crate::buffer::Buffer::from(&[1; 8][..])))
+            .0
+            .unwrap();
+        let mut statuses = HostStatuses::default();
+        for at in 0..MOST_ANSWERS as u64 {
+            let place = HostOffset((1 << 40) + 2 * at);
+            statuses.known.insert(place, (place + 1, HostStatus::Data));
+        }
+        let found = block_on(statuses.first(&storage, HostRange::new(HostOffset(0), 8))).unwrap();
+        assert_eq!((found.len, found.status), (8, HostStatus::Data));
+        assert_eq!(statuses.known.len(), 1);
     }
 }
