@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use crate::run::{cargo, command, find, run, workspace};
-use crate::{Outcome, figures, zeros};
+use crate::{Outcome, figures, wipe, zeros};
 
 /// Names under which our binary is called.
 const OURS: [&str; 2] = ["qemu-img", "qemu-io"];
@@ -17,7 +17,7 @@ const STOCK: [&str; 1] = ["qemu-nbd"];
 
 /// Runs `bench --ours LINKS ARGUMENTS`; without arguments a quick round. With `--table` the cells
 /// that have a target, and prints how they did; with `--from FILE` that of a run from before.
-/// `--zeros` runs the cell of our own, which needs no harness.
+/// `--zeros` and `--wipe` run cells of our own, which need no harness.
 pub(crate) fn bench(arguments: &[String]) -> Outcome {
     if let [flag, file] = arguments
         && flag == "--from"
@@ -26,6 +26,9 @@ pub(crate) fn bench(arguments: &[String]) -> Outcome {
     }
     if arguments == ["--zeros"] {
         return zeros::run(&release_build()?);
+    }
+    if arguments == ["--wipe"] {
+        return wipe::run(&release_build()?);
     }
     let (program, mut rest) = locate("bench", arguments)?;
     if let Some(at) = rest.iter().position(|word| word == "--table") {

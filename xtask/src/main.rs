@@ -9,6 +9,7 @@
 //! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
 //! * `written.rs` — what the command writes of itself for packages
 //! * `run.rs` — starting programs
+//! * `wipe/` — a benchmark of our own: a full disk wiped with zeros
 //! * `zeros.rs` — a benchmark of our own: nothing copied onto nothing
 
 mod ci;
@@ -19,6 +20,7 @@ mod licences;
 mod run;
 mod setup;
 mod tidy;
+mod wipe;
 mod written;
 mod zeros;
 
@@ -38,7 +40,8 @@ usage: cargo xtask VERB [ARGUMENTS]
   licences                    whether the licence of every dependency allows shipping it
   bench    [--harness DIR] [ARGUMENTS...]   benchmarks against QEMU's tools (DIR/bench);
            --table runs what has a target and prints how it did; --from FILE: an earlier --json;
-           --zeros copies an empty disk of 8 TiB onto an empty image (needs no DIR, and a minute)
+           --zeros copies an empty disk of 8 TiB onto an empty image (needs no DIR, and a minute);
+           --wipe wipes a full disk with zeros and counts what is written (no DIR, some minutes)
   iotests  [--harness DIR] [ARGUMENTS...]   QEMU's own tests (DIR/run-iotests)
   fuzz     [--seconds N] [TARGET...]        cargo-fuzz on all targets, or on some
 

@@ -27,10 +27,25 @@ const PEERS: [Peer; 5] = [
     Peer { package: "e2fsprogs", programs: &["mke2fs", "e2fsck", "debugfs"] },
 ];
 
-/// Installs what is missing.
+/// What counts system calls in a benchmark; tests do without.
+const TRACER: [Peer; 2] = [
+    Peer { package: "strace", programs: &["strace"] },
+    Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io", "qemu-nbd"] },
+];
+
+/// Installs what tests need and is missing.
 pub(crate) fn peers() -> Outcome {
+    ensure(&PEERS)
+}
+
+/// Installs what the benchmark that counts system calls needs and is missing.
+pub(crate) fn tracer() -> Outcome {
+    ensure(&TRACER)
+}
+
+fn ensure(peers: &[Peer]) -> Outcome {
     let missing: Vec<&str> =
-        PEERS.iter().filter(|peer| !is_there(peer)).map(|peer| peer.package).collect();
+        peers.iter().filter(|peer| !is_there(peer)).map(|peer| peer.package).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -41,7 +56,7 @@ pub(crate) fn peers() -> Outcome {
             missing.join(" ")
         )
     })?;
-    match PEERS.iter().find(|peer| !has_programs(peer)) {
+    match peers.iter().find(|peer| !has_programs(peer)) {
         Some(peer) => Err(format!("{} was installed, but not all of its programs", peer.package)),
         None => Ok(()),
     }
