@@ -78,6 +78,22 @@ pub(crate) fn specs(format: Format) -> Vec<Spec> {
     }
 }
 
+/// Lists options by name, under a title.
+pub(crate) fn table(title: &str, mut specs: Vec<Spec>) -> String {
+    specs.sort_by_key(|spec| spec.name);
+    let mut text = title.to_owned();
+    for spec in specs {
+        let kind = match spec.kind {
+            Kind::Number => "num",
+            Kind::Size => "size",
+            Kind::Switch => "bool (on/off)",
+            Kind::Text => "str",
+        };
+        text += &format!("  {:<22} - {}\n", format!("{}=<{kind}>", spec.name), spec.help);
+    }
+    text
+}
+
 /// Splits `text` at single commas and takes one of each pair of commas away.
 ///
 /// Nothing where it is no option list: empty, or with an item that is empty or begins with a comma.

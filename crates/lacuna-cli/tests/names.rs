@@ -143,6 +143,16 @@ const ROWS: &[Row] = &[
         ours: "backing file: b\\x1b[31m\n",
     },
     Row {
+        matter: "`rebase`: zeros of the old backing file, where the new one has data",
+        qemu: "written into the image as bytes",
+        lacuna: "zero clusters, which take no space",
+        prepare: "stock-img create -q -f qcow2 old 64k; stock-img create -q -f qcow2 new 64k
+                  stock-io -c 'write -P 1 0 64k' new
+                  stock-img create -q -f qcow2 -b old -F qcow2 image",
+        line: "IMG rebase -b new -F qcow2 image; stock-img map image | wc -l",
+        ours: "1\n",
+    },
+    Row {
         matter: "findings of `check`",
         qemu: "what was found",
         lacuna: "also whether it is harmful",

@@ -102,17 +102,7 @@ pub(super) fn image_size(text: &str) -> CliResult<u64> {
 pub(super) fn list_options(tool: &Tool, format: Format) -> CliResult<u8> {
     let mut specs = options::specs(format);
     specs.retain(|spec| tool.is_own() || !spec.is_ours);
-    specs.sort_by_key(|spec| spec.name);
-    let mut text = format!("Supported {format} options:\n");
-    for spec in specs {
-        let kind = match spec.kind {
-            options::Kind::Number => "num",
-            options::Kind::Size => "size",
-            options::Kind::Switch => "bool (on/off)",
-            options::Kind::Text => "str",
-        };
-        text += &format!("  {:<22} - {}\n", format!("{}=<{kind}>", spec.name), spec.help);
-    }
+    let text = options::table(&format!("Supported {format} options:\n"), specs);
     output::print(&text).map(|()| 0)
 }
 

@@ -4,6 +4,7 @@
 
 mod about;
 mod advice;
+mod amend;
 mod bench;
 pub(crate) mod busy;
 mod check;
@@ -80,7 +81,8 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 16] = [
+const VERBS: [&Verb; 17] = [
+    &amend::VERB,
     &bench::VERB,
     &check::VERB,
     &compare::VERB,

@@ -2,7 +2,7 @@
 
 use lacuna::block::{AllocationDepth, DynLayer};
 use lacuna::chain::{Levels, Sharing};
-use lacuna::job::{self, Encoding, Onto, RebaseOptions};
+use lacuna::job::{self, Encoding, OldZeros, Onto, RebaseOptions};
 use lacuna::qcow2::{Access, BackingName, Image};
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
@@ -155,7 +155,11 @@ impl<'a> Wish<'a> {
             true => Encoding::Compressed,
             false => Encoding::Plain,
         };
-        let options = RebaseOptions { encoding };
+        let zeros = match tool.is_own() {
+            true => OldZeros::Zeroed,
+            false => OldZeros::Written,
+        };
+        let options = RebaseOptions { encoding, zeros };
         let mut report = |done, total| meter.update("copy", done, total);
         let done = block_on(job::rebase(image.clone(), onto, &options, &mut report));
         meter_over(meter, done.map(drop)).map_err(|error| self.words(tool, &error))

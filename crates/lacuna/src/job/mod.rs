@@ -17,5 +17,5 @@ pub use convert::{
     Target, TargetContent, Threads, WriteOrder, convert,
 };
 pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};
-pub use rebase::{Onto, RebaseOptions, Rebased, rebase, uncovered_bytes};
+pub use rebase::{OldZeros, Onto, RebaseOptions, Rebased, rebase, uncovered_bytes};
 pub use salvage::{Lost, LostPart, Salvage};

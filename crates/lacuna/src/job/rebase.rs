@@ -44,6 +44,20 @@ impl std::fmt::Debug for Onto<'_> {
     }
 }
 
+/// How zeros of the old backing layer are stored, where the new one has something else.
+///
+/// ```
+/// assert_eq!(lacuna::job::OldZeros::default(), lacuna::job::OldZeros::Zeroed);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OldZeros {
+    /// As bytes, as qemu-img does; those past the end of the old layer are zeroed there too.
+    Written,
+    /// As zero clusters, which take no space.
+    #[default]
+    Zeroed,
+}
+
 /// How to rebase.
 ///
 /// ```
@@ -54,6 +68,8 @@ impl std::fmt::Debug for Onto<'_> {
 pub struct RebaseOptions {
     /// How what is copied into the image is stored. Parts of a cluster are stored as they are.
     pub encoding: Encoding,
+    /// How zeros are stored that come to lie in the image.
+    pub zeros: OldZeros,
 }
 
 /// What was done to the bytes of the disk; the rest was left alone.
@@ -229,7 +245,7 @@ struct Work<'a, S: Storage> {
     old: ExtentCursor,
     new: Below<'a>,
     shared_from: Option<AllocationDepth>,
-    encoding: Encoding,
+    options: RebaseOptions,
     /// What the map can hold apart: copies are whole ones.
     unit: u64,
     size_bytes: u64,
@@ -246,7 +262,7 @@ impl<'a, S: Storage> Work<'a, S> {
             old: ExtentCursor::default(),
             new: Below::new(onto.map(|onto| onto.layer)),
             shared_from: onto.and_then(|onto| onto.shared_from),
-            encoding: options.encoding,
+            options: *options,
             unit: image.zero_unit_bytes(),
             size_bytes: image.size_bytes(),
             done: Rebased::default(),
@@ -323,15 +339,17 @@ impl<'a, S: Storage> Work<'a, S> {
         for run in fates.chunk_by(|left, right| left == right) {
             let rest = old.split_off((run.len() * unit).min(old.len()));
             let part = GuestRange::new(at, old.len() as u64);
+            let writes_zeros =
+                self.options.zeros == OldZeros::Written && at.0 < self.image.backing_bytes();
             match run[0] {
                 Fate::Left => {}
-                Fate::Written => {
-                    self.write(at, old).await?;
-                    self.done.written_bytes += part.len;
-                }
-                Fate::Zeroed => {
+                Fate::Zeroed if !writes_zeros => {
                     self.image.zero_for_good(part).await?;
                     self.done.zeroed_bytes += part.len;
+                }
+                Fate::Written | Fate::Zeroed => {
+                    self.write(at, old).await?;
+                    self.done.written_bytes += part.len;
                 }
             }
             (old, at) = (rest, part.end());
@@ -340,7 +358,7 @@ impl<'a, S: Storage> Work<'a, S> {
     }
 
     async fn write(&self, start: GuestOffset, bytes: Buffer) -> Result<()> {
-        if self.encoding == Encoding::Plain {
+        if self.options.encoding == Encoding::Plain {
             return self.image.write(start, bytes, WriteFlags::empty()).await.0;
         }
         let cluster = self.image.geometry().cluster_bytes();

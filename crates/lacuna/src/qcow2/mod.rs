@@ -8,6 +8,7 @@
 //! * Always: a freed cluster is reused only once nothing on storage shows it any more.
 //! * Never: a backing or data file is opened here; the caller hands them in.
 
+mod amend;
 mod bitmap_size;
 mod bitmaps;
 pub mod check;
@@ -52,6 +53,7 @@ mod zero_claims;
 
 pub(crate) use host_status::HostStatuses;
 
+pub use amend::AmendOptions;
 pub use create::{BackingName, CreateOptions, DataFileName, create};
 pub use encode::{Encoder, Stream};
 pub use image::{Counts, Image};

@@ -51,6 +51,11 @@ impl<S: Storage> Image<S> {
         change_header(&self.0.storage, set).await.map(drop)
     }
 
+    /// Returns how many bytes of the disk the layer below supplies.
+    pub(crate) fn backing_bytes(&self) -> u64 {
+        self.0.backing.as_ref().map_or(0, |backing| backing.size())
+    }
+
     pub(super) fn check_writable(&self) -> Result<()> {
         match self.0.meta.lock().writable {
             true => Ok(()),

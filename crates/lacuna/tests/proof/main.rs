@@ -3,6 +3,7 @@
 //! `LACUNA_SEED=n` replays one seed, `LACUNA_SEEDS=n` runs more of them, `LACUNA_LONG=1` goes
 //! through every combination instead of a spread of them.
 
+mod amend;
 mod bitmaps;
 mod cancellation;
 mod case;

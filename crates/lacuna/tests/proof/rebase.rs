@@ -79,7 +79,7 @@ impl Scene {
         case = case.with_content(content);
         let compresses = kind.allows_compression() && seed.is_multiple_of(2);
         let encoding = if compresses { Encoding::Compressed } else { Encoding::Plain };
-        let options = RebaseOptions { encoding };
+        let options = RebaseOptions { encoding, ..RebaseOptions::default() };
         Self { new: new_layer(kind, &old), case, old, to, options }
     }
 
