@@ -40,8 +40,8 @@ pub trait ServedDisk: Layer + 'static {
         range: GuestRange,
     ) -> impl Future<Output = Result<Vec<DirtyRun>>> + Send;
 
-    /// Returns how many levels the chain has; the disk alone is one.
-    fn levels(&self) -> usize;
+    /// Returns the sizes in bytes of the chain's levels, top first; at least the disk's own.
+    fn level_sizes(&self) -> Vec<u64>;
 
     /// Returns the leading extents of `range` as level `level` (0 is the top) has them, with what
     /// lies below it: an extent of depth 1 is allocated in that level itself. As
@@ -91,8 +91,8 @@ impl<L: Layer + 'static> ServedDisk for Plain<L> {
         Err(no_bitmap(bitmap))
     }
 
-    fn levels(&self) -> usize {
-        1
+    fn level_sizes(&self) -> Vec<u64> {
+        vec![self.0.size_bytes()]
     }
 
     async fn level_extents(&self, _: usize, range: GuestRange) -> Result<Vec<Extent>> {

@@ -43,4 +43,4 @@ pub use address::{Address, Listener};
 pub use disk::{DirtyRun, Plain, ServedDisk};
 pub use export::{Clients, Export, ExportOptions, Statistics};
 pub use exports::Exports;
-pub use server::{Connection, Limits, Server, ServerOptions};
+pub use server::{AllLeft, Connection, Limits, Server, ServerOptions};

@@ -107,6 +107,26 @@ pub struct Server<D: ServedDisk> {
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
+/// Waits for the last client to leave; made by [`Server::all_left`].
+///
+/// ```
+/// fn end_with_the_last_client<D: lacuna_export::ServedDisk>(server: &lacuna_export::Server<D>) {
+///     server.all_left().wait();
+///     server.stop();
+/// }
+/// ```
+pub struct AllLeft<D>(Arc<Shared<D>>);
+
+impl<D> AllLeft<D> {
+    /// Waits until there was a client and none is left.
+    pub fn wait(&self) {
+        let mut population = self.0.population.lock();
+        while population.ever == 0 || !population.now.is_empty() {
+            self.0.changed.wait(&mut population);
+        }
+    }
+}
+
 /// What all workers know.
 pub(crate) struct Shared<D> {
     exports: Arc<Exports<D>>,
@@ -198,12 +218,9 @@ impl<D: ServedDisk> Server<D> {
         self.shared.population.lock().now.values().cloned().collect()
     }
 
-    /// Waits until there was a client and the last one has left.
-    pub fn wait_until_left(&self) {
-        let mut population = self.shared.population.lock();
-        while population.ever == 0 || !population.now.is_empty() {
-            self.shared.changed.wait(&mut population);
-        }
+    /// Returns what waits for the last client to leave, on any thread.
+    pub fn all_left(&self) -> AllLeft<D> {
+        AllLeft(Arc::clone(&self.shared))
     }
 
     /// Stops: returns when all connections are over. What was acknowledged and not flushed is in

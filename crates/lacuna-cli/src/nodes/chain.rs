@@ -1,6 +1,6 @@
 //! An opened disk with what is known of the images it stands on.
 
-use lacuna::chain::{Chain, LevelFacts, Map};
+use lacuna::chain::{Chain, Disk, LevelFacts, Map};
 use lacuna::qcow2::Image;
 use lacuna::units::GuestRange;
 
@@ -39,6 +39,11 @@ impl FileChain {
     /// Goes through `range` from its start.
     pub(crate) fn map(&self, range: GuestRange) -> FileMap<'_> {
         self.chain.map(range)
+    }
+
+    /// Returns the disk of a level, without what options put on top.
+    pub(crate) fn level_disk(&self, level: usize) -> Option<&Disk<AnyStorage>> {
+        self.chain.level_disk(level)
     }
 
     /// Returns what the host allocated for the image file of a level, where that is known.

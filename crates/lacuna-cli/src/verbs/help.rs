@@ -49,11 +49,12 @@ pub(super) const USUAL: [ExitCode; 2] = [
 ];
 
 /// The groups of the overview and what leads them.
-const TASKS: [(Task, &str); 5] = [
+const TASKS: [(Task, &str); 6] = [
     (Task::Make, "make"),
     (Task::Look, "look"),
     (Task::Check, "check"),
     (Task::Change, "change"),
+    (Task::Serve, "serve"),
     (Task::Try, "try"),
 ];
 

@@ -23,6 +23,7 @@ mod progress;
 mod qemu_words;
 mod rebase;
 pub(crate) mod resize;
+mod serve;
 pub(crate) mod spec;
 
 pub(crate) use help::version;
@@ -61,6 +62,7 @@ pub(crate) enum Task {
     Look,
     Check,
     Change,
+    Serve,
     Try,
     /// About the program itself: found by the help, so that the overview has room for work.
     About,
@@ -81,7 +83,7 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 17] = [
+const VERBS: [&Verb; 18] = [
     &amend::VERB,
     &bench::VERB,
     &check::VERB,
@@ -99,6 +101,7 @@ const VERBS: [&Verb; 17] = [
     &measure::VERB,
     &rebase::VERB,
     &resize::VERB,
+    &serve::VERB,
 ];
 
 /// What may stand before the verb.
@@ -119,8 +122,14 @@ const ERROR_FORMAT: Flag =
         .own();
 
 /// Verbs that only we have.
-const OWN: [&str; 5] =
-    [completions::VERB.name, demo::VERB.name, help::VERB.name, io::VERB.name, man::VERB.name];
+const OWN: [&str; 6] = [
+    completions::VERB.name,
+    demo::VERB.name,
+    help::VERB.name,
+    io::VERB.name,
+    man::VERB.name,
+    serve::VERB.name,
+];
 
 /// Verbs of QEMU's program that users will look for, as long as they are not in [`VERBS`].
 const THEIRS: [&str; 13] = [

@@ -49,6 +49,7 @@ impl Sandbox {
             link(&tool(name), name);
             link(&stock, &format!("stock-{kind}"));
         }
+        link(&Path::new(STOCK).join("qemu-nbd"), "stock-nbd");
         link(Path::new(env!("CARGO_BIN_EXE_lacuna")), "lacuna");
         std::fs::create_dir(folder.path().join("work")).unwrap();
         Self { folder }

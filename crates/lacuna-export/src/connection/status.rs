@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use lacuna::block::Extent;
+use lacuna::block::{AllocationDepth, Extent};
 use lacuna::units::GuestRange;
 use lacuna::{Error, Result};
 use lacuna_nbd::ContextId;
@@ -62,8 +62,8 @@ async fn learn<D: ServedDisk>(
             collect(range, wants_one, ask).await
         }
         Fact::Depth => {
-            let depth = |extent: &Extent| u64::from(extent.status.depth.0);
-            let ask = async |rest| Ok(statuses(&disk.extents(rest).await?, rest, depth));
+            let sizes = disk.level_sizes();
+            let ask = async |rest| Ok(depths(&disk.extents(rest).await?, rest, &sizes));
             collect(range, wants_one, ask).await
         }
         Fact::Dirty(bitmap) => {
@@ -118,6 +118,30 @@ fn allocation(extent: &Extent) -> u64 {
     flags.bits().into()
 }
 
+/// Says which level supplies the bytes. Behind the end of a short level it is that level, as QEMU
+/// has it (A.4.1); elsewhere what no level allocates comes from nowhere.
+fn depths(extents: &[Extent], range: GuestRange, sizes: &[u64]) -> Vec<StatusExtent> {
+    let mut known = Vec::new();
+    for extent in extents {
+        let (mut at, end) = (extent.range.start.0, extent.range.end().min(range.end()).0);
+        let depth = extent.status.depth;
+        while at < end {
+            let below = || sizes.iter().enumerate().skip(1);
+            let short = below().find(|(_, size)| **size <= at).map_or(0, |(level, _)| level + 1);
+            let (flags, next) = match depth {
+                AllocationDepth::NOWHERE => {
+                    let edge = below().map(|(_, size)| *size).filter(|size| *size > at).min();
+                    (short as u64, edge.unwrap_or(end).min(end))
+                }
+                depth => (depth.0.into(), end),
+            };
+            known.push(StatusExtent { len: next - at, flags });
+            at = next;
+        }
+    }
+    known
+}
+
 fn dirty(runs: &[DirtyRun], range: GuestRange, flag: u64) -> Vec<StatusExtent> {
     let within = |run: &DirtyRun| run.range.end().min(range.end()) - run.range.start;
     let flags = |run: &DirtyRun| if run.is_dirty { flag } else { 0 };
@@ -135,7 +159,7 @@ async fn layers<D: ServedDisk>(
         false => 0,
     };
     let mut known = statuses(&disk.extents(range).await?, range, zero);
-    for level in 0..disk.levels() {
+    for level in 0..disk.level_sizes().len() {
         let bit = u32::try_from(level).unwrap_or(LayersStatus::LEVELS);
         let allocated = LayersStatus::default().with_allocated(bit).0;
         let here = |extent: &Extent| if extent.status.depth.0 == 1 { allocated } else { 0 };

@@ -1,0 +1,175 @@
+//! What the command line of `serve` says.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use lacuna::block::ZeroDetection;
+use lacuna::qcow2::Access;
+use lacuna_export::{Address, ExportOptions, Limits};
+
+use super::open::{self, Request};
+use crate::args::Parsed;
+use crate::error::{CliError, CliResult};
+use crate::size::within;
+use crate::verbs::spec::runtime::zero_detection;
+
+/// The port of the protocol.
+const PORT: u16 = 10809;
+/// The largest number that options take.
+const MOST: u64 = i32::MAX as u64;
+
+/// An image and the name of its export.
+pub(super) struct Named {
+    pub(super) name: String,
+    file: String,
+}
+
+pub(super) struct Asked {
+    pub(super) images: Vec<Named>,
+    pub(super) address: Address,
+    pub(super) export: ExportOptions,
+    pub(super) limits: Limits,
+    pub(super) is_persistent: bool,
+    pub(super) pid_file: Option<PathBuf>,
+    pub(super) run: Option<String>,
+    has_address: bool,
+}
+
+impl Asked {
+    pub(super) fn new(parsed: &Parsed) -> CliResult<Self> {
+        let has_address = ["socket", "bind", "port"].iter().any(|flag| parsed.has(flag));
+        Ok(Self {
+            images: images(parsed)?,
+            address: address(parsed)?,
+            export: export(parsed)?,
+            limits: limits(parsed)?,
+            is_persistent: parsed.has("persistent"),
+            pid_file: parsed.last("pid-file").map(PathBuf::from),
+            run: parsed.last("run").map(str::to_owned),
+            has_address,
+        })
+    }
+
+    /// A command needs a way to us and does not care which.
+    pub(super) const fn needs_own_socket(&self) -> bool {
+        self.run.is_some() && !self.has_address
+    }
+
+    /// Returns where a client finds the only export, or all of them; `names` are the sockets'.
+    pub(super) fn uri(&self, address: &Address, names: &[String]) -> String {
+        let export = match &self.images[..] {
+            [only] => escaped(&only.name),
+            _ => String::new(),
+        };
+        match (address, names.first()) {
+            (Address::Unix(path), _) => {
+                format!("nbd+unix:///{export}?socket={}", escaped(&path.display().to_string()))
+            }
+            (Address::Tcp(..), Some(name)) => format!("nbd://{name}/{export}"),
+            (Address::Tcp(..), None) => format!("nbd://{address}/{export}"),
+        }
+    }
+}
+
+/// Spells out what has a meaning in a URI.
+fn escaped(text: &str) -> String {
+    let spelt = |byte: u8| match byte {
+        b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' | b'/' => {
+            char::from(byte).to_string()
+        }
+        _ => format!("%{byte:02X}"),
+    };
+    text.bytes().map(spelt).collect()
+}
+
+/// Takes each operand apart. A name is what stands before the first `=`, unless that looks like
+/// a part of a path or of options.
+fn images(parsed: &Parsed) -> CliResult<Vec<Named>> {
+    let has_names = !parsed.has("image-opts");
+    let named = |operand: &String| match operand.split_once('=') {
+        Some((name, file)) if has_names && !name.contains(['/', ':']) && !file.is_empty() => {
+            Named { name: name.to_owned(), file: file.to_owned() }
+        }
+        _ => Named { name: String::new(), file: operand.clone() },
+    };
+    let images: Vec<Named> = parsed.operands.iter().map(named).collect();
+    if images.is_empty() {
+        return Err(CliError::usage("Expecting an image file name"));
+    }
+    if images.len() > 1 && images.iter().filter(|named| named.name.is_empty()).count() > 1 {
+        return Err(CliError::new("Of several exports, at most one goes without a name")
+            .with_hint("name them: lacuna serve a=a.qcow2 b=b.raw"));
+    }
+    Ok(images)
+}
+
+fn address(parsed: &Parsed) -> CliResult<Address> {
+    let port = parsed.last("port").map(|text| within("port", text, 0, u16::MAX.into()));
+    match parsed.last("socket") {
+        Some(_) if port.is_some() || parsed.has("bind") => {
+            Err(CliError::new("--socket and --bind or --port are mutually exclusive"))
+        }
+        Some(path) => Ok(Address::Unix(PathBuf::from(path))),
+        None => {
+            let port = port.transpose()?.and_then(|port| u16::try_from(port).ok());
+            let host = parsed.last("bind").unwrap_or("::").trim_matches(['[', ']']);
+            Ok(Address::Tcp(host.to_owned(), port.unwrap_or(PORT)))
+        }
+    }
+}
+
+fn export(parsed: &Parsed) -> CliResult<ExportOptions> {
+    Ok(ExportOptions {
+        description: parsed.last("description").map(str::to_owned),
+        read_only: parsed.has("read-only"),
+        shared: number(parsed, "shared", 0)?.unwrap_or(0) as usize,
+        resize: parsed.has("resize"),
+        ..ExportOptions::default()
+    })
+}
+
+fn limits(parsed: &Parsed) -> CliResult<Limits> {
+    let usual = Limits::default();
+    let connections = number(parsed, "max-connections", 1)?.map(|number| number as usize);
+    let handshake = number(parsed, "handshake-timeout", 1)?.map(Duration::from_secs);
+    Ok(Limits {
+        connections: connections.unwrap_or(usual.connections),
+        handshake: handshake.unwrap_or(usual.handshake),
+        ..usual
+    })
+}
+
+fn number(parsed: &Parsed, flag: &str, least: u64) -> CliResult<Option<u64>> {
+    parsed.last(flag).map(|text| within(flag, text, least, MOST)).transpose()
+}
+
+/// Says how an image is to be opened.
+pub(super) fn request(named: &Named, parsed: &Parsed) -> CliResult<Request> {
+    let reading = Request::reading(&named.file, parsed, "format")?;
+    let access = if parsed.has("read-only") { Access::ReadOnly } else { Access::ReadWrite };
+    let cache = match parsed.last("cache") {
+        None => reading.cache,
+        Some(mode) => open::cache_mode(mode).ok_or_else(|| CliError::new("Invalid cache mode"))?,
+    };
+    let mut request = Request { access, cache, ..reading };
+    let common = &mut request.image.disk.common;
+    if let Some(level) = parsed.last("detect-zeroes") {
+        common.detect_zeroes = zero_detection(level).ok_or_else(|| {
+            CliError::new(format!("Invalid detect-zeroes mode: {level}"))
+                .with_hint("it is off, on, unmap or thorough")
+        })?;
+    }
+    match parsed.last("discard") {
+        None => common.discard = common.discard.or(Some(true)),
+        Some("unmap" | "on") => common.discard = Some(true),
+        Some("ignore" | "off") if common.detect_zeroes >= ZeroDetection::Unmap => {
+            return Err(CliError::new("--detect-zeroes=unmap needs --discard=unmap"));
+        }
+        Some("ignore" | "off") => common.discard = Some(false),
+        Some(other) => {
+            return Err(CliError::new(format!("Invalid discard mode: {other}"))
+                .with_hint("it is ignore or unmap"));
+        }
+    }
+    Ok(request)
+}

@@ -1,0 +1,115 @@
+//! An opened chain as a server sees it.
+
+use lacuna::block::{DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags};
+use lacuna::buffer::Buffer;
+use lacuna::qcow2::Shrink;
+use lacuna::storage::Transfer;
+use lacuna::units::{GuestOffset, GuestRange};
+use lacuna::{Error, ErrorKind, Result};
+use lacuna_export::{DirtyRun, ServedDisk};
+
+use crate::nodes::{FileChain, ToolDisk};
+
+/// A chain that is served.
+pub(super) struct ChainDisk(FileChain);
+
+impl ChainDisk {
+    pub(super) const fn new(chain: FileChain) -> Self {
+        Self(chain)
+    }
+
+    pub(super) const fn disk(&self) -> &ToolDisk {
+        self.0.disk()
+    }
+}
+
+impl Layer for ChainDisk {
+    fn size_bytes(&self) -> u64 {
+        self.disk().size_bytes()
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.disk().is_read_only()
+    }
+
+    fn zero_unit_bytes(&self) -> u64 {
+        self.disk().zero_unit_bytes()
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        self.disk().known_zeroes().await
+    }
+
+    async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        self.disk().read(offset, buffer).await
+    }
+
+    async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
+        self.disk().write(offset, buffer, flags).await
+    }
+
+    async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+        self.disk().write_zeroes(range, flags).await
+    }
+
+    async fn discard(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
+        self.disk().discard(range, mode).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.disk().flush().await
+    }
+
+    async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
+        self.disk().extents(range).await
+    }
+}
+
+impl ServedDisk for ChainDisk {
+    fn bitmaps(&self) -> Vec<String> {
+        self.level_bitmaps(0)
+    }
+
+    async fn dirty(&self, bitmap: &str, range: GuestRange) -> Result<Vec<DirtyRun>> {
+        self.level_dirty(0, bitmap, range).await
+    }
+
+    fn level_sizes(&self) -> Vec<u64> {
+        let below = (1..self.0.levels().len()).filter_map(|level| self.0.level_disk(level));
+        std::iter::once(self.size_bytes()).chain(below.map(Layer::size_bytes)).collect()
+    }
+
+    async fn level_extents(&self, level: usize, range: GuestRange) -> Result<Vec<Extent>> {
+        let Some(disk) = self.0.level_disk(level) else { return Ok(vec![nothing(range)]) };
+        // A backing file may be shorter than what stands on it.
+        let end = range.end().min(GuestOffset(disk.size_bytes()));
+        match end > range.start {
+            true => disk.extents(GuestRange::new(range.start, end - range.start)).await,
+            false => Ok(vec![nothing(range)]),
+        }
+    }
+
+    fn level_bitmaps(&self, _: usize) -> Vec<String> {
+        Vec::new()
+    }
+
+    async fn level_dirty(&self, _: usize, name: &str, _: GuestRange) -> Result<Vec<DirtyRun>> {
+        Err(Error::new(ErrorKind::NotFound, format!("There is no bitmap {name}")))
+    }
+
+    async fn resize(&self, size_bytes: u64) -> Result<()> {
+        let Some(image) = self.disk().as_qcow2() else {
+            return Err(Error::unsupported("Only qcow2 images change their size while served"));
+        };
+        image.resize(size_bytes, Shrink::Allow).await?;
+        image.flush().await
+    }
+
+    fn is_rotational(&self) -> bool {
+        false
+    }
+}
+
+fn nothing(range: GuestRange) -> Extent {
+    Extent { range, status: ExtentStatus::UNALLOCATED }
+}

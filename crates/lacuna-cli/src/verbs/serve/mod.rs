@@ -1,0 +1,196 @@
+//! `serve`: disks over NBD, until somebody ends it.
+//!
+//! * `asked.rs`: what the command line says
+//! * `disk.rs`: an opened chain as a server sees it
+//!
+//! Exit codes: 0 ended as asked, with everything written; that of the command with `--run`.
+
+mod asked;
+mod disk;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
+
+use lacuna_export::{Address, Export, Exports, Listener, Server, ServerOptions};
+use pollster::block_on;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use self::asked::{Asked, Named};
+use self::disk::ChainDisk;
+use super::{Example, Task, Verb, common, open};
+use crate::args::{Flag, Parsed};
+use crate::error::{CliError, CliResult};
+use crate::output;
+use crate::persona::Tool;
+
+/// The verb.
+pub(super) const VERB: Verb = Verb {
+    name: "serve",
+    task: Task::Serve,
+    summary: "Serve disks to NBD clients",
+    operands: "[NAME=]FILENAME...",
+    flags: &[
+        Flag::valued('k', "socket", "PATH", "listen on a socket file"),
+        Flag::valued('b', "bind", "ADDRESS", "listen on this address (all)"),
+        Flag::valued('p', "port", "PORT", "listen on this TCP port (10809)"),
+        common::FORMAT,
+        common::IMAGE_OPTS,
+        Flag::switch('r', "read-only", "refuse changes"),
+        Flag::switch('t', "persistent", "go on when the last client has left"),
+        Flag::valued('e', "shared", "NUM", "clients of an export at once (0: any number)"),
+        Flag::valued('D', "description", "TEXT", "a text about the exports, for people"),
+        Flag::valued('T', "cache", "MODE", "cache mode of the host (writeback)"),
+        Flag::valued('\0', "discard", "MODE", "ignore or unmap (unmap)").long_only(),
+        Flag::valued('\0', "detect-zeroes", "MODE", "off, on, unmap or thorough (off)").long_only(),
+        Flag::switch('\0', "resize", "let clients change the size").long_only(),
+        Flag::valued('\0', "pid-file", "PATH", "holds the process id while clients can come")
+            .long_only(),
+        Flag::valued('\0', "max-connections", "NUM", "connections at once (4096)").long_only(),
+        Flag::valued('\0', "handshake-timeout", "SECONDS", "how long a handshake may take (10)")
+            .long_only(),
+        Flag::valued('\0', "run", "COMMAND", "serve only while a shell runs it; $uri is where")
+            .long_only(),
+        common::FORCE_SHARE,
+        common::OBJECT,
+        common::PROBE_BACKING,
+    ],
+    examples: &[
+        Example {
+            shows: "ask stock tools what they see, with nothing left behind",
+            line: "disk.qcow2 --run 'nbdinfo --map $uri'",
+        },
+        Example {
+            shows: "two exports for as long as a command runs, changes refused",
+            line: "-r a=disk.qcow2 b=disk.raw --run 'nbdinfo --list $uri'",
+        },
+    ],
+    codes: &[],
+    run,
+};
+
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    let asked = Asked::new(parsed)?;
+    let exports = Arc::new(Exports::with_only_as_default());
+    for named in &asked.images {
+        let disk = opened(tool, named, parsed)?;
+        exports.add(Export::new(&named.name, disk, asked.export.clone())?)?;
+    }
+    let options = ServerOptions { limits: asked.limits, ..ServerOptions::default() };
+    let server = Server::start(Arc::clone(&exports), options);
+    let server = server.map_err(|error| lacuna::Error::io(error, "Starting the server"))?;
+    let served = serve(&server, &asked);
+    server.stop();
+    let closed = close_all(&exports);
+    let code = served?;
+    closed.map(|()| code)
+}
+
+fn opened(tool: &Tool, named: &Named, parsed: &Parsed) -> CliResult<ChainDisk> {
+    let request = asked::request(named, parsed)?;
+    let chain = open::open_for_content(tool, &request)?;
+    open::warn_of_guess(&request, &chain);
+    Ok(ChainDisk::new(chain))
+}
+
+/// Listens, and returns when it is time to end.
+fn serve(server: &Server<ChainDisk>, asked: &Asked) -> CliResult<u8> {
+    let scratch = asked.needs_own_socket().then(tempfile::tempdir).transpose();
+    let scratch = scratch.map_err(|error| lacuna::Error::io(error, "Making a socket's folder"))?;
+    let own = scratch.as_ref().map(|folder| Address::Unix(folder.path().join("nbd.sock")));
+    // Signals count from here on: whoever sees the socket may end the server.
+    let (end, ended) = mpsc::channel();
+    let signals = watch_signals(end.clone())?;
+    let address = own.as_ref().unwrap_or(&asked.address);
+    let names = listen(server, address)?;
+    let pid_file = asked.pid_file.as_deref().map(PidFile::new).transpose()?;
+    let code = match &asked.run {
+        Some(command) => run_command(command, &asked.uri(address, &names)),
+        None => {
+            say_where(&names)?;
+            if !asked.is_persistent {
+                watch_clients(server, end);
+            }
+            // The senders live as long as the process.
+            let _signal_or_last_client = ended.recv();
+            Ok(0)
+        }
+    };
+    signals.close();
+    drop(pid_file);
+    code
+}
+
+/// Returns what clients call the sockets.
+fn listen(server: &Server<ChainDisk>, address: &Address) -> CliResult<Vec<String>> {
+    let listeners = Listener::bind(address)
+        .map_err(|error| CliError::from(lacuna::Error::io(error, "Cannot serve")))?;
+    let names = listeners.iter().map(Listener::name).collect();
+    listeners.into_iter().for_each(|listener| server.listen(listener));
+    Ok(names)
+}
+
+fn say_where(names: &[String]) -> CliResult<()> {
+    output::print(&names.iter().map(|name| format!("Listening on {name}\n")).collect::<String>())
+}
+
+fn watch_signals(end: mpsc::Sender<()>) -> CliResult<signal_hook::iterator::Handle> {
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])
+        .map_err(|error| lacuna::Error::io(error, "Catching signals"))?;
+    let handle = signals.handle();
+    thread::spawn(move || {
+        if signals.forever().next().is_some() {
+            // Nobody waits where the server ends anyway.
+            let _nobody_waits = end.send(());
+        }
+    });
+    Ok(handle)
+}
+
+fn watch_clients(server: &Server<ChainDisk>, end: mpsc::Sender<()>) {
+    let left = server.all_left();
+    thread::spawn(move || {
+        left.wait();
+        let _nobody_waits = end.send(());
+    });
+}
+
+/// Runs a command of the shell with `uri` in its environment; its exit code is ours.
+fn run_command(command: &str, uri: &str) -> CliResult<u8> {
+    let status = Command::new("sh").args(["-c", command]).env("uri", uri).status();
+    let status = status.map_err(|error| lacuna::Error::io(error, "Running a shell"))?;
+    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
+}
+
+/// Leaves all images as they should be left; the first failure is told.
+fn close_all(exports: &Exports<ChainDisk>) -> CliResult<()> {
+    let mut result = Ok(());
+    for export in exports.all() {
+        let closed = block_on(export.disk().disk().clone().close());
+        result = result.and(closed);
+    }
+    Ok(result?)
+}
+
+/// A file that holds our process id, and is gone when clients can come no more.
+struct PidFile<'a>(&'a Path);
+
+impl<'a> PidFile<'a> {
+    fn new(path: &'a Path) -> CliResult<Self> {
+        let written = fs::write(path, format!("{}\n", std::process::id()));
+        written.map_err(|error| lacuna::Error::io(error, format!("Writing {}", path.display())))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for PidFile<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(self.0) {
+            output::warn(&format!("{} could not be removed: {error}", self.0.display()));
+        }
+    }
+}
