@@ -185,13 +185,21 @@ fn cve_2021_3716_nothing_from_before_tls_counts_after() {
         let kinds: Vec<_> = replies(&handshake.take_output()).iter().map(|r| r.kind).collect();
         assert_eq!(kinds, [talk::ACK, talk::META_CONTEXT, talk::ACK, talk::ACK]);
         handshake.tls_established();
-        // As if nothing had been said: EXPORT_NAME is allowed, contexts are not, replies are simple.
-        let set = option(talk::SET_META_CONTEXT, &contexts);
-        assert_eq!(answers(&mut handshake, &[set])[0].kind, talk::INVALID);
-        let end = drive(&mut handshake, &mut &option(talk::EXPORT_NAME, b"disk")[..]);
-        let End::Transmission(transmission) = end else { panic!("{end:?}") };
+        // As if nothing had been said: EXPORT_NAME is allowed, replies are simple.
+        let choose = option(talk::EXPORT_NAME, b"disk");
+        let End::Transmission(transmission) = drive(&mut handshake, &mut &choose[..]) else {
+            panic!("no transmission");
+        };
         assert!(!transmission.replies().has_chunks() && transmission.contexts().is_empty());
     }
+    // The same for what needs structured replies.
+    let mut handshake = started(TlsMode::Allowed);
+    let input = [option(talk::STRUCTURED_REPLY, b""), option(talk::STARTTLS, b"")].concat();
+    assert!(matches!(drive(&mut handshake, &mut &input[..]), End::Tls));
+    let _acknowledged = handshake.take_output();
+    handshake.tls_established();
+    let set = option(talk::SET_META_CONTEXT, &contexts);
+    assert_eq!(answers(&mut handshake, &[set])[0].kind, talk::INVALID);
 }
 
 /// A list of exports with long names smashed the stack of the client.
