@@ -44,10 +44,12 @@ impl Spec {
 }
 
 /// The options of a new qcow2 image, in the order of the `Formatting` line.
-const QCOW2: [Spec; 12] = [
+const QCOW2: [Spec; 14] = [
     spec("cluster_size", Kind::Size, "Size of a cluster, 512 to 2M").or("65536"),
     spec("extended_l2", Kind::Switch, "32 subclusters for each cluster").or("off"),
     spec("preallocation", Kind::Text, "What to allocate at once (off)"),
+    spec("preallocation_layout", Kind::Text, "Metadata in front of one run of data (contiguous)")
+        .ours(),
     spec("compression_type", Kind::Text, "Compression of clusters (zlib, zstd)").or("zlib"),
     spec("size", Kind::Size, "Size of the disk"),
     spec("compat", Kind::Text, "Version of the format (v2 or 0.10, v3 or 1.1)"),
@@ -55,6 +57,8 @@ const QCOW2: [Spec; 12] = [
     spec("backing_fmt", Kind::Text, "Format of the backing image"),
     spec("data_file", Kind::Text, "File name of an external data file"),
     spec("data_file_raw", Kind::Switch, "Keep the data file readable as a raw image"),
+    spec("keep_mapping", Kind::Switch, "Remember that discards leave clusters where they are")
+        .ours(),
     spec("zero_claims", Kind::Switch, "Say in private bits while all is zero or unallocated")
         .ours(),
     spec("lazy_refcounts", Kind::Switch, "Update reference counts late").or("off"),

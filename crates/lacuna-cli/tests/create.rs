@@ -200,3 +200,38 @@ fn a_backing_format_that_nobody_has_is_refused() {
          stock-img info image",
     );
 }
+
+#[test]
+fn space_in_one_run_is_remembered_to_stay_where_it_is() {
+    let ours = Sandbox::ours();
+    let layout = "preallocation=metadata,preallocation_layout=contiguous,keep_mapping=on";
+    ours.prepare(&format!("lacuna create -q -f qcow2 -o {layout} kept 2M"));
+    let map = |sandbox: &Sandbox| sandbox.run("stock-img map --output=json kept").text;
+    let before = map(&ours);
+    assert_eq!(before.matches("start").count(), 1, "one run: {before}");
+    let info = ours.run("lacuna info kept").text;
+    assert!(info.contains("keep mapping: true") && info.contains("mapping kept: true"), "{info}");
+    let changes = "-c 'write 0 2M' -c 'discard 64k 128k' -c 'write -z -u 1M 64k' -c 'write 0 2M'";
+    ours.prepare(&format!("lacuna io {changes} kept"));
+    assert_eq!(map(&ours).matches("start").count(), 1, "{}", map(&ours));
+    assert_eq!(ours.run("stock-img check kept").code, Some(0));
+
+    // A stranger's session ends the claim, not the wish; an option goes before both.
+    ours.prepare("stock-io -c 'write 0 512' kept");
+    let info = ours.run("lacuna info kept").text;
+    assert!(info.contains("keep mapping: true") && info.contains("mapping kept: false"), "{info}");
+    let options = "driver=qcow2,discard-no-unref=off,file.filename=kept";
+    ours.prepare(&format!("lacuna io --image-opts -c 'discard 64k 64k' {options}"));
+    assert!(map(&ours).matches("start").count() > 1, "{}", map(&ours));
+
+    for (options, words) in [
+        ("preallocation_layout=contiguous", "metadata, falloc or full"),
+        ("preallocation=full,preallocation_layout=odd", "does not accept value 'odd'"),
+        ("compat=0.10,keep_mapping=on", "Version 2"),
+    ] {
+        let refused = ours.run(&format!("lacuna create -f qcow2 -o {options} new 1M"));
+        assert_eq!(refused.code, Some(1), "{}", refused.text);
+        assert!(refused.text.contains(words), "{}", refused.text);
+    }
+    assert!(!ours.run("qemu-img create -f qcow2 -o help new").text.contains("keep_mapping"));
+}

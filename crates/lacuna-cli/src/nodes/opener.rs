@@ -128,9 +128,12 @@ fn image_options(disk: &DiskSpec, options: OpenOptions) -> OpenOptions {
     };
     let options = options
         .discard(discard)
-        .on_discard(runtime.on_discard)
         .zero_unmap(runtime.zero_unmap)
         .lazy_refcounts(runtime.lazy_refcounts);
+    let options = match runtime.on_discard {
+        Some(on_discard) => options.on_discard(on_discard),
+        None => options,
+    };
     match runtime.table_cache_bytes() {
         Some(bytes) => options.cache_bytes(bytes.max(LEAST_CACHE_BYTES)),
         None => options,

@@ -6,7 +6,7 @@ use lacuna::ErrorKind;
 use lacuna::block::{Layer, Preallocation};
 use lacuna::chain::{Sharing, UnnamedFormat};
 use lacuna::qcow2::format::{CompressionType, EntryWidth, Version};
-use lacuna::qcow2::{self, Access, BackingName, CreateOptions, DataFileName};
+use lacuna::qcow2::{self, Access, BackingName, CreateOptions, DataFileName, PreallocationLayout};
 use lacuna::raw::Raw;
 use lacuna::storage::{CacheMode, Claim, FileOptions, FileStorage, LockConflict, Locking};
 use pollster::block_on;
@@ -51,6 +51,10 @@ pub(super) const VERB: Verb = Verb {
         Example {
             shows: "subclusters in clusters of 128 KiB",
             line: "-f qcow2 -o cluster_size=128k,extended_l2=on sub.qcow2 1T",
+        },
+        Example {
+            shows: "reserved space that discards leave where it is",
+            line: "-f qcow2 -o preallocation=falloc,keep_mapping=on kept.qcow2 64M",
         },
         Example { shows: "the options that qcow2 has", line: "-f qcow2 -o help" },
     ],
@@ -317,6 +321,8 @@ impl Plan {
             compression: compression(values.text("compression_type"))?,
             lazy_refcounts: values.is_on("lazy_refcounts"),
             zero_claims: values.is_on("zero_claims"),
+            keep_mapping: values.is_on("keep_mapping"),
+            preallocation_layout: layout(values.text("preallocation_layout"))?,
             backing: backing(values)?,
             data_file: data_file(values)?,
             ..CreateOptions::default()
@@ -494,6 +500,17 @@ fn backing_format(name: &str) -> CliResult<String> {
         false => {
             let text = format!("Parameter 'backing-fmt' does not accept value '{name}'");
             Err(CliError::new(text).with_hint("mostly it is qcow2 or raw"))
+        }
+    }
+}
+
+fn layout(name: Option<&str>) -> CliResult<PreallocationLayout> {
+    match name {
+        None | Some("qemu") => Ok(PreallocationLayout::AsQemu),
+        Some("contiguous") => Ok(PreallocationLayout::Contiguous),
+        Some(other) => {
+            let text = format!("Parameter 'preallocation_layout' does not accept value '{other}'");
+            Err(CliError::new(text).with_hint("layouts are qemu and contiguous"))
         }
     }
 }

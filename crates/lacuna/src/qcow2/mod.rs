@@ -54,7 +54,7 @@ mod zero_claims;
 pub(crate) use host_status::HostStatuses;
 
 pub use amend::AmendOptions;
-pub use create::{BackingName, CreateOptions, DataFileName, create};
+pub use create::{BackingName, CreateOptions, DataFileName, PreallocationLayout, create};
 pub use encode::{Encoder, Stream};
 pub use image::{Counts, Image};
 pub use open::read_header;

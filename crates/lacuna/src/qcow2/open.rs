@@ -41,7 +41,7 @@ impl<S: Storage> Image<S> {
         check_options(&header, &options)?;
         let writable = options.access == Access::ReadWrite;
         if writable {
-            prepare_for_writing(&parts.storage, &mut header).await?;
+            prepare_for_writing(&parts.storage, &mut header, &options).await?;
         }
         if options.lazy_refcounts == Some(true) && header.geometry.version() == Version::V2 {
             return Err(Error::invalid(
@@ -57,6 +57,15 @@ impl<S: Storage> Image<S> {
 pub(super) fn is_lazy(header: &Header, options: &OpenOptions) -> bool {
     let by_header = header.features.compatible.contains(CompatibleFeatures::LAZY_REFCOUNTS);
     options.lazy_refcounts.unwrap_or(by_header)
+}
+
+/// What a discard leaves of a mapping: as whoever opens the image says, else as the image does.
+fn on_discard(header: &Header, options: &OpenOptions) -> OnDiscard {
+    let remembered = match header.keeps_mapping() {
+        true => OnDiscard::KeepMapping,
+        false => OnDiscard::Free,
+    };
+    options.on_discard.unwrap_or(remembered)
 }
 
 /// Reads and checks the header of the image in `storage`.
@@ -114,7 +123,7 @@ fn check_parts<S>(header: &Header, parts: &Parts<S>) -> Result<()> {
 
 fn check_options(header: &Header, options: &OpenOptions) -> Result<()> {
     match (options.on_discard, header.geometry.version()) {
-        (OnDiscard::KeepMapping, Version::V2) => Err(Error::unsupported(
+        (Some(OnDiscard::KeepMapping), Version::V2) => Err(Error::unsupported(
             "Version 2 cannot mark a cluster as zeros and keep its place: discard-no-unref needs \
              version 3",
         )),
@@ -123,7 +132,11 @@ fn check_options(header: &Header, options: &OpenOptions) -> Result<()> {
 }
 
 /// Refuses what must not be written, repairs what may be, and clears foreign autoclear bits.
-async fn prepare_for_writing<S: Storage>(storage: &S, header: &mut Header) -> Result<()> {
+async fn prepare_for_writing<S: Storage>(
+    storage: &S,
+    header: &mut Header,
+    options: &OpenOptions,
+) -> Result<()> {
     if !storage.capabilities().writable {
         return Err(Error::new(ErrorKind::ReadOnly, "The image file was opened read-only"));
     }
@@ -136,9 +149,12 @@ async fn prepare_for_writing<S: Storage>(storage: &S, header: &mut Header) -> Re
         repair_dirty(storage).await?;
         *header = read_header(storage).await?;
     }
-    let known = AutoclearFeatures::BITMAPS
+    let mut known = AutoclearFeatures::BITMAPS
         | AutoclearFeatures::RAW_EXTERNAL_DATA
         | zero_claims::possible(header);
+    // Whoever may take places is as a stranger to who says that they were kept.
+    let keeps = header.keeps_mapping() && on_discard(header, options) == OnDiscard::KeepMapping;
+    known.set(AutoclearFeatures::MAPPING_KEPT, keeps);
     let kept = header.features.autoclear & known;
     if kept != header.features.autoclear {
         header.features.autoclear = kept;
@@ -217,7 +233,7 @@ async fn load_meta<S: Storage>(
         paused: false,
         closed: false,
         failed: None,
-        on_discard: options.on_discard,
+        on_discard: on_discard(header, options),
         discard_unit: options.discard_unit,
         claims: header.features.autoclear & zero_claims::possible(header),
     })

@@ -92,6 +92,9 @@ pub enum ZeroUnmap {
 
 /// Whether a discard takes the place on the host from a cluster (002-6).
 ///
+/// A place that is kept is moved by two things only: a write to a cluster that a snapshot shares,
+/// and one to a compressed cluster, go to a new one.
+///
 /// ```
 /// assert_eq!(lacuna::qcow2::OnDiscard::default(), lacuna::qcow2::OnDiscard::Free);
 /// ```
@@ -138,7 +141,7 @@ pub struct OpenOptions {
     pub(super) detail: ExtentDetail,
     pub(super) lazy_refcounts: Option<bool>,
     pub(super) zero_unmap: ZeroUnmap,
-    pub(super) on_discard: OnDiscard,
+    pub(super) on_discard: Option<OnDiscard>,
     pub(super) discard_unit: DiscardUnit,
 }
 
@@ -154,7 +157,7 @@ impl OpenOptions {
             detail: ExtentDetail::default(),
             lazy_refcounts: None,
             zero_unmap: ZeroUnmap::default(),
-            on_discard: OnDiscard::default(),
+            on_discard: None,
             discard_unit: DiscardUnit::default(),
         }
     }
@@ -203,10 +206,11 @@ impl OpenOptions {
         Self { zero_unmap, ..self }
     }
 
-    /// Chooses whether discarded clusters keep their place. Version 3 only.
+    /// Chooses whether discarded clusters keep their place, which needs version 3; without a choice
+    /// the image says ([`CreateOptions::keep_mapping`](super::CreateOptions::keep_mapping)).
     #[must_use]
     pub const fn on_discard(self, on_discard: OnDiscard) -> Self {
-        Self { on_discard, ..self }
+        Self { on_discard: Some(on_discard), ..self }
     }
 
     /// Chooses the smallest unit of a discard.

@@ -7,7 +7,8 @@
 //! * Always: what a new cluster holds reads as zeros before it is mapped, also where the host
 //!   cluster was in use before.
 //! * Placement: mapped clusters and tables in the order of the disk, as writes would place them;
-//!   where the host reserves space, all tables come first, so that few of them lie between data.
+//!   where the host reserves space or places are to be kept, all tables come first and then one
+//!   run of data (002-7).
 
 use super::format::{L2Entry, SubclusterBitmap, Version};
 use super::image::Image;
@@ -47,6 +48,15 @@ impl Shown {
     }
 }
 
+/// Where new data clusters lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lining {
+    /// As if they were written, with tables between them.
+    AsWritten,
+    /// Behind all tables.
+    OneRun,
+}
+
 /// A run of guest clusters on its way to be mapped.
 struct Piece {
     token: Token,
@@ -66,7 +76,8 @@ impl<S: Storage> Image<S> {
         let range = GuestRange::new(GuestOffset(start), end.saturating_sub(start));
         let shown = self.shown(old, mode);
         let mut behind = None;
-        if mode >= Preallocation::Falloc && self.place() == DataPlace::ImageFile {
+        let lining = self.lining(mode);
+        if lining == Lining::OneRun {
             self.make_tables(range).await?;
             behind = Some(self.plan(|meta| meta.prepare_run(range.len)).await?);
         }
@@ -78,12 +89,18 @@ impl<S: Storage> Image<S> {
                 at = at + len;
                 continue;
             }
-            let piece = self.plan(|meta| meta.plan_piece(rest, mode, behind)).await?;
+            let piece = self.plan(|meta| meta.plan_piece(rest, lining, behind)).await?;
             at = piece.guest.end();
             behind = Some(piece.host.end());
             self.allocate_piece(&piece, mode, shown).await?;
         }
         Ok(())
+    }
+
+    fn lining(&self, mode: Preallocation) -> Lining {
+        let in_file = self.place() == DataPlace::ImageFile;
+        let in_one = mode >= Preallocation::Falloc || self.0.header.lock().keeps_mapping();
+        if in_file && in_one { Lining::OneRun } else { Lining::AsWritten }
     }
 
     /// What the backing layer has behind the old end must not come to light.
@@ -178,7 +195,7 @@ impl Meta {
     fn plan_piece(
         &mut self,
         range: GuestRange,
-        mode: Preallocation,
+        lining: Lining,
         behind: Option<HostOffset>,
     ) -> Planned<Piece> {
         self.before_change(GuestRange::new(range.start, 0))?;
@@ -193,7 +210,7 @@ impl Meta {
             DataPlace::External => (HostOffset(range.start.0), clusters),
             DataPlace::ImageFile => {
                 let found = match behind {
-                    Some(at) if mode >= Preallocation::Falloc => self.allocate_at(at, clusters)?,
+                    Some(at) if lining == Lining::OneRun => self.allocate_at(at, clusters)?,
                     _ => self.allocate_behind(clusters, behind)?,
                 };
                 (found.start, found.clusters)

@@ -7,6 +7,7 @@ use super::in_flight::Touch;
 use super::mapping::{DataPlace, Mapping};
 use super::meta::Meta;
 use super::need::{Need, Planned};
+use super::options::OnDiscard;
 use super::plan_write::{NewData, WritePiece, link_data, plan_write};
 use super::quarantine::FreedBy;
 use super::read::join;
@@ -154,8 +155,8 @@ impl<S: Storage> Image<S> {
 
     /// Writes one whole cluster compressed; the disk's last part may be shorter than a cluster.
     ///
-    /// What does not get smaller is written as it is. Whatever the cluster held before is
-    /// replaced. Durable after the next flush.
+    /// What does not get smaller is written as it is, and so is what has a place of its own that is
+    /// to be kept. Whatever the cluster held before is replaced. Durable after the next flush.
     ///
     /// # Errors
     /// `InvalidRequest` where the range is not one cluster; `Unsupported` with an external data
@@ -192,7 +193,13 @@ impl<S: Storage> Image<S> {
         let range = GuestRange::new(offset, buffer.len() as u64);
         let stream = stream.map(|stream| stream.for_encoder(&self.encoder())).transpose();
         match self.check_compressible(range).and(stream) {
-            Ok(Some(stream)) => (self.write_stream(range, stream).await, buffer),
+            Ok(Some(stream)) => match self.write_stream(range, stream).await {
+                Ok(Streamed::Written) => (Ok(()), buffer),
+                Ok(Streamed::PlaceIsKept) => {
+                    self.write_guest(offset, buffer, WriteFlags::empty()).await
+                }
+                Err(error) => (Err(error), buffer),
+            },
             Ok(None) => self.write_guest(offset, buffer, WriteFlags::empty()).await,
             Err(error) => (Err(error), buffer),
         }
@@ -220,14 +227,12 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    async fn write_stream(&self, range: GuestRange, mut stream: Buffer) -> Result<()> {
+    async fn write_stream(&self, range: GuestRange, mut stream: Buffer) -> Result<Streamed> {
         let len = stream.len() as u64;
-        let (hold, host) = self
-            .plan(|meta| plan_stream(meta, range, len))
-            .await
-            .map(|(token, host)| (self.hold(token), (token, host)))?;
-        let (token, host) = host;
-        stream.set_hold(hold);
+        let Some((token, host)) = self.plan(|meta| plan_stream(meta, range, len)).await? else {
+            return Ok(Streamed::PlaceIsKept);
+        };
+        stream.set_hold(self.hold(token));
         self.0.storage.event(Event::WriteCompressed).await;
         let (result, mut stream) = self.0.storage.write_at(host, stream).await;
         result?;
@@ -240,18 +245,29 @@ impl<S: Storage> Image<S> {
         })
         .await?;
         drop(hold);
-        Ok(())
+        Ok(Streamed::Written)
     }
 }
 
+/// What became of a compressed cluster.
+enum Streamed {
+    /// The cluster has a place of its own, which a stream somewhere else would take from it.
+    PlaceIsKept,
+    Written,
+}
+
+/// Chooses a place for a stream, unless the cluster has one that it is to keep.
 fn plan_stream(
     meta: &mut Meta,
     range: GuestRange,
     len: u64,
-) -> Planned<(super::in_flight::Token, HostOffset)> {
+) -> Planned<Option<(super::in_flight::Token, HostOffset)>> {
     meta.check_bounds(range)?;
     meta.before_change(range)?;
     meta.before_data()?;
+    if keeps_place(meta, range.start)? {
+        return Ok(None);
+    }
     meta.own_table(range.start)?;
     let clusters = meta.geometry().cover_clusters(range);
     if meta.in_flight.conflicts(Touch::Exclusive, clusters) {
@@ -260,7 +276,12 @@ fn plan_stream(
     let host = meta.allocate_bytes(len)?;
     let token = meta.in_flight.begin(Touch::Exclusive, clusters).map_err(Need::Turn)?;
     meta.in_flight.reserve(token, HostRange::new(host, len));
-    Ok((token, host))
+    Ok(Some((token, host)))
+}
+
+fn keeps_place(meta: &mut Meta, guest: GuestOffset) -> Planned<bool> {
+    let keeps = meta.on_discard == OnDiscard::KeepMapping;
+    Ok(keeps && meta.entry_to_change(guest)?.host().is_some())
 }
 
 fn link_stream(meta: &mut Meta, guest: GuestOffset, run: CompressedRun) -> Planned<()> {

@@ -113,7 +113,7 @@ impl Scene {
     }
 
     /// Old or new, the same at a second look, and everything still works.
-    fn judge(mut self, operation: Operation, story: &str) -> Result<(), String> {
+    fn judge(mut self, operation: Operation, story: &str) -> Result<Case, String> {
         let mut allowed = Candidates::default();
         allowed.add(&self.model);
         if let Operation::Discard { range, mode } = operation {
@@ -142,8 +142,9 @@ impl Scene {
         closed.map_err(|error| format!("Closing: {error}"))?;
         let mut content = vec![self.host.content(0)];
         content.extend(self.case.data.as_ref().map(|_| self.host.content(1)));
-        assert_qemu_agrees(&self.case.with_content(content), &self.model, story);
-        Ok(())
+        let left = self.case.with_content(content);
+        assert_qemu_agrees(&left, &self.model, story);
+        Ok(left)
     }
 
     /// The same operation again, and a write elsewhere.
@@ -167,17 +168,27 @@ impl Scene {
 }
 
 fn drop_everywhere(kind: Kind, seed: u64) -> usize {
-    let case = kind.build(seed);
-    let mut dropped = 0;
-    for operation in operations(&kind) {
+    drop_each(&kind.build(seed), &operations(&kind), seed, |_| Ok(()))
+}
+
+/// Drops each operation at each await; `check` judges what is left of the image at last.
+pub(crate) fn drop_each(
+    case: &Case,
+    operations: &[Operation],
+    seed: u64,
+    check: impl Fn(&Case) -> Result<(), String>,
+) -> usize {
+    let (mut dropped, kind) = (0, case.kind);
+    for operation in operations.iter().copied() {
         for polls in 1..MOST_POLLS {
             let mut more = false;
             for point in [DropPoint::AfterPoll(polls), DropPoint::InsteadOfPoll(polls + 1)] {
                 let story = format!("seed {seed}, {kind:?}, {operation:x?} dropped {point:?}");
-                let mut scene = Scene::set(&case, seed);
+                let mut scene = Scene::set(case, seed);
                 if scene.drop_at(point, operation) {
                     (more, dropped) = (true, dropped + 1);
-                    scene.judge(operation, &story).unwrap_or_else(|e| panic!("{story}: {e}"));
+                    let left = scene.judge(operation, &story).and_then(|left| check(&left));
+                    left.unwrap_or_else(|error| panic!("{story}: {error}"));
                 }
             }
             if !more {

@@ -239,7 +239,7 @@ impl Kind {
     }
 
     /// Some clusters hold data, one of them only in part; the others are holes.
-    fn build_backing(&self, random: &mut Random) -> Option<Below> {
+    pub(crate) fn build_backing(&self, random: &mut Random) -> Option<Below> {
         let shorter = self.size_bytes() / 2 / 512 * 512 + 512;
         let longer = self.size_bytes() * 5 / 4 / 512 * 512;
         let (format, size) = match self.backing {

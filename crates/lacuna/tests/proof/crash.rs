@@ -10,6 +10,7 @@ use testkit::{ModelDisk, Operation, Random, seeds};
 
 use crate::case::{Backing, Case, Files, Kind, Store};
 use crate::drive::{Candidates, assert_safe, is_dirty, perform, read, settle, whole_content};
+use crate::kept_mapping::places;
 
 /// States per crash point where not all can be looked at.
 const STATES: usize = 24;
@@ -32,6 +33,8 @@ pub(crate) struct Recorded {
     durable: Vec<usize>,
     /// Whether the script changes the size.
     regrow: bool,
+    /// Where guest clusters lie, in every state there may be.
+    places: Option<Vec<Option<u64>>>,
 }
 
 fn write(start: u64, len: u64, seed: u64) -> Operation {
@@ -52,11 +55,15 @@ impl Recorded {
     /// Begins with nothing that may be seen.
     pub(crate) fn start(case: &Case, host: SimHost) -> Self {
         let (snapshots, durable) = (Vec::new(), Vec::new());
-        Self { case: case.clone(), host, snapshots, durable, regrow: false }
+        Self { case: case.clone(), host, snapshots, durable, regrow: false, places: None }
     }
 
     /// Does `prepare` and closes the image, then records `script` on it.
-    async fn of(case: &Case, prepare: &[Operation], script: &[Operation]) -> Result<Self, String> {
+    pub(crate) async fn of(
+        case: &Case,
+        prepare: &[Operation],
+        script: &[Operation],
+    ) -> Result<Self, String> {
         Self::of_model(case, case.model(), prepare, script).await
     }
 
@@ -82,6 +89,12 @@ impl Recorded {
         recorded.see(&model);
         recorded.run(&files, model, script).await?;
         Ok(recorded)
+    }
+
+    /// Demands that no crash shows a guest cluster at another place than it has.
+    pub(crate) fn with_places_kept(mut self) -> Self {
+        self.places = Some(places(&self.case.image));
+        self
     }
 
     pub(crate) fn see(&mut self, model: &ModelDisk) {
@@ -155,7 +168,7 @@ impl Recorded {
     }
 
     /// Looks at every moment; returns how many states there were.
-    async fn crash_everywhere(&self, seed: u64) -> Result<usize, String> {
+    pub(crate) async fn crash_everywhere(&self, seed: u64) -> Result<usize, String> {
         self.crash_at(seed, |_| true).await
     }
 
@@ -176,7 +189,11 @@ impl Recorded {
                 let survivors = state.survivors;
                 let after = self.case.with_content(state.files);
                 let ask_qemu = count % QEMU_SAMPLE == 1;
-                let result = examine(&after, &allowed, self.regrow, ask_qemu).await;
+                let moved = self.places.as_ref().is_some_and(|it| *it != places(&after.image));
+                let result = match moved {
+                    true => Err("A guest cluster has another place".to_owned()),
+                    false => examine(&after, &allowed, self.regrow, ask_qemu).await,
+                };
                 result.map_err(|error| {
                     let story = survivors.join("\n  ");
                     format!(

@@ -11,6 +11,7 @@ mod crash;
 mod crash_random;
 mod drive;
 mod faults;
+mod kept_mapping;
 mod qemu_differential;
 mod random_operations;
 mod rebase;

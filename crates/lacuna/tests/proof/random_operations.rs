@@ -20,7 +20,7 @@ const STEPS: usize = 60;
 /// Rounds in one concurrent run.
 const ROUNDS: usize = 25;
 
-async fn step<S: Storage + Clone>(
+pub(crate) async fn step<S: Storage + Clone>(
     image: Image<S>,
     files: &Files<S>,
     model: &mut ModelDisk,

@@ -5,10 +5,12 @@
 
 mod batches;
 mod claims;
+mod contiguous;
 mod detection;
 mod l2_results;
 mod mapping;
 mod policy;
+mod remembered;
 mod scenario;
 mod subclusters;
 mod unallocate;

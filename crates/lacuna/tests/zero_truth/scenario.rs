@@ -29,7 +29,8 @@ pub(crate) enum Change {
 }
 
 impl Change {
-    fn command(self) -> String {
+    /// Returns the command that has qemu-io do it.
+    pub(crate) fn command(self) -> String {
         match self {
             Self::Compressed(at, len, byte) => format!("write -c -P {byte} {at} {len}"),
             Self::Discard(at, len) => format!("discard {at} {len}"),
@@ -176,7 +177,7 @@ pub(crate) trait Compress {
     async fn compressed(&self, at: u64, bytes: Vec<u8>);
 }
 
-impl Compress for Image<FileStorage> {
+impl<S: lacuna::storage::Storage> Compress for Image<S> {
     async fn compressed(&self, at: u64, bytes: Vec<u8>) {
         self.write_compressed(GuestOffset(at), Buffer::from(&bytes[..])).await.0.unwrap();
     }
@@ -184,7 +185,11 @@ impl Compress for Image<FileStorage> {
 
 /// Reads all L2 entries of the active tables straight from the file.
 fn entries(path: &Path) -> Vec<L2Entry> {
-    let file = std::fs::read(path).unwrap();
+    entries_of(&std::fs::read(path).unwrap())
+}
+
+/// Returns the L2 entries of the active tables in guest order, none where there is no table.
+pub(crate) fn entries_of(file: &[u8]) -> Vec<L2Entry> {
     let word = |at: usize| u64::from_be_bytes(file[at..at + 8].try_into().unwrap());
     let header = Header::decode(&file[..512.max(file.len().min(65536))]).unwrap();
     let geometry = header.geometry;

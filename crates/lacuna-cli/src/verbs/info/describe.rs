@@ -152,7 +152,8 @@ fn is_dirty(header: &Header) -> bool {
     header.features.incompatible.contains(IncompatibleFeatures::DIRTY)
 }
 
-/// Adds what an image says of its whole disk in private bits, where it does (000-13).
+/// Adds what an image says of its whole disk and of its places in private bits, where it does
+/// (000-13, 002-6).
 pub(super) fn add_claims(node: &mut Value, header: &Header) {
     let claims = [
         ("all-zero", AutoclearFeatures::ALL_ZERO),
@@ -163,6 +164,12 @@ pub(super) fn add_claims(node: &mut Value, header: &Header) {
         if header.features.autoclear.contains(claim) {
             data.insert(key.into(), true.into());
         }
+    }
+    if header.keeps_mapping() {
+        // Kept so far: no program wrote that would take a discarded cluster's place.
+        let kept = header.features.autoclear.contains(AutoclearFeatures::MAPPING_KEPT);
+        data.insert("keep-mapping".into(), true.into());
+        data.insert("mapping-kept".into(), kept.into());
     }
 }
 

@@ -153,7 +153,7 @@ pub(crate) struct Runtime {
     pub(crate) pass_discard_request: Option<bool>,
     pub(crate) pass_discard_snapshot: Option<bool>,
     pub(crate) pass_discard_other: Option<bool>,
-    pub(crate) on_discard: OnDiscard,
+    pub(crate) on_discard: Option<OnDiscard>,
     pub(crate) zero_unmap: ZeroUnmap,
     cache_bytes: Option<u64>,
     l2_cache_bytes: Option<u64>,
@@ -172,10 +172,10 @@ impl Runtime {
             pass_discard_request: keys.take_switch("pass-discard-request")?,
             pass_discard_snapshot: keys.take_switch("pass-discard-snapshot")?,
             pass_discard_other: keys.take_switch("pass-discard-other")?,
-            on_discard: match keys.take_switch("discard-no-unref")? {
-                Some(true) => OnDiscard::KeepMapping,
-                _ => OnDiscard::Free,
-            },
+            on_discard: keys.take_switch("discard-no-unref")?.map(|keeps| match keeps {
+                true => OnDiscard::KeepMapping,
+                false => OnDiscard::Free,
+            }),
             zero_unmap: match keys.take_text("zero-unmap").as_deref() {
                 None | Some("flag") => ZeroUnmap::Flag,
                 Some("unallocate") => ZeroUnmap::Unallocate,
@@ -261,7 +261,7 @@ impl Runtime {
 
     fn problem_of_discard(&self, header: &Header) -> Option<String> {
         let is_old = header.geometry.version() == Version::V2;
-        (is_old && self.on_discard == OnDiscard::KeepMapping)
+        (is_old && self.on_discard == Some(OnDiscard::KeepMapping))
             .then(|| "discard-no-unref is only supported since qcow2 version 3".to_owned())
     }
 

@@ -109,6 +109,24 @@ impl Layout {
         Self { geometry, used, cursor: 3, blocks, table_at: 1, old_tables: Vec::new() }
     }
 
+    /// Starts with header, refcount table and all refcount blocks that it takes to count a disk of
+    /// `data` clusters and what maps it, so that nothing of that comes to lie farther behind.
+    pub(super) fn sized_for(geometry: Geometry, data: u64) -> Result<Self> {
+        let tables = data.div_ceil(geometry.l2_entries());
+        let counted = 1 + geometry.clusters_for(tables * 8) + tables + data;
+        let space = RefcountSpace::counting(&geometry, counted, Room::Exact);
+        let entries = space.table_clusters * (geometry.cluster_bytes() / 8);
+        if entries * 8 > MAX_REFCOUNT_TABLE_BYTES {
+            return Err(super::too_large());
+        }
+        let (first, cursor) = (1 + space.table_clusters, 1 + space.table_clusters + space.blocks);
+        let mut blocks: Vec<u64> = (first..cursor).collect();
+        blocks.resize(entries as usize, 0);
+        let mut used = UsedClusters::default();
+        used.insert(0, cursor);
+        Ok(Self { geometry, used, cursor, blocks, table_at: 1, old_tables: Vec::new() })
+    }
+
     /// Takes `count` clusters in a row and returns the first.
     pub(super) fn allocate(&mut self, count: u64) -> Result<HostCluster> {
         loop {

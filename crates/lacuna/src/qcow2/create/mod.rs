@@ -1,4 +1,4 @@
-//! Makes empty images, laid out byte by byte as `qemu-img create` does.
+//! Makes empty images, laid out byte by byte as `qemu-img create` does unless asked otherwise.
 //!
 //! * Always: the header is written last, so that a half-made image is no image.
 //! * Always: options are checked before the first write.
@@ -12,7 +12,7 @@ use zerocopy::IntoBytes;
 use zerocopy::big_endian::U64;
 
 pub(super) use options::raw_excludes_backing;
-pub use options::{BackingName, CreateOptions, DataFileName};
+pub use options::{BackingName, CreateOptions, DataFileName, PreallocationLayout};
 
 use self::layout::{Layout, OldTable};
 use self::preallocate::Allocated;
@@ -25,7 +25,7 @@ use crate::{Error, Result};
 
 /// Makes an empty image in `storage`; whatever was there is gone. Durable when it returns.
 ///
-/// The bytes are those of `qemu-img create -f qcow2` with the same options. The disk's size is
+/// The bytes are those of `qemu-img create -f qcow2` with the same options, where it has them. The disk's size is
 /// rounded up to a multiple of 512 bytes, as QEMU does. With a raw data file, or a preallocated
 /// one, every cluster is mapped to its own offset in that file; the caller makes the file, gives
 /// it the disk's size and reserves its space ([`Raw::grow`](crate::raw::Raw::grow)).
@@ -94,12 +94,17 @@ struct EmptyImage {
 impl EmptyImage {
     fn plan(options: &CreateOptions) -> Result<Self> {
         let mut header = options.header()?;
-        let mut layout = Layout::new(header.geometry);
         let preallocation = options.effective_preallocation();
         let entries = header.geometry.l1_entries_for(header.size_bytes);
-        header.l1 = place_l1(&mut layout, entries)?;
         let clusters = header.geometry.clusters_for(header.size_bytes);
+        let in_front = options.preallocation_layout == PreallocationLayout::Contiguous;
+        let mut layout = match (in_front, &options.data_file) {
+            (true, None) => Layout::sized_for(header.geometry, clusters)?,
+            _ => Layout::new(header.geometry),
+        };
+        header.l1 = place_l1(&mut layout, entries)?;
         let allocated = match (&options.data_file, preallocation) {
+            (None, _) if in_front => Allocated::behind_tables(&mut layout, clusters)?,
             (None, mode) => Allocated::in_image(&mut layout, clusters, mode)?,
             (Some(_), Preallocation::Off) => Allocated::default(),
             (Some(_), _) => Allocated::in_data_file(&mut layout, clusters)?,

@@ -79,6 +79,22 @@ pub struct DataFileName {
     pub raw: bool,
 }
 
+/// Where the metadata of a preallocated image lies (002-7).
+///
+/// ```
+/// use lacuna::qcow2::PreallocationLayout;
+/// assert_eq!(PreallocationLayout::default(), PreallocationLayout::AsQemu);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum PreallocationLayout {
+    /// Where QEMU puts it: between the data (`metadata`) or on both sides of it.
+    #[default]
+    AsQemu,
+    /// All of it in front, then one run of data: a guest offset and its host offset differ by the
+    /// same amount everywhere.
+    Contiguous,
+}
+
 /// What [`create`](super::create) makes. The default is QEMU's, with a disk of size 0.
 ///
 /// ```
@@ -109,6 +125,12 @@ pub struct CreateOptions {
     /// What is allocated at once. With a backing file it needs extended L2 entries; a raw data
     /// file has its clusters mapped in any case.
     pub preallocation: Preallocation,
+    /// How that is laid out.
+    pub preallocation_layout: PreallocationLayout,
+    /// Whether the image remembers that discards and zeroing are to keep the places of clusters
+    /// ([`OnDiscard::KeepMapping`](crate::qcow2::OnDiscard)), for everybody who opens it here.
+    /// Needs version 3.
+    pub keep_mapping: bool,
     /// Whether the image says so while it is all zeros, or maps nothing: private bits that stock
     /// tools clear when they write. Needs version 3.
     pub zero_claims: bool,
@@ -127,6 +149,8 @@ impl Default for CreateOptions {
             backing: None,
             data_file: None,
             preallocation: Preallocation::Off,
+            preallocation_layout: PreallocationLayout::default(),
+            keep_mapping: false,
             zero_claims: false,
         }
     }
@@ -178,6 +202,9 @@ impl CreateOptions {
         if let Some(backing) = &self.backing {
             backing.put_into(&mut header);
         }
+        if self.keep_mapping {
+            header.remember_to_keep_mapping();
+        }
         if self.zero_claims {
             header.extensions.feature_names.extend(FeatureName::zero_claims());
             header.features.autoclear |= self.true_claims(&header);
@@ -205,6 +232,7 @@ impl CreateOptions {
             (self.lazy_refcounts, "lazy refcounts"),
             (self.data_file.is_some(), "an external data file"),
             (self.zero_claims, "claims of being all zero"),
+            (self.keep_mapping, "clusters that read as zeros and keep their place"),
         ];
         match wishes.iter().find(|(wished, _)| *wished) {
             None => Ok(()),
@@ -234,6 +262,14 @@ impl CreateOptions {
     }
 
     fn check_preallocation(&self) -> Result<()> {
+        if self.preallocation_layout == PreallocationLayout::Contiguous
+            && self.effective_preallocation() == Preallocation::Off
+        {
+            return Err(Error::invalid(
+                "A contiguous layout is one of preallocated clusters: metadata, falloc or full \
+                 preallocation would be right",
+            ));
+        }
         let hides = self.backing.is_some() && self.entry_width == EntryWidth::Standard;
         match self.preallocation {
             Preallocation::Off => Ok(()),

@@ -2,7 +2,8 @@
 //!
 //! A replay of the order in which QEMU allocates, by kind of preallocation: mapped clusters lie
 //! as if they had been written one after the other, with L2 tables between them; reserved ones in
-//! one run behind all other metadata, with L2 tables wherever there is room.
+//! one run behind all other metadata, with L2 tables wherever there is room. Or, which is ours, all
+//! tables first.
 //!
 //! * Always: guest order is host order.
 
@@ -45,6 +46,17 @@ impl Allocated {
             Preallocation::Off => {}
             Preallocation::Metadata => allocated.interleave(layout, clusters)?,
             Preallocation::Falloc | Preallocation::Full => allocated.line_up(layout, clusters)?,
+        }
+        Ok(allocated)
+    }
+
+    /// Takes tables first, and then one run for a disk of `clusters` clusters (002-7).
+    pub(super) fn behind_tables(layout: &mut Layout, clusters: u64) -> Result<Self> {
+        let mut allocated = Self::default();
+        allocated.take_tables(layout, clusters)?;
+        if clusters > 0 {
+            let host = layout.allocate(clusters)?.0;
+            allocated.push(Run { guest: 0, host, clusters });
         }
         Ok(allocated)
     }

@@ -19,6 +19,8 @@ const FEATURE_NAMES: u32 = 0x6803_f857;
 const BITMAPS: u32 = 0x2385_2875;
 const ENCRYPTION_HEADER: u32 = 0x0537_be77;
 const DATA_FILE: u32 = 0x4441_5441;
+/// Private, without data: writers that know it keep the places of clusters (`docs/private-bits.md`).
+const KEEP_MAPPING: u32 = 0x6c61_6b6d;
 
 /// Longest name of a backing format that QEMU takes.
 const MAX_FORMAT_BYTES: usize = 15;
@@ -49,8 +51,22 @@ pub struct Extensions {
     /// Where the bitmap directory lies. Unchecked and not to be followed where the autoclear bit
     /// [`BITMAPS`](super::AutoclearFeatures::BITMAPS) is not set.
     pub bitmaps: Option<BitmapsExtension>,
-    /// All others, in their order.
+    /// All others, in their order; private ones among them, which stock tools keep likewise.
     pub unknown: Vec<UnknownExtension>,
+}
+
+impl Extensions {
+    /// Says whether discards and zeroing are to keep the places of clusters (002-6).
+    #[must_use]
+    pub fn keep_mapping(&self) -> bool {
+        self.unknown.iter().any(|extension| extension.magic == KEEP_MAPPING)
+    }
+
+    pub(super) fn set_keep_mapping(&mut self) {
+        if !self.keep_mapping() {
+            self.unknown.push(UnknownExtension { magic: KEEP_MAPPING, data: Vec::new() });
+        }
+    }
 }
 
 /// Where the LUKS header lies in the image file.

@@ -51,7 +51,7 @@ bitflags! {
     ///
     /// ```
     /// use lacuna::qcow2::format::AutoclearFeatures;
-    /// let word = AutoclearFeatures::from_bits_retain(0b1_0001);
+    /// let word = AutoclearFeatures::from_bits_retain(1 << 40 | 1);
     /// assert_eq!(word & AutoclearFeatures::all(), AutoclearFeatures::BITMAPS);
     /// ```
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -64,6 +64,9 @@ bitflags! {
         const ALL_ZERO = 1 << 2;
         /// No cluster of this image has a mapping (000-3). Private likewise.
         const ALL_UNALLOCATED = 1 << 3;
+        /// Every writer so far kept the places of clusters through discards and zeroing (002-6).
+        /// Private likewise.
+        const MAPPING_KEPT = 1 << 4;
     }
 }
 
@@ -197,12 +200,17 @@ impl FeatureName {
     /// Returns the names of the private claims; an image that has them wants the claims made.
     #[must_use]
     pub fn zero_claims() -> [Self; 2] {
-        let name = |bit, name: &str| Self {
-            word: FeatureWord::AUTOCLEAR,
-            bit,
-            name: StoredName::new(name),
-        };
-        [name(2, "all zero"), name(3, "all unallocated")]
+        [Self::autoclear(2, "all zero"), Self::autoclear(3, "all unallocated")]
+    }
+
+    /// Returns the name of [`MAPPING_KEPT`](AutoclearFeatures::MAPPING_KEPT).
+    #[must_use]
+    pub fn mapping_kept() -> Self {
+        Self::autoclear(4, "mapping kept")
+    }
+
+    fn autoclear(bit: u8, name: &str) -> Self {
+        Self { word: FeatureWord::AUTOCLEAR, bit, name: StoredName::new(name) }
     }
 
     /// Decodes a feature name table; what the last row lacks is zeros, as for QEMU.

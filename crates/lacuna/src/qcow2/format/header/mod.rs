@@ -33,7 +33,9 @@ pub(crate) use self::limits::check_table;
 pub use self::location::{L1Location, RefcountTableLocation, SnapshotTableLocation};
 pub(crate) use self::placed::Placed;
 use super::extension::{self, Extensions, Surroundings};
-use super::features::{AutoclearFeatures, CompatibleFeatures, Features, IncompatibleFeatures};
+use super::features::{
+    AutoclearFeatures, CompatibleFeatures, FeatureName, Features, IncompatibleFeatures,
+};
 use super::geometry::{EntryWidth, Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Version};
 use super::name::StoredName;
 use crate::units::HostOffset;
@@ -359,6 +361,20 @@ impl Header {
     pub const fn has_raw_external_data(&self) -> bool {
         self.has_external_data_file()
             && self.features.autoclear.contains(AutoclearFeatures::RAW_EXTERNAL_DATA)
+    }
+
+    /// Says whether discards and zeroing are to keep the places of clusters, as the image remembers
+    /// (version 3).
+    #[must_use]
+    pub fn keeps_mapping(&self) -> bool {
+        self.geometry.version() == Version::V3 && self.extensions.keep_mapping()
+    }
+
+    /// Has the image remember to keep places, and say that so far everybody did.
+    pub(crate) fn remember_to_keep_mapping(&mut self) {
+        self.extensions.set_keep_mapping();
+        self.extensions.feature_names.push(FeatureName::mapping_kept());
+        self.features.autoclear |= AutoclearFeatures::MAPPING_KEPT;
     }
 
     /// Returns where the bitmap directory lies, unless there is none or it is stale because
