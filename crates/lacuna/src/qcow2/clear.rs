@@ -49,6 +49,29 @@ pub(super) fn cut(range: GuestRange, unit: u64, disk_bytes: u64) -> Parts {
 /// Parts of clusters that have no subclusters, as they are compressed.
 pub(super) type Refused = Vec<GuestRange>;
 
+/// The last host bytes that clearing left and did not punch yet: what follows may lie right behind
+/// them, in another slice of the table or another part of a cluster, and goes in the same call
+/// (004-12).
+#[derive(Default)]
+struct Vacated(Option<HostRange>);
+
+impl Vacated {
+    /// Adds host bytes. Returns those before, unless both are one run.
+    fn push(&mut self, next: HostRange) -> Option<HostRange> {
+        match &mut self.0 {
+            Some(last) if last.end() == next.start => {
+                last.len += next.len;
+                None
+            }
+            last => last.replace(next),
+        }
+    }
+
+    fn take(&mut self) -> Option<HostRange> {
+        self.0.take()
+    }
+}
+
 impl<S: Storage> Image<S> {
     /// Waits until nothing else changes these clusters, and keeps it so while the hold lives.
     pub(super) async fn exclude_others(&self, range: GuestRange) -> Result<Hold> {
@@ -64,8 +87,9 @@ impl<S: Storage> Image<S> {
         if range.is_empty() {
             return Ok(Hold::none());
         }
-        let hold = self.exclude_others(range).await?;
-        self.clear_by_rule(range, intent, hold).await
+        let (hold, mut vacated) = (self.exclude_others(range).await?, Vacated::default());
+        let hold = self.clear_by_rule(range, intent, hold, &mut vacated).await?;
+        self.punch(vacated.take(), hold).await
     }
 
     /// Clears whole subclusters (clusters, where there are none) that `hold` keeps others away
@@ -79,18 +103,22 @@ impl<S: Storage> Image<S> {
         let end_of_units = self.size().next_multiple_of(self.geometry().subcluster_bytes());
         let parts = cut(range, self.geometry().cluster_bytes(), end_of_units);
         let mut refused = Refused::new();
-        let hold = self.clear_some_subclusters(parts.head, intent, hold, &mut refused).await?;
-        let hold = self.clear_by_rule(parts.middle, intent, hold).await?;
-        let hold = self.clear_some_subclusters(parts.tail, intent, hold, &mut refused).await?;
+        let (refused_parts, left) = (&mut refused, &mut Vacated::default());
+        let hold = self.clear_part(parts.head, intent, hold, refused_parts, left).await?;
+        let hold = self.clear_by_rule(parts.middle, intent, hold, left).await?;
+        let hold = self.clear_part(parts.tail, intent, hold, refused_parts, left).await?;
+        let hold = self.punch(left.take(), hold).await?;
         Ok((hold, refused))
     }
 
-    async fn clear_some_subclusters(
+    /// Clears some subclusters of one cluster.
+    async fn clear_part(
         &self,
         range: GuestRange,
         intent: Intent,
         hold: Hold,
         refused: &mut Refused,
+        vacated: &mut Vacated,
     ) -> Result<Hold> {
         if range.is_empty() {
             return Ok(hold);
@@ -98,7 +126,7 @@ impl<S: Storage> Image<S> {
         let (_, intent) = self.leading_below(range, intent).await?;
         match self.plan(|meta| clear_subclusters(meta, range, intent)).await? {
             Subcleared::Done(None) => Ok(hold),
-            Subcleared::Done(Some(vacated)) => self.punch_vacated(vacated, hold).await,
+            Subcleared::Done(Some(left)) => self.punch(vacated.push(left), hold).await,
             Subcleared::NotPossible => {
                 refused.push(range);
                 Ok(hold)
@@ -107,12 +135,18 @@ impl<S: Storage> Image<S> {
     }
 
     /// Clears whole clusters, and leaves unallocated what may be and reads as zeros so (001-2).
-    async fn clear_by_rule(&self, range: GuestRange, intent: Intent, hold: Hold) -> Result<Hold> {
+    async fn clear_by_rule(
+        &self,
+        range: GuestRange,
+        intent: Intent,
+        hold: Hold,
+        vacated: &mut Vacated,
+    ) -> Result<Hold> {
         let (mut at, mut hold) = (range.start, hold);
         while at < range.end() {
             let rest = GuestRange::new(at, range.end() - at);
             let (len, intent) = self.leading_below(rest, intent).await?;
-            hold = self.clear_held(GuestRange::new(at, len), intent, hold).await?;
+            hold = self.clear_run(GuestRange::new(at, len), intent, hold, vacated).await?;
             at = at + len;
         }
         Ok(hold)
@@ -143,12 +177,24 @@ impl<S: Storage> Image<S> {
         intent: Intent,
         hold: Hold,
     ) -> Result<Hold> {
+        let mut vacated = Vacated::default();
+        let hold = self.clear_run(range, intent, hold, &mut vacated).await?;
+        self.punch(vacated.take(), hold).await
+    }
+
+    async fn clear_run(
+        &self,
+        range: GuestRange,
+        intent: Intent,
+        hold: Hold,
+        vacated: &mut Vacated,
+    ) -> Result<Hold> {
         let (mut at, mut hold) = (range.start, hold);
         while at < range.end() {
             let rest = GuestRange::new(at, range.end() - at);
             let cleared = self.plan(|meta| clear_clusters(meta, rest, intent)).await?;
-            for vacated in cleared.vacated {
-                hold = self.punch_vacated(vacated, hold).await?;
+            for next in cleared.vacated {
+                hold = self.punch(vacated.push(next), hold).await?;
             }
             at = at + cleared.len;
         }
@@ -157,10 +203,10 @@ impl<S: Storage> Image<S> {
 
     /// Gives the space of host bytes back that keep their place. The map need not be durable
     /// before: a crash shows zeros where the guest wanted them, or wanted nothing.
-    async fn punch_vacated(&self, range: HostRange, hold: Hold) -> Result<Hold> {
-        if !self.gives_back(FreedBy::Guest) {
+    async fn punch(&self, range: Option<HostRange>, hold: Hold) -> Result<Hold> {
+        let Some(range) = range.filter(|_| self.gives_back(FreedBy::Guest)) else {
             return Ok(hold);
-        }
+        };
         let (hold, with_driver) = hold.shared();
         match self.0.storage.punch_hole_at(range, with_driver).await {
             Err(error) if error.kind() != ErrorKind::Unsupported => Err(error),
