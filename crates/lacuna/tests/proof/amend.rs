@@ -1,13 +1,15 @@
 //! Power cuts at every change of an amendment: the image is of the old kind or of the new one,
 //! reads the same, and leaks at worst.
 
+use std::sync::Arc;
+
 use lacuna::block::{Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::format::{AutoclearFeatures, Header, Version};
 use lacuna::qcow2::{AmendOptions, Image};
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::sim::{Pace, SimHost, SimStorage, crash};
-use testkit::{SparseBytes, content, seeds};
+use testkit::{DropPoint, Executor, SparseBytes, content, seeds};
 
 use crate::case::{Backing, Case, Kind};
 use crate::drive::{assert_safe, is_dirty, whole_content};
@@ -105,6 +107,49 @@ fn crash_everywhere(kind: &Kind, options: &AmendOptions, is_filled: bool, seed: 
         }
     }
     assert!(0 < changed && changed < count, "{kind:?}, {options:?}: {changed} of {count}");
+}
+
+/// Drops an amendment at its awaits, one after the other.
+fn drop_everywhere(kind: &Kind, options: &AmendOptions) {
+    let case = kind.build(1);
+    let old = pollster::block_on(async {
+        let image = case.on(&SimHost::without_record(Pace::AtOnce, 1)).open().await.unwrap();
+        whole_content(&image).await.unwrap()
+    });
+    let mut polls = 1;
+    loop {
+        let host = SimHost::without_record(Pace::Executor, 1);
+        let files = case.on(&host);
+        let mut executor = Executor::new(1);
+        executor.attach(Arc::new(host.clone()));
+        let amend = async move { files.open().await?.amend(options, &mut |_, _| ()).await };
+        let task = executor.spawn_until(DropPoint::AfterPoll(polls), amend);
+        executor.settle().unwrap_or_else(|stalled| panic!("{kind:?}: {stalled}"));
+        let ended = task.take();
+        if let Err(error) = pollster::block_on(examine(&with_content(&case, &host), &old, false)) {
+            panic!("{kind:?}, {options:?}, dropped at poll {polls}: {error}");
+        }
+        if let Some(result) = ended {
+            result.unwrap();
+            break;
+        }
+        polls += 1 + polls / 16;
+    }
+    assert!(polls > 8, "{kind:?}, {options:?}: only {polls} awaits were reached");
+}
+
+#[test]
+fn an_amendment_dropped_at_its_awaits_leaves_the_old_kind_or_the_new() {
+    let unchanged = AmendOptions::default();
+    for bits in [9, 14] {
+        let plain = Kind { backing: Backing::RawShorter, ..Kind::plain(bits) };
+        let downgrade = AmendOptions { version: Some(Version::V2), ..unchanged.clone() };
+        drop_everywhere(&plain, &downgrade);
+        drop_everywhere(&plain, &AmendOptions { refcount_bits: Some(64), ..unchanged.clone() });
+        let version = Some(Version::V3);
+        let upgrade = AmendOptions { version, lazy_refcounts: Some(true), ..unchanged.clone() };
+        drop_everywhere(&Kind { version: 2, ..plain }, &upgrade);
+    }
 }
 
 #[test]

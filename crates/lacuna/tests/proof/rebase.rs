@@ -12,7 +12,7 @@ use lacuna::raw::Raw;
 use lacuna::storage::MemoryStorage;
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::sim::{Pace, SimHost, crash};
-use testkit::{SparseBytes, content, seeds};
+use testkit::{DropPoint, Executor, SparseBytes, content, seeds};
 
 use crate::case::{Backing, Case, Files, Kind};
 use crate::crash::kinds;
@@ -172,6 +172,34 @@ fn a_crash_in_a_rebase_leaves_what_the_guest_read() {
         assert!(count > 0, "no crash was tried");
         let changes = scene.case.backing.is_some() || scene.to == To::New;
         assert_eq!(named > 0, changes, "{kind:?}, {:?}: the name", scene.to);
+    }
+}
+
+#[test]
+fn a_rebase_dropped_at_its_awaits_leaves_what_the_guest_read() {
+    for (kind, seed, scene) in scenes().into_iter().step_by(3) {
+        let mut polls = 1;
+        loop {
+            let host = SimHost::without_record(Pace::Executor, seed);
+            let files = scene.case.on(&host);
+            let mut executor = Executor::new(seed);
+            executor.attach(Arc::new(host.clone()));
+            let task = executor.spawn_until(DropPoint::AfterPoll(polls), scene.run(&files));
+            executor.settle().unwrap_or_else(|stalled| panic!("{kind:?}: {stalled}"));
+            let ended = task.take();
+            let mut content = vec![host.content(0)];
+            content.extend(scene.case.data.as_ref().map(|_| host.content(1)));
+            let left = scene.case.with_content(content);
+            if let Err(error) = pollster::block_on(scene.examine(&left, false)) {
+                panic!("{kind:?}, {:?}, seed {seed}, dropped at poll {polls}: {error}", scene.to);
+            }
+            if let Some(result) = ended {
+                result.unwrap();
+                break;
+            }
+            polls += 1 + polls / 8;
+        }
+        assert!(polls > 8, "{kind:?}: only {polls} awaits were reached");
     }
 }
 
