@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use super::{Rules, TargetContent};
 use crate::Result;
-use crate::block::{AllocationDepth, Extent, no_status};
+use crate::block::{AllocationDepth, Extent, ExtentStatus, no_status};
 use crate::units::{GuestOffset, GuestRange};
 
 /// Zeros that need a request come in pieces of this size, so that progress shows and a dropped
@@ -55,8 +55,11 @@ pub(super) struct Cutter {
 }
 
 impl Cutter {
-    pub(super) const fn new(rules: Rules) -> Self {
-        Self { rules, at: GuestOffset(0), known: VecDeque::new() }
+    pub(super) fn new(rules: Rules) -> Self {
+        let range = GuestRange::new(GuestOffset(0), rules.size_bytes);
+        let zeros = Extent { range, status: ExtentStatus::UNALLOCATED };
+        let known = rules.source_is_zero.then_some(zeros).into_iter().collect();
+        Self { rules, at: GuestOffset(0), known }
     }
 
     /// Takes the extents that were needed.
@@ -170,7 +173,14 @@ mod tests {
     ) -> Vec<(u64, u64, Action)> {
         let size_bytes = extents.last().unwrap().range.end().0;
         let request_bytes = unit_bytes.unwrap_or(100);
-        let rules = Rules { options, size_bytes, unit_bytes, request_bytes, same_size: true };
+        let rules = Rules {
+            options,
+            size_bytes,
+            unit_bytes,
+            request_bytes,
+            same_size: true,
+            source_is_zero: false,
+        };
         let (mut cutter, mut out) = (Cutter::new(rules), Vec::new());
         loop {
             match cutter.next() {
@@ -252,8 +262,14 @@ mod tests {
     #[test]
     fn a_layer_without_an_answer_is_an_error_not_a_loop() {
         let options = ConvertOptions::default();
-        let rules =
-            Rules { options, size_bytes: 10, unit_bytes: None, request_bytes: 5, same_size: true };
+        let rules = Rules {
+            options,
+            size_bytes: 10,
+            unit_bytes: None,
+            request_bytes: 5,
+            same_size: true,
+            source_is_zero: false,
+        };
         let mut cutter = Cutter::new(rules);
         assert!(matches!(cutter.next(), Next::Need(_)));
         assert!(cutter.learn(Vec::new()).is_err());

@@ -22,7 +22,7 @@ mod workers;
 pub use failure::{CopyFailure, CopyStep};
 pub use target::Target;
 
-use crate::block::Layer;
+use crate::block::{KnownZeroes, Layer};
 use crate::{Error, Result};
 
 /// How many bytes one request reads at most: what `qemu-img convert` uses.
@@ -260,7 +260,8 @@ pub async fn convert<A: Layer, B: Target>(
     options: &ConvertOptions,
     progress: &mut (dyn FnMut(Progress) + Send),
 ) -> Result<Copied> {
-    let rules = rules(source, target, options)?;
+    let mut rules = rules(source, target, options)?;
+    rules.ask_ends(source, target).await?;
     let total_bytes = rules.size_bytes;
     let mut report = |copied: Copied, phase| {
         let (done_bytes, written_bytes) = (copied.total(), copied.written_bytes);
@@ -285,9 +286,29 @@ struct Rules {
     request_bytes: u64,
     /// Whether the source ends where the target ends.
     same_size: bool,
+    /// Whether all of the source is known to read as zeros.
+    source_is_zero: bool,
 }
 
 impl Rules {
+    /// Asks both ends what they know of all of their disk (000-15), so that zeros that are there
+    /// are neither looked for nor made. Where backing layers are left out, each range counts.
+    async fn ask_ends<A: Layer, B: Target>(&mut self, source: &A, target: &B) -> Result<()> {
+        let is_backed = matches!(self.options.content, TargetContent::Backing { .. });
+        if is_backed || self.writes_everything() {
+            return Ok(());
+        }
+        self.source_is_zero = source.known_zeroes().await?.open;
+        let asks = self.options.content == TargetContent::Unknown
+            && self.options.known_zeros == KnownZeros::Left;
+        let known = if asks { target.known_zeroes().await? } else { KnownZeroes::NOTHING };
+        // Zeros of a backing layer are none of the target's own: `create` rules them out.
+        if known.open && known.create {
+            self.options.content = TargetContent::Zero;
+        }
+        Ok(())
+    }
+
     /// Says whether zeros go without a request.
     fn zeros_are_there(&self) -> bool {
         self.options.content == TargetContent::Zero && self.options.sparse_bytes > 0
@@ -318,5 +339,6 @@ fn rules<A: Layer, B: Target>(source: &A, target: &B, options: &ConvertOptions) 
         unit_bytes,
         request_bytes: unit_bytes.map_or(REQUEST_BYTES, |unit| unit.max(ENCODE_BYTES)),
         same_size: size_bytes == room,
+        source_is_zero: false,
     })
 }

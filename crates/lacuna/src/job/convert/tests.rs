@@ -204,6 +204,83 @@ fn known_zeros_are_never_read() {
     assert_eq!(source.reads.into_inner(), 1);
 }
 
+/// A disk that knows to be all zeros, and may be asked for nothing else.
+struct AllZero(u64);
+
+impl Layer for AllZero {
+    fn size_bytes(&self) -> u64 {
+        self.0
+    }
+
+    fn zero_unit_bytes(&self) -> u64 {
+        512
+    }
+
+    async fn known_zeroes(&self) -> Result<KnownZeroes> {
+        Ok(KnownZeroes { create: true, truncate: true, open: true })
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    async fn read(&self, _: GuestOffset, _: Buffer) -> Transfer {
+        unreachable!("known zeros are not read")
+    }
+
+    async fn write(&self, _: GuestOffset, _: Buffer, _: WriteFlags) -> Transfer {
+        unreachable!("zeros are not written over zeros")
+    }
+
+    async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
+        unreachable!("zeros are not made of zeros")
+    }
+
+    async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
+        unreachable!("a copy discards nothing")
+    }
+
+    async fn flush(&self) -> Result<()> {
+        Ok(())
+    }
+
+    async fn extents(&self, _: GuestRange) -> Result<Vec<Extent>> {
+        unreachable!("known zeros are not looked for")
+    }
+}
+
+impl Target for AllZero {
+    fn encoder(&self) -> Option<crate::qcow2::Encoder> {
+        None
+    }
+
+    async fn write_encoded(
+        &self,
+        _: GuestOffset,
+        _: Buffer,
+        _: Option<crate::qcow2::Stream>,
+    ) -> Transfer {
+        unreachable!("zeros are not written over zeros")
+    }
+}
+
+/// 000-15: from zeros to zeros, however large.
+#[test]
+fn a_copy_between_disks_known_to_be_zero_asks_neither_for_an_extent() {
+    let (source, target) = (AllZero(1 << 50), AllZero(1 << 50));
+    let copied = block_on(convert(&source, &target, &ConvertOptions::default(), &mut |_| ()));
+    assert_eq!(copied.unwrap().skipped_bytes, 1 << 50);
+}
+
+#[test]
+fn a_source_known_to_be_zero_makes_zeros_of_the_target() {
+    let target = disk(64 << 20, &[(5 << 20, &[1; 4096])]);
+    let options = ConvertOptions::default();
+    let copied = block_on(convert(&AllZero(64 << 20), &target, &options, &mut |_| ())).unwrap();
+    assert!(copied.zeroed_bytes > 0 && copied.written_bytes == 0, "{copied:?}");
+    assert!(identical(&target, &disk(64 << 20, &[])));
+}
+
 #[test]
 fn a_failed_read_ends_the_copy_with_its_error() {
     for order in [WriteOrder::Guest, WriteOrder::Any] {
