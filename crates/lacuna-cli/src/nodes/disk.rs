@@ -179,7 +179,7 @@ impl Layer for ToolDisk {
 
 impl Target for ToolDisk {
     fn encoder(&self) -> Option<Encoder> {
-        self.disk.below().encoder()
+        self.disk.encoder()
     }
 
     async fn write_encoded(
@@ -188,6 +188,6 @@ impl Target for ToolDisk {
         buffer: Buffer,
         stream: Option<Stream>,
     ) -> Transfer {
-        self.disk.below().write_encoded(offset, buffer, stream).await
+        self.disk.write_encoded(offset, buffer, stream).await
     }
 }

@@ -1,13 +1,15 @@
 //! Zero writes found on the write path, and handed down as zero ranges (thread 004, A.5.2).
 //!
 //! * Always byte-exact: what is handed down as zeros was zeros, what was not is written.
-//! * Never: a request is torn for less than a unit, unless all of it is zeros.
+//! * Never: bytes are written for zeros that less than a unit of a request ends with, where the rest
+//!   of that unit reads as zeros too (004-5a).
+//! * Never: a request is torn for less than a unit otherwise.
 
 use super::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags, is_zero};
 use crate::buffer::Buffer;
 use crate::storage::{HostSource, Transfer};
 use crate::units::{GuestOffset, GuestRange};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// How hard zeros are looked for (QEMU: `detect-zeroes`; 004-7).
 ///
@@ -97,10 +99,68 @@ impl<L: Layer> DetectZeroes<L> {
 
     async fn write_run(&self, at: GuestOffset, bytes: Buffer, is_zero: bool) -> Transfer {
         if !is_zero {
-            return self.below.write(at, bytes, WriteFlags::empty()).await;
+            return self.write_data(at, bytes).await;
         }
         let range = GuestRange::new(at, bytes.len() as u64);
         (self.below.write_zeroes(range, self.level.flags()).await, bytes)
+    }
+
+    /// Writes what is not all zeros, but for ends in units that are zero already, or become so.
+    async fn write_data(&self, at: GuestOffset, mut bytes: Buffer) -> Transfer {
+        let ends = zero_ends(&bytes, at.0, self.below.zero_unit_bytes());
+        let tail_start = at + (bytes.len() - ends.tail) as u64;
+        let zeroed = match self.zero_end(GuestRange::new(at, ends.head as u64)).await {
+            Ok(head) => match self.zero_end(GuestRange::new(tail_start, ends.tail as u64)).await {
+                Ok(tail) => Ends { head: head as usize, tail: tail as usize },
+                Err(error) => return (Err(error), bytes),
+            },
+            Err(error) => return (Err(error), bytes),
+        };
+        let tail = bytes.split_off(bytes.len() - zeroed.tail);
+        let middle = bytes.split_off(zeroed.head);
+        let (result, middle) =
+            self.below.write(at + zeroed.head as u64, middle, WriteFlags::empty()).await;
+        bytes.unsplit(middle);
+        bytes.unsplit(tail);
+        (result, bytes)
+    }
+
+    /// Returns how much of a part of a unit became zeros without a byte being written: all or
+    /// nothing.
+    async fn zero_end(&self, part: GuestRange) -> Result<u64> {
+        if part.is_empty() {
+            return Ok(0);
+        }
+        match self.below.write_zeroes(part, self.level.flags() | ZeroFlags::FAST).await {
+            Ok(()) => Ok(part.len),
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Says whether these bytes would be handed down as zeros.
+    pub(crate) fn finds_zeros(&self, bytes: &[u8]) -> bool {
+        self.level != ZeroDetection::Off && is_zero(bytes)
+    }
+}
+
+/// Zeros at the ends of a request, less than a unit each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Ends {
+    head: usize,
+    tail: usize,
+}
+
+/// Finds the parts of units at the ends of data that are all zeros, in units that the data does
+/// not fill.
+fn zero_ends(bytes: &[u8], at: u64, unit: u64) -> Ends {
+    let len = bytes.len();
+    let head = (at.next_multiple_of(unit) - at) as usize;
+    let tail = ((at + len as u64) % unit) as usize;
+    let zeros = |len: usize, part: Option<&[u8]>| if part.is_some_and(is_zero) { len } else { 0 };
+    Ends {
+        head: zeros(head, bytes.get(..head).filter(|_| head < len)),
+        tail: zeros(tail, len.checked_sub(tail).filter(|from| *from > 0).map(|it| &bytes[it..])),
     }
 }
 
@@ -242,6 +302,21 @@ mod tests {
         assert_eq!(runs("11110", 0), [(5, false)]);
         assert_eq!(runs("00000", 0), [(5, true)]);
         assert_eq!(runs("100000", 3), [(1, false), (5, true)]);
+    }
+
+    #[test]
+    fn zeros_at_the_ends_are_found_in_units_of_their_own() {
+        let ends = |picture: &str, phase_quarters: u64| {
+            let bytes: Vec<u8> = picture.bytes().flat_map(|letter| [letter - b'0'; 128]).collect();
+            let found = zero_ends(&bytes, phase_quarters * 128, 512);
+            (found.head / 128, found.tail / 128)
+        };
+        assert_eq!(ends("0111100", 3), (1, 2));
+        assert_eq!(ends("1111100", 0), (0, 0));
+        assert_eq!(ends("11110", 0), (0, 1));
+        // All in one unit: nothing of it is an end.
+        assert_eq!(ends("011", 1), (0, 0));
+        assert_eq!(ends("0110", 0), (0, 0));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use lacuna::block::{DetectZeroes, Layer, WriteFlags, ZeroDetection};
 use lacuna::buffer::Buffer;
+use lacuna::job::Target;
 use lacuna::qcow2::Image;
 use lacuna::qcow2::format::L2Entry;
 use lacuna::storage::FileStorage;
@@ -81,6 +82,67 @@ fn zeros_written_over_zeros_allocate_nothing() {
     write(&layer, CLUSTER + 100, &[0; 5000]);
     close(layer);
     assert!(disk.left().entries.iter().all(|entry| entry.host().is_none()));
+}
+
+/// 004-5a for what a request ends with: half of a zero cluster, half of one never written, and
+/// half of one that holds data.
+#[test]
+fn zeros_at_the_ends_of_data_leave_zero_clusters_as_they_are() {
+    let unit = |options| if options == "compat=1.1" { CLUSTER } else { CLUSTER / 32 };
+    for options in ["compat=1.1", "extended_l2=on"] {
+        let unit = unit(options);
+        let before = [Change::ZeroUnmap(0, unit), Change::Write(4 * unit, unit, 9)];
+        let disk = Disk::make(&Setup { options, before: &before, ..Setup::default() });
+        let layer = detecting(&disk, ZeroDetection::Unmap);
+        let mut bytes = vec![0; 2 * unit as usize];
+        bytes[unit as usize / 2..][..unit as usize].fill(7);
+        write(&layer, unit / 2, &bytes);
+        write(&layer, 3 * unit, &[&vec![8; unit as usize][..], &vec![0; 512]].concat());
+        let extents = block_on(layer.extents(layer.whole())).unwrap();
+        close(layer);
+        let left = disk.left();
+        let expected = [&vec![0; unit as usize][..], &vec![7; unit as usize]].concat();
+        assert!(left.bytes[..2 * unit as usize] == expected, "{options}");
+        assert!(left.bytes[4 * unit as usize..][..512].iter().all(|byte| *byte == 0));
+        assert!(left.bytes[4 * unit as usize + 512..][..512].iter().all(|byte| *byte == 9));
+        let zeros: Vec<_> = extents
+            .iter()
+            .filter(|extent| extent.status.reads_zero && extent.range.start.0 < 3 * unit)
+            .map(|extent| (extent.range.start.0 / unit, extent.range.len / unit))
+            .collect();
+        assert_eq!(zeros, [(0, 1), (2, 1)], "{options}: {extents:?}");
+    }
+}
+
+#[test]
+fn zeros_to_be_compressed_are_zeros_wherever_they_are_looked_for() {
+    for (level, is_zero) in [(ZeroDetection::Off, false), (ZeroDetection::On, true)] {
+        let disk =
+            Disk::make(&Setup { before: &[Change::ZeroUnmap(0, CLUSTER)], ..Setup::default() });
+        let allocated = disk.allocated();
+        let layer = detecting(&disk, level);
+        for at in [0, CLUSTER] {
+            let zeros = Buffer::zeroed(CLUSTER as usize);
+            block_on(layer.write_compressed(GuestOffset(at), zeros)).0.unwrap();
+        }
+        close(layer);
+        let left = disk.left();
+        assert_eq!(left.entries[..2] == [L2Entry::ZERO_PLAIN; 2], is_zero, "{level:?}");
+        if is_zero {
+            assert_gave_back(allocated, left.allocated, 0);
+        }
+    }
+}
+
+/// As QEMU does it.
+#[test]
+fn qemu_takes_compressed_zeros_for_zeros_too() {
+    let disk = Disk::make(&Setup::default());
+    let name = disk.path.to_str().unwrap();
+    let options = format!("driver=qcow2,detect-zeroes=on,file.filename={name}");
+    let words = ["--image-opts", &options, "-c", "write -c -P 0 0 64k"];
+    testkit::foreign::QEMU_IO.succeed(words);
+    assert_eq!(disk.left().entries[0], L2Entry::ZERO_PLAIN);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! What a copy needs of the disk it writes to, beyond what every layer does.
 
 use crate::Error;
-use crate::block::Layer;
+use crate::block::{DetectZeroes, Layer, WriteFlags};
 use crate::buffer::Buffer;
 use crate::chain::{Disk, RawDisk};
 use crate::qcow2::{Encoder, Image, Stream};
@@ -89,6 +89,25 @@ impl<S: Storage> Target for Image<S> {
         stream: Option<Stream>,
     ) -> Transfer {
         Self::write_encoded(self, offset, buffer, stream).await
+    }
+}
+
+/// A compressed write of zeros is a write of zeros, wherever zeros are looked for.
+impl<T: Target> Target for DetectZeroes<T> {
+    fn encoder(&self) -> Option<Encoder> {
+        self.below().encoder()
+    }
+
+    async fn write_encoded(
+        &self,
+        offset: GuestOffset,
+        buffer: Buffer,
+        stream: Option<Stream>,
+    ) -> Transfer {
+        match self.finds_zeros(&buffer) {
+            true => self.write(offset, buffer, WriteFlags::empty()).await,
+            false => self.below().write_encoded(offset, buffer, stream).await,
+        }
     }
 }
 
