@@ -151,11 +151,13 @@ impl<S: Storage> Layer for Raw<S> {
     }
 
     async fn known_zeroes(&self) -> Result<KnownZeroes> {
-        let whole = HostRange::new(HostOffset(0), self.size_bytes);
+        // Where the file ends in the midst of a sector, zeros follow.
+        let there = self.storage.len().await?.min(self.size_bytes);
+        let whole = HostRange::new(HostOffset(0), there);
         // A file; what a block device held before nobody knows.
         let is_file = self.storage.capabilities().set_len != Capability::Unsupported;
         if !is_file || whole.is_empty() {
-            return Ok(KnownZeroes { open: whole.is_empty(), ..KnownZeroes::NOTHING });
+            return Ok(KnownZeroes { create: is_file, truncate: is_file, open: whole.is_empty() });
         }
         let first = self.storage.status_at(whole).await?;
         let open = first.status == HostStatus::Hole && first.len == whole.len;

@@ -254,6 +254,25 @@ fn the_deepest_chain_reads_and_one_level_more_is_refused() {
     assert_eq!(error.kind(), ErrorKind::Unsupported);
 }
 
+/// The raw disk at the bottom decides, and past its end every level above reads as zeros.
+#[test]
+fn extents_go_down_the_deepest_chain_and_past_the_end_of_what_is_too_short() {
+    let chain = open(&tower(MAX_LEVELS - 1), &trusting()).unwrap();
+    let disk = chain.disk();
+    let extents = block_on(disk.extents(disk.whole())).unwrap();
+    let bottom = MAX_LEVELS as u32;
+    assert_eq!((extents[0].status.depth.0, extents[0].status.reads_zero), (bottom, false));
+    let there = extents[0].range.len;
+    let (result, bytes) =
+        block_on(disk.read(GuestOffset(0), Buffer::new(disk.size_bytes() as usize)));
+    result.unwrap();
+    assert!(bytes[..there as usize].iter().all(|byte| *byte == 7));
+    assert!(bytes[there as usize..].iter().all(|byte| *byte == 0));
+    let beyond = (there < disk.size_bytes()).then_some((0, true));
+    let found = extents.get(1).map(|it| (it.status.depth.0, it.status.reads_zero));
+    assert_eq!(found, beyond, "one extent to the end: {extents:?}");
+}
+
 #[test]
 fn describing_a_chain_opens_no_data_file_and_nothing_for_writing() {
     let recorder = Recorder::default()

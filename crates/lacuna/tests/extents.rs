@@ -68,6 +68,40 @@ fn a_preallocated_image_reads_as_zeros_without_a_read() {
     }
 }
 
+/// 000-7: tables end every 2 MiB here, and answers do not.
+#[test]
+fn one_status_over_many_tables_is_one_extent() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.qcow2");
+    create(&path, "cluster_size=4k", "40M");
+    qemu_io(&path, &["write -z 1M 30M".to_owned()]);
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        let disk = open(&path, access, ExtentDetail::Map);
+        let answer = block_on(disk.layer().extents(disk.layer().whole())).unwrap();
+        let runs: Vec<_> =
+            answer.iter().map(|it| (it.range.len >> 20, it.status.depth.0)).collect();
+        assert_eq!(runs, [(1, 0), (30, 1), (9, 0)], "{access:?}");
+        assert!(answer.iter().all(|extent| extent.status.reads_zero));
+    }
+}
+
+/// 000-8: nothing is cut down to 32 bits, at offsets or at lengths.
+#[test]
+fn extents_of_a_disk_of_a_pebibyte_are_as_long_as_they_are() {
+    const SIZE: u64 = 1 << 50;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.qcow2");
+    create(&path, "cluster_size=2M", &SIZE.to_string());
+    qemu_io(&path, &[format!("write -P 7 {} 2M", SIZE - (4 << 20))]);
+    let disk = open(&path, Access::ReadOnly, ExtentDetail::Map);
+    let answer = block_on(disk.layer().extents(disk.layer().whole())).unwrap();
+    let runs: Vec<_> = answer.iter().map(|it| (it.range.len, it.status.reads_zero)).collect();
+    assert_eq!(runs, [(SIZE - (4 << 20), true), (2 << 20, false), (2 << 20, true)]);
+    let map = QEMU_IMG.succeed(["map", "--output=json", path.to_str().unwrap()]);
+    let data = map.lines().find(|line| line.contains("\"data\": true")).unwrap();
+    assert!(data.contains(&format!("\"start\": {},", SIZE - (4 << 20))), "{map}");
+}
+
 /// Random images, random questions; zeros are held against the bytes, and the walk past the cache
 /// (read-only) against the one through it (writable).
 #[test]

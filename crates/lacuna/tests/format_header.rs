@@ -225,7 +225,9 @@ proptest! {
         // The table says more than was asked for, or is left out as a whole.
         let names = std::mem::take(&mut again.extensions.feature_names);
         if !names.is_empty() {
-            prop_assert_eq!(names.len(), 8 + header.extensions.feature_names.len());
+            // Small clusters have room for ours only.
+            let usual = names.len().checked_sub(header.extensions.feature_names.len());
+            prop_assert!(matches!(usual, Some(0 | 8)), "{usual:?} names of QEMU's");
             prop_assert!(names.ends_with(&header.extensions.feature_names));
         }
         again.extensions.feature_names.clone_from(&header.extensions.feature_names);

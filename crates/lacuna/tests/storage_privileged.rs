@@ -7,11 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use lacuna::ErrorKind;
+use lacuna::block::{KnownZeroes, Layer, WriteFlags, is_all_zeroes};
 use lacuna::buffer::{Buffer, Hold};
+use lacuna::qcow2::{Access, CreateOptions, ExtentDetail, Image, OpenOptions, Parts, create};
+use lacuna::raw::Raw;
 use lacuna::storage::{
     CacheMode, Capability, DriverChoice, FileOptions, FileStorage, HostStatus, Storage, ZeroMode,
 };
-use lacuna::units::{HostOffset, HostRange};
+use lacuna::units::{GuestOffset, HostOffset, HostRange};
 use pollster::block_on;
 use testkit::Random;
 
@@ -123,6 +126,35 @@ fn a_block_device_works_like_a_file_that_cannot_grow() {
             assert_eq!(status.status, HostStatus::Hole);
         });
     }
+}
+
+/// What a device holds nobody can know: it is data, and never known to be zero (000-5).
+#[test]
+#[ignore = "needs root and loop devices"]
+fn a_block_device_is_never_known_to_be_zero() {
+    let device = LoopDevice::new("512");
+    let storage = || open(&device.path, CacheMode::Buffered, DriverChoice::Threads);
+    block_on(async {
+        let raw = Raw::open(storage()).await.expect("opens");
+        assert_eq!(raw.known_zeroes().await.expect("knows nothing"), KnownZeroes::NOTHING);
+        assert!(!is_all_zeroes(&raw).await.expect("looks"));
+        let extents = raw.extents(raw.whole()).await.expect("has extents");
+        assert_eq!(extents.len(), 1);
+        assert!(!extents[0].status.reads_zero && !extents[0].status.is_hole);
+        drop(raw);
+        // An image on it knows of its own clusters all the same.
+        let options = CreateOptions { size_bytes: 1 << 20, ..CreateOptions::default() };
+        create(&storage(), &options).await.expect("makes an image");
+        let parts = Parts::alone(storage());
+        let options = OpenOptions::new(Access::ReadWrite).extent_detail(ExtentDetail::Host);
+        let image = Image::open(parts, options).await.expect("opens");
+        let bytes = Buffer::from(&[7; 65_536][..]);
+        image.write(GuestOffset(65_536), bytes, WriteFlags::empty()).await.0.expect("writes");
+        let extents = image.extents(image.whole()).await.expect("has extents");
+        let zeros: Vec<_> = extents.iter().map(|extent| extent.status.reads_zero).collect();
+        assert_eq!(zeros, [true, false, true]);
+        image.close().await.expect("closes");
+    });
 }
 
 /// A small tmpfs, unmounted again at the end.

@@ -2,10 +2,13 @@
 //!
 //! * A long walk over an image that is not written here takes whole stretches of tables from
 //!   storage, past the cached slices: it would push out what requests need, and pay for each slice.
+//! * What the image claims of the whole disk (000-6) is believed as it stood when the question came:
+//!   whoever writes meanwhile may or may not show.
 //! * What storage says of data clusters is asked only with [`ExtentDetail::Host`].
 
 use std::sync::Arc;
 
+use super::format::AutoclearFeatures;
 use super::host_status::HostStatuses;
 use super::image::Image;
 use super::mapping::{Decoder, Mapping, Run};
@@ -33,6 +36,7 @@ struct Teller {
     decoder: Decoder,
     has_backing: bool,
     detail: ExtentDetail,
+    claims: AutoclearFeatures,
 }
 
 /// What one answer is made of, so far.
@@ -53,7 +57,7 @@ impl<S: Storage> Image<S> {
         while at < range.end() && walk.builder.len() < EXTENTS_AT_ONCE {
             let rest = GuestRange::new(at, range.end() - at);
             if let Some((found, mapping)) = self.tell(&teller, rest, &mut walk).await? {
-                self.push_run(found, mapping, &mut walk).await?;
+                self.push_run(&teller, found, mapping, &mut walk).await?;
             }
             at = walk.builder.end().unwrap_or_else(|| range.end());
         }
@@ -67,6 +71,9 @@ impl<S: Storage> Image<S> {
         rest: GuestRange,
         walk: &mut Walk,
     ) -> Result<Option<(GuestRange, Mapping)>> {
+        if teller.claims.contains(AutoclearFeatures::ALL_UNALLOCATED) {
+            return Ok(Some((rest, Mapping::Unallocated { reserved: None })));
+        }
         if !walk.stretch.as_ref().is_some_and(|stretch| stretch.covers.contains(rest.start)) {
             walk.stretch = self.read_stretch(rest).await?;
         }
@@ -83,10 +90,12 @@ impl<S: Storage> Image<S> {
     }
 
     fn teller(&self) -> Teller {
+        let meta = self.0.meta.lock();
         Teller {
-            decoder: self.0.meta.lock().decoder,
+            decoder: meta.decoder,
             has_backing: self.0.backing.is_some(),
             detail: self.0.detail,
+            claims: meta.claims,
         }
     }
 
@@ -110,9 +119,15 @@ impl<S: Storage> Image<S> {
     }
 
     /// Adds a run, or as much of it as the layers below say at once.
-    async fn push_run(&self, range: GuestRange, mapping: Mapping, walk: &mut Walk) -> Result<()> {
-        match (status(mapping), mapping) {
-            (Some(status), Mapping::Data { host, .. }) if self.0.detail == ExtentDetail::Host => {
+    async fn push_run(
+        &self,
+        teller: &Teller,
+        range: GuestRange,
+        mapping: Mapping,
+        walk: &mut Walk,
+    ) -> Result<()> {
+        match (teller.by_map(mapping), mapping) {
+            (Some(status), Mapping::Data { host, .. }) if teller.asks_host(status) => {
                 self.push_data(range, status, host, walk).await
             }
             (Some(status), _) => {
@@ -224,16 +239,27 @@ impl Teller {
     }
 
     fn status(&self, run: Run, host: &mut HostStatuses) -> Option<ExtentStatus> {
-        match run.mapping {
-            Mapping::Data { host: at, .. } if self.detail == ExtentDetail::Host => {
+        match (self.by_map(run.mapping), run.mapping) {
+            (Some(data), Mapping::Data { host: at, .. }) if self.asks_host(data) => {
                 let found = host.known(HostRange::new(at, run.len))?;
                 let reads_zero = found.status.reads_zero();
-                let data = status(run.mapping).filter(|_| found.len == run.len)?;
-                Some(ExtentStatus { reads_zero, ..data })
+                (found.len == run.len).then_some(ExtentStatus { reads_zero, ..data })
             }
-            Mapping::Unallocated { .. } if !self.has_backing => Some(nothing(run.mapping)),
-            mapping => status(mapping),
+            (None, mapping) if !self.has_backing => Some(nothing(mapping)),
+            (known, _) => known,
         }
+    }
+
+    /// Returns the facts that the image knows by itself; nothing where the backing layer decides.
+    fn by_map(&self, mapping: Mapping) -> Option<ExtentStatus> {
+        let known = status(mapping)?;
+        let reads_zero = known.reads_zero || self.claims.contains(AutoclearFeatures::ALL_ZERO);
+        Some(ExtentStatus { reads_zero, ..known })
+    }
+
+    /// Says whether storage may know more of a data cluster.
+    fn asks_host(&self, known: ExtentStatus) -> bool {
+        self.detail == ExtentDetail::Host && !known.reads_zero
     }
 }
 

@@ -235,7 +235,7 @@ async fn load_meta<S: Storage>(
         failed: None,
         on_discard: on_discard(header, options),
         discard_unit: options.discard_unit,
-        claims: header.features.autoclear & zero_claims::possible(header),
+        claims: header.zero_claims(),
     })
 }
 

@@ -4,8 +4,9 @@
 //!   If it cannot be taken off, the write fails.
 //! * Always: a claim is put up as the last step, while nothing can change the disk.
 //! * Never: a claim is put into an image whose creator did not ask for them.
+//! * Never: a bit is believed that the image's own table of names calls something else.
 
-use super::format::{AutoclearFeatures, FeatureName, Header, L2Entry, Version};
+use super::format::{AutoclearFeatures, FeatureName, FeatureWord, Header, L2Entry, Version};
 use super::image::Image;
 use super::meta::Meta;
 use super::need::{Need, Planned};
@@ -20,16 +21,36 @@ pub(super) fn possible(header: &Header) -> AutoclearFeatures {
     if header.geometry.version() == Version::V2 || header.encryption().is_some() {
         return AutoclearFeatures::empty();
     }
-    match header.backing_name.is_some() || header.has_external_data_file() {
+    let claims = match header.backing_name.is_some() || header.has_external_data_file() {
         true => AutoclearFeatures::ALL_UNALLOCATED,
         false => AutoclearFeatures::ZERO_CLAIMS,
-    }
+    };
+    claims - named_otherwise(header)
+}
+
+/// Returns the autoclear bits to which the image gives names that are not ours: the bits are
+/// private, and a later format may mean something else by them (A.1.3).
+fn named_otherwise(header: &Header) -> AutoclearFeatures {
+    let ours = FeatureName::zero_claims();
+    let foreign = header.extensions.feature_names.iter().filter(|name| !ours.contains(name));
+    foreign
+        .filter(|name| name.word == FeatureWord::AUTOCLEAR)
+        .filter_map(|name| 1_u64.checked_shl(u32::from(name.bit)))
+        .fold(AutoclearFeatures::empty(), |all, bit| all | AutoclearFeatures::from_bits_retain(bit))
 }
 
 /// Says whether the image's creator asked for claims: their names stand in the image.
 pub(super) fn are_wanted(header: &Header) -> bool {
     let wanted = FeatureName::zero_claims();
     header.extensions.feature_names.iter().any(|name| wanted.contains(name))
+}
+
+impl Header {
+    /// Returns what the image says of its whole disk, as far as it can be believed (000-2).
+    #[must_use]
+    pub fn zero_claims(&self) -> AutoclearFeatures {
+        self.features.autoclear & possible(self)
+    }
 }
 
 impl Meta {
@@ -113,13 +134,27 @@ impl<S: Storage> Image<S> {
             return Ok(());
         }
         // Nobody writes while this is held; who waits plans anew and finds the claim.
-        let _hold = self.exclude_others(self.whole()).await?;
-        if !self.reads_zero(self.whole()).await? {
+        let whole = self.whole();
+        let _hold = self.exclude_others(whole).await?;
+        if !self.reads_zero(whole).await? {
             return Ok(());
         }
         self.flush_all().await?;
         let _turn = self.0.turn.lock().await;
-        self.0.meta.lock().claims.insert(claim);
+        if !self.claim_in_memory(claim, whole.len) {
+            return Ok(());
+        }
         self.change_features(|features| features.autoclear.insert(claim)).await
+    }
+
+    /// Has writers drop the claim from here on. Not where the disk has another size by now: what
+    /// it grew by was not kept from them.
+    fn claim_in_memory(&self, claim: AutoclearFeatures, size_bytes: u64) -> bool {
+        let mut meta = self.0.meta.lock();
+        if meta.size_bytes != size_bytes {
+            return false;
+        }
+        meta.claims.insert(claim);
+        true
     }
 }

@@ -22,7 +22,7 @@ const SIZE: u64 = 2 * 512 * CLUSTER;
 
 /// Counts what changes the object.
 #[derive(Clone)]
-struct Counting {
+pub(crate) struct Counting {
     inner: Arc<MemoryStorage>,
     writes: Arc<AtomicU64>,
     punches: Arc<AtomicU64>,
@@ -74,7 +74,7 @@ impl Storage for Counting {
 }
 
 impl Counting {
-    fn of(image: &[u8]) -> Self {
+    pub(crate) fn of(image: &[u8]) -> Self {
         let inner = Arc::new(MemoryStorage::from(image));
         Self { inner, writes: Arc::default(), punches: Arc::default() }
     }
@@ -83,7 +83,7 @@ impl Counting {
         self.writes.load(Ordering::Relaxed)
     }
 
-    fn punches(&self) -> u64 {
+    pub(crate) fn punches(&self) -> u64 {
         self.punches.load(Ordering::Relaxed)
     }
 

@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use lacuna::block::{
-    DiscardMode, KnownZeroes, Layer, Preallocation, WriteFlags, ZeroFlags, is_all_zeroes,
+    DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, Preallocation, WriteFlags, ZeroFlags,
+    is_all_zeroes,
 };
 use lacuna::buffer::Buffer;
+use lacuna::job::{ConvertOptions, convert};
 use lacuna::qcow2::check::{CheckOptions, FindingKind, Repair, check};
 use lacuna::qcow2::format::{AutoclearFeatures, Header};
 use lacuna::qcow2::{
@@ -115,6 +117,117 @@ fn each_event_leaves_the_claims_that_are_still_true() {
     }
 }
 
+/// The host copies past the engine: what it brings is not looked at.
+#[test]
+fn a_range_copied_by_the_host_takes_the_claims_off() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, data) = (folder.path().join("a.qcow2"), folder.path().join("data"));
+    on_disk(&path);
+    std::fs::write(&data, [7; 4096]).unwrap();
+    let storage = FileStorage::open(&path, &FileOptions::read_write()).unwrap();
+    let parts = Parts::alone(storage);
+    let image = block_on(Image::open(parts, OpenOptions::new(Access::ReadWrite))).unwrap();
+    let source = FileStorage::open(&data, &FileOptions::read_only()).unwrap();
+    let source = block_on(Raw::open(source)).unwrap();
+    let extent = block_on(source.extents(source.whole())).unwrap()[0];
+    let copied = block_on(image.copy_from(GuestOffset(0), source.host_source(&extent).unwrap()));
+    // Whether the file system can copy or not: the claims went before it was asked.
+    drop(copied);
+    assert_eq!(claims(&std::fs::read(&path).unwrap()), NONE);
+}
+
+/// An image that was not closed is repaired when it is opened; what it said then counts no more.
+#[test]
+fn the_repair_of_an_image_that_was_not_closed_takes_the_claims_off() {
+    let storage = new(&CreateOptions { lazy_refcounts: true, ..claiming() });
+    let dirty = Buffer::from(&[1][..]);
+    let byte = lacuna::units::HostOffset(79);
+    block_on(lacuna::storage::Storage::write_at(&storage, byte, dirty)).0.unwrap();
+    assert_eq!(claims(&storage.to_vec()), BOTH);
+    block_on(open(&storage).close()).unwrap();
+    assert_eq!(claims(&storage.to_vec()), NONE);
+}
+
+/// A later format may give the bits another meaning: then it names them.
+#[test]
+fn a_bit_that_the_image_calls_something_else_claims_nothing() {
+    let storage = new(&claiming());
+    let mut bytes = storage.to_vec();
+    let at = bytes.windows(8).position(|name| name == b"all zero").unwrap();
+    bytes[at..at + 8].copy_from_slice(b"all mine");
+    // Data, so that the claim would be a lie.
+    let storage = Arc::new(MemoryStorage::from(&bytes[..]));
+    let header = Header::decode(&bytes[..CLUSTER as usize]).unwrap();
+    assert_eq!(header.zero_claims(), UNALLOCATED);
+    block_on(open(&storage).close()).unwrap();
+    assert_eq!(claims(&storage.to_vec()), UNALLOCATED, "an unknown autoclear bit is cleared");
+}
+
+/// 000-6, 000-12: a disk that is mapped everywhere reads as zeros everywhere, by its claim.
+#[test]
+fn a_claim_of_zeros_shows_in_every_extent_and_leaves_the_other_facts_alone() {
+    let extents = |zero_claims| {
+        let options = CreateOptions {
+            size_bytes: 40 << 20,
+            cluster_bytes: 4096,
+            preallocation: Preallocation::Full,
+            zero_claims,
+            ..claiming()
+        };
+        let image = open(&new(&options));
+        block_on(image.extents(image.whole())).unwrap()
+    };
+    let (claimed, silent) = (extents(true), extents(false));
+    assert!(claimed.iter().all(|it| it.status.reads_zero && !it.status.is_hole));
+    assert!(silent.iter().all(|it| !it.status.reads_zero && !it.status.is_hole));
+    let places = |extents: &[Extent]| -> Vec<_> {
+        extents.iter().map(|it| (it.range, it.status.host, it.status.depth)).collect()
+    };
+    assert_eq!(places(&claimed), places(&silent));
+}
+
+/// 000-6, 000-7: the whole disk in one answer with one extent, however many tables it could have.
+#[test]
+fn a_disk_that_maps_nothing_is_one_extent() {
+    for zero_claims in [true, false] {
+        let image = open(&new(&CreateOptions { size_bytes: 1 << 44, zero_claims, ..claiming() }));
+        let extents = block_on(image.extents(image.whole())).unwrap();
+        assert_eq!(extents.len(), 1, "claims: {zero_claims}");
+        assert_eq!(
+            (extents[0].range, extents[0].status),
+            (image.whole(), ExtentStatus::UNALLOCATED)
+        );
+    }
+}
+
+/// Both ends know: the target keeps its space and its claim, and nothing is looked at.
+#[test]
+fn a_copy_of_a_zero_disk_leaves_a_preallocated_zero_target_as_it_is() {
+    let full = CreateOptions { preallocation: Preallocation::Full, ..claiming() };
+    let (source, target) = (open(&new(&full)), new(&full));
+    let before = target.to_vec();
+    let image = open(&target);
+    let copied = block_on(convert(&source, &image, &ConvertOptions::default(), &mut |_| ()));
+    assert_eq!(copied.unwrap().skipped_bytes, 1 << 20);
+    block_on(image.close()).unwrap();
+    assert!(target.to_vec() == before, "the target was changed");
+}
+
+#[test]
+fn zeros_of_a_backing_layer_are_no_reason_to_leave_a_target_alone() {
+    let below = block_on(Raw::create(MemoryStorage::new(), 1 << 20)).unwrap();
+    let backing = Some(BackingName { name: "below".into(), format: Some("raw".into()) });
+    let storage = new(&CreateOptions { backing, ..claiming() });
+    let parts = Parts { backing: Some(Arc::new(below)), ..Parts::alone(Arc::clone(&storage)) };
+    let image = block_on(Image::open(parts, OpenOptions::new(Access::ReadWrite))).unwrap();
+    let source = open(&new(&claiming()));
+    let copied = block_on(convert(&source, &image, &ConvertOptions::default(), &mut |_| ()));
+    assert_eq!(copied.unwrap().zeroed_bytes, 1 << 20);
+    let extents = block_on(image.extents(image.whole())).unwrap();
+    assert!(extents.iter().all(|it| it.status.reads_zero && it.status.depth.0 == 1));
+    block_on(image.close()).unwrap();
+}
+
 #[test]
 fn a_claim_is_off_on_storage_before_the_write_returns() {
     let storage = new(&claiming());
@@ -147,6 +260,20 @@ fn make_zero_does_nothing_where_zero_is_known_and_claims_it_afterwards() {
     write(&image, 7);
     assert_eq!(claims(&storage.to_vec()), NONE, "and off again");
     block_on(image.close()).unwrap();
+}
+
+/// The wish stands in the table of names, for which QEMU finds no room in small clusters.
+#[test]
+fn the_wish_is_remembered_at_every_cluster_size() {
+    for cluster_bytes in [512, 4096, 8192, 2 << 20] {
+        let storage = new(&CreateOptions { cluster_bytes, ..claiming() });
+        let image = open(&storage);
+        write(&image, 7);
+        block_on(image.make_zero()).unwrap();
+        block_on(image.close()).unwrap();
+        let header = block_on(lacuna::qcow2::read_header(&storage)).unwrap();
+        assert_eq!(header.zero_claims(), ZERO, "clusters of {cluster_bytes} bytes");
+    }
 }
 
 #[test]
@@ -247,6 +374,22 @@ fn on_disk(path: &Path) {
     };
     let storage = FileStorage::open(path, &options).unwrap();
     block_on(create(&storage, &claiming())).unwrap();
+}
+
+/// 000-5: a raw file is known to be zero exactly while it is one hole.
+#[test]
+fn a_raw_file_is_known_to_be_zero_while_all_of_it_is_a_hole() {
+    let folder = tempfile::tempdir().unwrap();
+    let storage = FileStorage::open(folder.path().join("a"), &FileOptions::replace()).unwrap();
+    // Not whole sectors: the tail reads as zeros too.
+    let disk = block_on(Raw::create(storage, (1 << 30) + 100)).unwrap();
+    let disk = block_on(Raw::open(disk.into_storage())).unwrap();
+    let known = || block_on(disk.known_zeroes()).unwrap();
+    assert_eq!(known(), KnownZeroes { create: true, truncate: true, open: true });
+    block_on(disk.write(GuestOffset(1 << 20), Buffer::zeroed(512), WriteFlags::empty())).0.unwrap();
+    assert!(!known().open, "data may be anything");
+    block_on(disk.write_zeroes(disk.whole(), ZeroFlags::MAY_UNMAP)).unwrap();
+    assert!(known().open);
 }
 
 /// A.1.3.

@@ -1,5 +1,6 @@
 //! The table A.2.1: what zeroing and discarding leave in an L2 entry.
 
+use lacuna::block::ExtentStatus;
 use lacuna::qcow2::format::{L2Entry, SubclusterBitmap};
 use lacuna::qcow2::{DiscardUnit, Placement};
 
@@ -102,6 +103,7 @@ fn both(setup: &Setup<'_>, change: Change) -> (L2Entry, Left) {
     let (ours, theirs) = (ours.left(), theirs.left());
     assert_eq!(ours.entries, theirs.entries, "{setup:?} {change:?}");
     assert!(ours.bytes == theirs.bytes, "{setup:?} {change:?}: other bytes");
+    assert_eq!(ours.extents, theirs.extents, "{setup:?} {change:?}");
     assert_not_larger(ours.allocated, theirs.allocated);
     (before, ours)
 }
@@ -122,6 +124,21 @@ fn check(row: &Row, options: &str, backing: bool, expected: Entry) {
         _ => 0,
     };
     assert!(left.bytes[..CLUSTER as usize].iter().all(|it| *it == byte), "{what}: bytes");
+    assert_facts(left.extents[0].status, expected, backing, &what);
+}
+
+/// Each fact for itself: which layer decides, whether the bytes are zeros, whether the host has
+/// space set aside.
+fn assert_facts(found: ExtentStatus, expected: Entry, backing: bool, what: &str) {
+    let facts = (found.depth.0, found.reads_zero, found.is_hole, found.host.is_some());
+    let right = match expected {
+        Entry::Data | Entry::NewData => (1, false, false, true),
+        Entry::Nothing if backing => (2, false, false, true),
+        Entry::Nothing => (0, true, true, false),
+        Entry::Zero => (1, true, true, false),
+        Entry::ZeroInPlace => (1, true, false, true),
+    };
+    assert_eq!(facts, right, "{what}: depth, zero, hole, host");
 }
 
 #[test]

@@ -1,10 +1,11 @@
 //! Discard policy by type (A.3.1).
 
 use lacuna::block::{Layer, ZeroFlags};
-use lacuna::qcow2::{DiscardPolicy, GuestDiscard, Shrink};
+use lacuna::qcow2::{DiscardPolicy, GuestDiscard, Image, Parts, Shrink};
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
 
+use super::batches::Counting;
 use super::scenario::{Change, Disk, Setup, assert_gave_back, writing};
 
 const CLUSTER: u64 = 64 << 10;
@@ -41,10 +42,29 @@ fn request_decides_whether_freed_guest_clusters_are_punched() {
     }
 }
 
+/// Growth gives the L1 table another place: what it leaves is no guest's.
 #[test]
-fn other_decides_whether_the_table_that_a_snapshot_replaced_is_punched() {
-    // A second L2 table takes the place of the shared one, which the snapshot keeps: nothing may
-    // be punched with either policy while it is shared.
+fn other_decides_whether_a_table_that_was_replaced_is_punched() {
+    for (other, punches) in [(true, 1), (false, 0)] {
+        let options = "cluster_size=4k";
+        let disk = Disk::make(&Setup { options, before: BEFORE, ..Setup::default() });
+        let storage = Counting::of(&std::fs::read(&disk.path).unwrap());
+        let policy = DiscardPolicy { other, ..DiscardPolicy::default() };
+        let parts = Parts::alone(storage.clone());
+        let image = block_on(Image::open(parts, writing().discard(policy))).unwrap();
+        block_on(async {
+            image.resize(4 << 30, Shrink::Refuse).await?;
+            image.flush().await?;
+            image.close().await
+        })
+        .unwrap();
+        assert_eq!(storage.punches(), punches, "other: {other}");
+    }
+}
+
+#[test]
+fn a_table_that_a_snapshot_shares_is_punched_under_no_policy() {
+    // A second L2 table takes the place of the shared one, which the snapshot keeps.
     for other in [false, true] {
         let setup = Setup { before: BEFORE, snapshot: true, ..Setup::default() };
         let disk = Disk::make(&setup);

@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use lacuna::block::{DiscardMode, DynLayer, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{DiscardMode, DynLayer, Extent, Layer, WriteFlags, ZeroFlags, is_zero};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::format::{EntryWidth, Header, L1Entry, L2Entry, SubclusterBitmap};
 use lacuna::qcow2::{Access, Image, OpenOptions, Parts};
@@ -80,6 +80,8 @@ pub(crate) struct Left {
     /// The L2 entries in guest order, none where there is no table.
     pub(crate) entries: Vec<L2Entry>,
     pub(crate) bytes: Vec<u8>,
+    /// What the image tells of itself; what it calls zero is.
+    pub(crate) extents: Vec<Extent>,
     /// Bytes that the file takes on the host.
     pub(crate) allocated: u64,
 }
@@ -139,7 +141,14 @@ impl Disk {
         let whole = Buffer::new(image.size_bytes() as usize);
         let (result, bytes) = block_on(image.read(GuestOffset(0), whole));
         result.unwrap();
-        Left { entries: entries(&self.path), bytes: bytes.to_vec(), allocated: self.allocated() }
+        let extents = block_on(image.extents(image.whole())).unwrap();
+        assert_eq!(extents.last().map(|last| last.range.end()), Some(image.whole().end()));
+        for zeros in extents.iter().filter(|extent| extent.status.reads_zero) {
+            let part = &bytes[zeros.range.start.0 as usize..zeros.range.end().0 as usize];
+            assert!(is_zero(part), "{zeros:?}");
+        }
+        let (entries, allocated) = (entries(&self.path), self.allocated());
+        Left { entries, bytes: bytes.to_vec(), extents, allocated }
     }
 
     pub(crate) fn allocated(&self) -> u64 {

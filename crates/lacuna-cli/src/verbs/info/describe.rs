@@ -161,7 +161,7 @@ pub(super) fn add_claims(node: &mut Value, header: &Header) {
     ];
     let Some(Value::Object(data)) = node.pointer_mut("/format-specific/data") else { return };
     for (key, claim) in claims {
-        if header.features.autoclear.contains(claim) {
+        if header.zero_claims().contains(claim) {
             data.insert(key.into(), true.into());
         }
     }

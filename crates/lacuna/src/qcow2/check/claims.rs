@@ -9,14 +9,13 @@ use super::survey::Survey;
 use crate::Result;
 use crate::block::is_zero;
 use crate::qcow2::format::{AutoclearFeatures, L2Entry, SubclusterBitmap, SubclusterState};
-use crate::qcow2::zero_claims;
 use crate::storage::Storage;
 use crate::units::{HostOffset, HostRange};
 
 impl Survey {
     /// Records, once for each claim, the first entry that contradicts it.
     pub(super) async fn check_claims<S: Storage>(&mut self, storage: &S) {
-        let mut claims = self.header.features.autoclear & zero_claims::possible(&self.header);
+        let mut claims = self.header.zero_claims();
         // Each table and each cluster once, however often an image names it.
         let tables: Vec<u64> = match claims.is_empty() || self.io_failed {
             true => Vec::new(),

@@ -284,9 +284,17 @@ impl Extensions {
     fn encode_feature_names(&self, header: &mut Vec<u8>, geometry: &Geometry) {
         let cluster = usize::try_from(geometry.cluster_bytes()).unwrap_or(usize::MAX);
         let room = cluster.saturating_sub(header.len());
-        if geometry.version() >= super::Version::V3 && room >= ROOM_FOR_FEATURE_NAMES {
-            // Half of the room: names of features must not crowd out what has a meaning.
-            push(header, FEATURE_NAMES, &FeatureName::encode_table(&self.feature_names, room / 2));
+        if geometry.version() < super::Version::V3 {
+            return;
+        }
+        // Half of the room: names of features must not crowd out what has a meaning.
+        let table = match room >= ROOM_FOR_FEATURE_NAMES {
+            true => FeatureName::encode_table(&self.feature_names, room / 2),
+            // Nobody else knows these; what QEMU would write can be left out, as QEMU does.
+            false => FeatureName::encode_unusual(&self.feature_names, room / 2),
+        };
+        if !table.is_empty() {
+            push(header, FEATURE_NAMES, &table);
         }
     }
 }

@@ -232,11 +232,22 @@ impl FeatureName {
     /// Encodes the table that QEMU writes, then those of `names` that it does not have.
     pub(crate) fn encode_table(names: &[Self], room_bytes: usize) -> Vec<u8> {
         let known = KNOWN.iter().map(|(word, bit, name)| RawFeatureName::new(*word, *bit, name));
-        let others = names
+        let unusual = Self::unusual(names);
+        known.chain(unusual).take(room_bytes / 48).flat_map(RawFeatureName::into_bytes).collect()
+    }
+
+    /// Encodes those of `names` that QEMU does not write.
+    pub(crate) fn encode_unusual(names: &[Self], room_bytes: usize) -> Vec<u8> {
+        Self::unusual(names).take(room_bytes / 48).flat_map(RawFeatureName::into_bytes).collect()
+    }
+
+    fn unusual(names: &[Self]) -> impl Iterator<Item = RawFeatureName> {
+        let is_usual =
+            |name: &Self| KNOWN.iter().any(|row| row.0 == name.word && row.1 == name.bit);
+        names
             .iter()
-            .filter(|name| !KNOWN.iter().any(|row| row.0 == name.word && row.1 == name.bit))
-            .map(|name| RawFeatureName::new(name.word, name.bit, name.name.as_bytes()));
-        known.chain(others).take(room_bytes / 48).flat_map(RawFeatureName::into_bytes).collect()
+            .filter(move |name| !is_usual(name))
+            .map(|name| RawFeatureName::new(name.word, name.bit, name.name.as_bytes()))
     }
 }
 
