@@ -7,11 +7,13 @@
 //! * `limits.rs` — sizes, ignored tests, unfinished code
 //! * `manifest.rs` — a reason for every dependency
 //! * `links.rs` — documents that point to files that are there
+//! * `named_tests.rs` — documents that name tests that are there
 
 mod arrows;
 mod limits;
 mod links;
 mod manifest;
+mod named_tests;
 mod places;
 mod source;
 mod words;
@@ -48,15 +50,27 @@ pub(crate) fn workspace() -> Outcome {
 
 fn findings(root: &Path) -> std::io::Result<Vec<Finding>> {
     let mut findings = Vec::new();
+    let (mut tests, mut claims) = (named_tests::Tests::default(), Vec::new());
     for path in files(root)? {
         let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().replace('\\', "/");
         let read = || fs::read_to_string(&path);
         match path.extension().and_then(|extension| extension.to_str()) {
-            Some("rs") => of_source(&Source::new(&name, &read()?), &mut findings),
-            Some("md") => links::check(root, &name, &read()?, &mut findings),
+            Some("rs") => {
+                let text = read()?;
+                tests.learn(&text);
+                of_source(&Source::new(&name, &text), &mut findings);
+            }
+            Some("md") => {
+                let text = read()?;
+                links::check(root, &name, &text, &mut findings);
+                claims.extend(named_tests::applies_to(&name).then_some((name, text)));
+            }
             _ if name.ends_with("Cargo.toml") => manifest::check(&name, &read()?, &mut findings),
             _ => {}
         }
+    }
+    for (name, text) in claims {
+        named_tests::check(&name, &text, &tests, &mut findings);
     }
     Ok(findings)
 }
