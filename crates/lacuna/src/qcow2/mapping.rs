@@ -1,6 +1,9 @@
 //! What an L2 entry says of the guest bytes it covers (B.4, B.6, B.7).
 
-use super::format::{CompressedRun, Geometry, L2Entry, SubclusterState, Version};
+use super::format::{
+    CompressedRun, EntryWidth, Geometry, L2Entry, SubclusterBitmap, SubclusterState, Version,
+};
+use super::same_entries::SameEntries;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 use crate::{Error, Result};
 
@@ -126,12 +129,12 @@ impl Decoder {
         let first = L2Entry::at_start(entries, width);
         let (mapping, mut len) = self.decode(first, range.start)?;
         let later = &entries[width.bytes() as usize..];
-        if !self.geometry.has_subclusters() && !first.is_compressed() {
-            len +=
-                self.same_ahead(later, first, mapping, range.len) * self.geometry.cluster_bytes();
+        let reaches_end = |len: u64| self.geometry.is_aligned(range.start.0 + len);
+        if self.is_alike_throughout(first) && reaches_end(len) {
+            let ahead = self.same_ahead(later, first, mapping, range.len);
+            len += ahead * self.geometry.cluster_bytes();
             return Ok(Run { mapping, len: len.min(range.len) });
         }
-        let reaches_end = |len: u64| self.geometry.is_aligned(range.start.0 + len);
         for entry in later.chunks_exact(width.bytes() as usize) {
             if len >= range.len || !reaches_end(len) {
                 break;
@@ -145,8 +148,15 @@ impl Decoder {
         Ok(Run { mapping, len: len.min(range.len) })
     }
 
-    /// Counts the standard entries at the start of `later` that say the same as `first` for one
-    /// cluster further on each: equal words, but for the host offset.
+    /// Says whether the entry means the same for every byte of its cluster, so that equal entries
+    /// can go on with its run.
+    fn is_alike_throughout(&self, entry: L2Entry) -> bool {
+        let uniform = [SubclusterBitmap(0), SubclusterBitmap::ALL_DATA, SubclusterBitmap::ALL_ZERO];
+        !entry.is_compressed() && uniform.contains(&entry.subclusters)
+    }
+
+    /// Counts the entries at the start of `later` that say the same as `first` for one cluster
+    /// further on each: equal words, but for the host offset.
     fn same_ahead(&self, later: &[u8], first: L2Entry, mapping: Mapping, len: u64) -> u64 {
         let cluster_bytes = self.geometry.cluster_bytes();
         let (step, room) = match mapping.host() {
@@ -154,22 +164,13 @@ impl Decoder {
             None => (0, u64::MAX),
         };
         let at_most = len.div_ceil(cluster_bytes).min(room);
-        let (words, _) = later.as_chunks::<8>();
-        let words = &words[..words.len().min(usize::try_from(at_most).unwrap_or(usize::MAX))];
-        let expected = |index: usize| first.word.wrapping_add(step * (index as u64 + 1));
-        // Eight at a time without a branch, then one by one.
-        let (groups, _) = words.as_chunks::<8>();
-        let differs = |(group, words): (usize, &[[u8; 8]; 8])| {
-            let compare = |(index, word): (usize, &[u8; 8])| {
-                u64::from_be_bytes(*word) ^ expected(group * 8 + index)
-            };
-            words.iter().enumerate().map(compare).fold(0, |bits, word| bits | word) != 0
-        };
-        let same = groups.iter().enumerate().position(differs).unwrap_or(groups.len()) * 8;
-        let differs =
-            |(index, word): (usize, &[u8; 8])| u64::from_be_bytes(*word) != expected(same + index);
-        let rest = words[same..].iter().enumerate().position(differs);
-        (same + rest.unwrap_or(words.len() - same)) as u64
+        match self.geometry.entry_width() {
+            EntryWidth::Standard => SameEntries { first: [first.word], step }.count(later, at_most),
+            EntryWidth::Extended => {
+                let first = [first.word, first.subclusters.0];
+                SameEntries { first, step }.count(later, at_most)
+            }
+        }
     }
 
     fn decode_standard(
@@ -223,17 +224,18 @@ fn corrupt(guest: GuestOffset, entry: L2Entry, what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qcow2::format::EntryWidth;
+
+    const COPIED: u64 = 1 << 63;
+    const CLUSTER: u64 = 65536;
 
     /// As [`Decoder::run`], cluster by cluster.
-    fn slow_run(decoder: &Decoder, words: &[u64], range: GuestRange) -> Run {
+    fn slow_run(decoder: &Decoder, entries: &[L2Entry], range: GuestRange) -> Run {
         let entry = |len: u64| {
             let index = (decoder.geometry.within_cluster(range.start.0) + len) >> 16;
-            let word = words.get(index as usize)?;
-            Some(L2Entry { word: *word, ..L2Entry::UNALLOCATED })
+            entries.get(index as usize).copied()
         };
         let (mapping, mut len) = decoder.decode(entry(0).unwrap(), range.start).unwrap();
-        while len < range.len {
+        while len < range.len && decoder.geometry.is_aligned(range.start.0 + len) {
             let next = entry(len).map(|entry| decoder.decode(entry, range.start + len));
             match next {
                 Some(Ok((next, more))) if mapping.is_continued_by(next, len) => len += more,
@@ -243,29 +245,46 @@ mod tests {
         Run { mapping, len: len.min(range.len) }
     }
 
+    /// Compares over `len` entries from `first` on and a few others behind them.
+    fn compare(width: EntryWidth, first: L2Entry, len: u64) {
+        let geometry = Geometry::new(Version::V3, 16, 4, width).unwrap();
+        let decoder = Decoder { geometry, place: DataPlace::ImageFile };
+        let step = if first.word & !(COPIED | 1) == 0 { 0 } else { CLUSTER };
+        let at = |at| L2Entry { word: first.word + at * step, ..first };
+        let others = [CLUSTER * 99, 0, 1, 0].map(|word| L2Entry { word, ..L2Entry::UNALLOCATED });
+        let entries: Vec<L2Entry> = (0..len).map(at).chain(others).collect();
+        let words = entries.iter().flat_map(|entry| [entry.word, entry.subclusters.0]);
+        let words =
+            words.enumerate().filter(|(at, _)| at % 2 == 0 || width == EntryWidth::Extended);
+        let bytes: Vec<u8> = words.flat_map(|(_, word)| word.to_be_bytes()).collect();
+        for (start, wanted) in [(0, 99 * CLUSTER), (512, 3 * CLUSTER), (0, 100), (9, CLUSTER)] {
+            let range = GuestRange::new(GuestOffset(start), wanted);
+            let run = decoder.run(&bytes, range).unwrap();
+            let slow = slow_run(&decoder, &entries, range);
+            let text = format!("{first:x?} {len} {start} {wanted}");
+            assert_eq!((run.mapping, run.len), (slow.mapping, slow.len), "{text}");
+        }
+    }
+
     #[test]
     fn a_run_over_many_entries_is_what_each_of_them_says() {
-        const COPIED: u64 = 1 << 63;
-        const CLUSTER: u64 = 65536;
-        let geometry = Geometry::new(Version::V3, 16, 4, EntryWidth::Standard).unwrap();
-        let decoder = Decoder { geometry, place: DataPlace::ImageFile };
         let last = (1 << 56) - CLUSTER;
-        for first in [0, 1, COPIED | CLUSTER, CLUSTER, COPIED | CLUSTER | 1, COPIED | last, 1 << 62]
-        {
-            for len in [1, 7, 8, 9, 16, 17, 30] {
-                let step = if first & !(COPIED | 1) == 0 { 0 } else { CLUSTER };
-                let mut words: Vec<u64> = (0..len).map(|at| first + at * step).collect();
-                words.extend([CLUSTER * 9, 0, 1, 0]);
-                let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-                for (start, wanted) in
-                    [(0, 99 * CLUSTER), (512, 3 * CLUSTER), (0, 100), (9, CLUSTER)]
-                {
-                    let range = GuestRange::new(GuestOffset(start), wanted);
-                    let run = decoder.run(&bytes, range).unwrap();
-                    let slow = slow_run(&decoder, &words, range);
-                    let text = format!("{first:#x} {len} {start} {wanted}");
-                    assert_eq!((run.mapping, run.len), (slow.mapping, slow.len), "{text}");
+        for len in [1, 7, 8, 9, 16, 17, 30] {
+            for word in
+                [0, 1, COPIED | CLUSTER, CLUSTER, COPIED | CLUSTER | 1, COPIED | last, 1 << 62]
+            {
+                let first = L2Entry { word, ..L2Entry::UNALLOCATED };
+                compare(EntryWidth::Standard, first, len);
+            }
+            for word in [COPIED | CLUSTER, CLUSTER, COPIED | last, 1 << 62] {
+                for states in [0, 0xffff_ffff, 0xffff_ffff << 32, 0xffff_fffe, 0xfffe << 32 | 1] {
+                    let subclusters = SubclusterBitmap(states);
+                    compare(EntryWidth::Extended, L2Entry { word, subclusters }, len);
                 }
+            }
+            for states in [0, 0xffff_ffff << 32, 0xff << 32] {
+                let subclusters = SubclusterBitmap(states);
+                compare(EntryWidth::Extended, L2Entry { word: 0, subclusters }, len);
             }
         }
     }

@@ -43,6 +43,7 @@ mod refcounts;
 mod rename_backing;
 mod repair;
 mod resize;
+mod same_entries;
 mod snapshots;
 mod table_cache;
 mod totals;
