@@ -13,6 +13,7 @@ fn sound_images_are_reported_alike() {
         "{TOP}
          qemu-img check image
          qemu-img check -q image
+         qemu-img check -q --output=json image
          qemu-img check --output=json image
          qemu-img check -f qcow2 -T none image
          qemu-img check -r all image

@@ -189,6 +189,7 @@ fn what_cannot_be_converted_is_refused_in_the_same_words() {
          qemu-img convert -O raw -o foo=1 base raw
          qemu-img convert -O qcow2 -o cluster_size=3 base image
          qemu-img convert -n -O raw base missing
+         qemu-img convert --target-image-opts -O qcow2 base driver=raw,file.filename=tiny
          qemu-img convert -n -O raw base tiny
          qemu-img convert -S 1 base raw
          qemu-img convert -S foo base raw
@@ -267,7 +268,13 @@ fn comparisons_agree_in_words_and_exit_codes() {
          qemu-img compare
          qemu-img compare a
          qemu-img compare a b c
-         qemu-img compare -Z a b"
+         qemu-img compare -Z a b
+         qemu-img compare -T foo z9 z8
+         stock-img create -q -f qcow2 broken 9M
+         stock-io -f qcow2 -c 'write 0 64k' broken
+         printf '\\2' | dd of=broken bs=1 seek=$((0x40006)) conv=notrunc status=none
+         {{ qemu-img compare z9 broken; echo $?; }} 2>&1 | grep -v ^qcow2:
+         {{ qemu-img compare broken z9; echo $?; }} 2>&1 | grep -v ^qcow2:"
     ));
 }
 

@@ -43,6 +43,9 @@ fn parts_of_disks_are_copied_as_qemu_img_copies_them() {
         qemu-img dd -f raw if=r.raw of=o count=0; stat -c %s o
         qemu-img dd -f raw if=r.raw of=o count=-1
         qemu-img dd -f raw if=r.raw of=o skip=x
+        qemu-img dd -f raw if=r.raw of=o skip=1k
+        qemu-img dd -f raw if=r.raw of=o count=1.0
+        qemu-img dd -f raw if=r.raw of=o skip=0x2; stat -c %s o
         qemu-img dd -f raw if=r.raw of=o foo=x
         qemu-img dd -f raw if=r.raw of=o foo
         qemu-img dd -f raw if=r.raw

@@ -223,3 +223,30 @@ fn an_image_whose_tables_cannot_be_added_up_is_described_all_the_same() {
     assert_eq!(got.code, Some(1));
     assert!(got.text.contains(reason), "{}", got.text);
 }
+
+#[test]
+fn header_fields_outside_of_their_limits_are_named_in_the_same_words() {
+    // Where, and the bytes.
+    let fields = [
+        (20, r"\0\0\0\50"),
+        (8, r"\377\0\0\0\0\0\0\0"),
+        (8, r"\0\0\0\0\0\0\2\0\0\0\10\0"),
+        (36, r"\177\377\377\377"),
+        (40, r"\22\64\126\170\220\253\315\357"),
+        (48, r"\22\64\126\170\220\253\315\357"),
+        (56, r"\177\377\377\377"),
+        (60, r"\177\377\377\377"),
+        (60, r"\0\0\0\1\22\64\126\170\220\253\315\357"),
+        (100, r"\177\377\377\377"),
+        (112, r"\22\64\126\170\177\377\377\377"),
+    ];
+    let poke = |(at, bytes)| {
+        format!(
+            "stock-img create -q -f qcow2 image 64M
+             printf '{bytes}' | dd of=image bs=1 seek={at} conv=notrunc status=none
+             qemu-img info image
+             qemu-io -f qcow2 -c length image\n"
+        )
+    };
+    both(&fields.map(poke).concat());
+}

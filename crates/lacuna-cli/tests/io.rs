@@ -5,7 +5,7 @@ mod common;
 use common::{Sandbox, both, both_in};
 
 /// Commands that need an image, right and wrong.
-const COMMANDS: [&str; 84] = [
+const COMMANDS: [&str; 88] = [
     "write 0 64k",
     "write -P 5 64k 64k",
     "read -P 5 64k 64k",
@@ -58,6 +58,10 @@ const COMMANDS: [&str; 84] = [
     "writev 1 1",
     "aio_write 0 1k",
     "aio_read 0 1k",
+    "aio_read -i 0 1k",
+    "aio_write -i 0 1k",
+    "rv 0 1k",
+    "wv 0 1k",
     "aio_flush",
     "aio_write -P 3 0 512 512",
     "aio_read -P 3 0 1k",

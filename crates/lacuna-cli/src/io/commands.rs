@@ -259,7 +259,7 @@ pub(super) const COMMANDS: &[Command] = &[
     },
     Command {
         name: "readv",
-        short: "rv",
+        short: "",
         words: (2, MANY),
         needs: Needs::Image,
         usage: "[-Cqrv] [-P pattern] off len [len..]",
@@ -362,7 +362,7 @@ pub(super) const COMMANDS: &[Command] = &[
     },
     Command {
         name: "writev",
-        short: "wv",
+        short: "",
         words: (2, MANY),
         needs: Needs::WritableImage,
         usage: "[-Cfqr] [-P pattern] off len [len..]",

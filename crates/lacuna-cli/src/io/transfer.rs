@@ -122,7 +122,7 @@ pub(super) fn readv(session: &mut Session<'_>, command: &Command, words: &[Strin
 pub(super) fn aio_read(session: &mut Session<'_>, command: &Command, words: &[String]) -> Done {
     let parsed = session.parse(command, words)?;
     if parsed.has("i") {
-        return Ok(());
+        return session.say("injecting invalid read request\n");
     }
     let (read, offset, len) = vector_read(session, &parsed)?;
     let disk = session.disk()?;
@@ -300,7 +300,7 @@ pub(super) fn aio_write(session: &mut Session<'_>, command: &Command, words: &[S
         return session.fail("-z and -P cannot be specified at the same time\n");
     }
     if parsed.has("i") {
-        return Ok(());
+        return session.say("injecting invalid write request\n");
     }
     let (content, offset, len) = vector_content(session, &parsed)?;
     let write = Write { name: "aio_write", style: Style::new(&parsed), content };

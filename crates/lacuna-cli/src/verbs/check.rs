@@ -196,8 +196,8 @@ fn show(
 ) -> CliResult<()> {
     output::complain(&findings(tool, report));
     match form {
+        _ if quiet => Ok(()),
         Form::Json => output::print(&format!("{}\n", output::pretty(&json(report, request)))),
-        Form::Human if quiet => Ok(()),
         Form::Human => {
             output::print(&repaired(report))?;
             output::print(&summary(report))

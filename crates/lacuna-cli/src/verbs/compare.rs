@@ -16,6 +16,8 @@ use crate::persona::Tool;
 
 /// Exit code where an image cannot be opened.
 const NOT_OPENED: u8 = 2;
+/// Exit code where an image cannot be asked what it holds.
+const NOT_ASKED: u8 = 3;
 /// Exit code where an image cannot be read.
 const NOT_READ: u8 = 4;
 
@@ -58,7 +60,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let [first, second] = &parsed.operands[..] else {
         return Err(CliError::usage("Expecting two image file names"));
     };
-    let cache = open::source_cache(parsed, "cache")?;
+    let cache = open::source_cache(parsed, "cache").map_err(|error| error.with_code(NOT_OPENED))?;
     let opened = |name: &str, flag: &str| {
         let request = Request { cache, ..Request::reading(name, parsed, flag)? };
         match parsed.has("strict") {
@@ -84,8 +86,9 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     meter.finish(found.is_ok());
     let common = first.disk().size_bytes().min(second.disk().size_bytes());
     let found = found.map_err(|error| {
+        let code = if error.message().starts_with("Reading the ") { NOT_READ } else { NOT_ASKED };
         let words = qemu_words(&error, parsed, common).filter(|_| !tool.is_own());
-        words.unwrap_or_else(|| CliError::from(error)).with_code(NOT_READ)
+        words.unwrap_or_else(|| CliError::from(error)).with_code(code)
     })?;
     if !parsed.has("quiet") {
         output::print(&verdict(&found, common))?;
@@ -95,6 +98,10 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 
 /// Says in QEMU's words what could not be read; `common` is the size of the smaller disk.
 fn qemu_words(error: &lacuna::Error, parsed: &Parsed, common: u64) -> Option<CliError> {
+    if let Some(rest) = error.message().strip_prefix("Asking the ") {
+        let file = parsed.operands.get(usize::from(rest.starts_with("second")))?;
+        return Some(CliError::new(format!("Sector allocation test failed for {file}")));
+    }
     let rest = error.message().strip_prefix("Reading the ")?;
     let (which, rest) = rest.split_once(" disk at offset ")?;
     let offset: u64 = rest.split(':').next()?.parse().ok()?;

@@ -2,7 +2,37 @@
 
 /// Returns what QEMU says where the engine says `message`, where the two differ.
 pub(super) fn of_opening(message: &str) -> Option<String> {
-    features(message).or_else(|| size(message))
+    features(message).or_else(|| size(message)).or_else(|| header(message))
+}
+
+/// What of the header is wrong, by how the engine begins to say it and what else it names.
+const HEADER: [(&str, &str, &str); 13] = [
+    ("Active L1 table has ", " bytes; at most", "Active L1 table too large"),
+    ("Active L1 table offset ", "is not a multiple", "Active L1 table offset invalid"),
+    ("Backing file name has ", " bytes", "Backing file name too long"),
+    ("Backing file name lies at ", "", "Invalid backing file offset"),
+    ("Header extension 0x", " claims ", "Header extension too large"),
+    ("Header extensions end with ", "", "Header extension too large"),
+    ("Header length is ", "", "qcow2 header exceeds cluster size"),
+    ("Refcount table has ", " bytes; at most", "Reference count table too large"),
+    ("Refcount table has ", " clusters", "Image does not contain a reference count table"),
+    ("Refcount table offset ", "", "Reference count table offset invalid"),
+    ("Snapshot table has ", " entries", "Snapshot table too large"),
+    ("Snapshot table offset ", "", "Snapshot table offset invalid"),
+    ("Snapshot table of ", "passes the end", "Could not read snapshots"),
+];
+
+/// A header field outside of its limits: QEMU says which, and neither value nor limit.
+fn header(message: &str) -> Option<String> {
+    // Where the error came up stands in front.
+    let said = message.rsplit(": ").next()?;
+    if let Some(rest) = said.strip_prefix("Cluster size is ") {
+        return rest.split(' ').next().map(|size| format!("Unsupported cluster size: {size}"));
+    }
+    let is_it = |(start, rest, _): &&(&str, &str, &str)| {
+        said.strip_prefix(start).is_some_and(|found| found.contains(rest))
+    };
+    HEADER.iter().find(is_it).map(|(_, _, words)| (*words).to_owned())
 }
 
 /// Unknown features: those with a name by it, the others as one word of bits.
@@ -51,5 +81,22 @@ mod tests {
             "Unsupported qcow2 feature(s): Test feature"
         );
         assert_eq!(of_opening("Something else"), None);
+    }
+
+    #[test]
+    fn header_fields_are_named_without_their_values() {
+        let words = |message: &str| of_opening(message).unwrap();
+        assert_eq!(
+            words("Image a: b: Cluster size is 2^40 bytes; 2^9 to 2^21 are allowed"),
+            "Unsupported cluster size: 2^40"
+        );
+        assert_eq!(
+            words("Refcount table has 8590000128 bytes; at most 8388608 are allowed"),
+            "Reference count table too large"
+        );
+        assert_eq!(
+            words("Refcount table has 0 clusters at offset 0x10000; at least 1 would be right"),
+            "Image does not contain a reference count table"
+        );
     }
 }

@@ -7,10 +7,10 @@
 
 use futures_util::future::join;
 
-use crate::Result;
 use crate::block::{AllocationDepth, ExtentCursor, ExtentStatus, Layer, first_nonzero};
 use crate::buffer::Buffer;
 use crate::units::{GuestOffset, GuestRange};
+use crate::{Error, Result};
 
 /// How many bytes of each disk are looked at in one go.
 const REQUEST_BYTES: u64 = 2 << 20;
@@ -151,7 +151,10 @@ async fn common_part<A: Layer, B: Layer>(
     while at.0 < common {
         report(at.0);
         let rest = GuestRange::new(at, common - at.0);
-        let statuses = (cursors.0.at(first, rest).await?, cursors.1.at(second, rest).await?);
+        let statuses = (
+            cursors.0.at(first, rest).await.map_err(unasked(FIRST))?,
+            cursors.1.at(second, rest).await.map_err(unasked(SECOND))?,
+        );
         let same = statuses.0.range.len.min(statuses.1.range.len);
         let (left, right) = (statuses.0.status, statuses.1.status);
         if options.strictness == Strictness::Allocation && facts(left) != facts(right) {
@@ -182,7 +185,8 @@ async fn tail<L: Layer>(
     let (mut at, end) = (GuestOffset(from), longer.0.size_bytes());
     while at.0 < end {
         report(at.0);
-        let extent = cursor.at(longer.0, GuestRange::new(at, end - at.0)).await?;
+        let rest = GuestRange::new(at, end - at.0);
+        let extent = cursor.at(longer.0, rest).await.map_err(unasked(longer.1))?;
         if !extent.status.reads_zero
             && let Some(offset) = nonzero(longer, extent.range, report).await?
         {
@@ -247,6 +251,11 @@ async fn read<L: Layer>(layer: &L, which: &str, step: GuestRange) -> Result<Buff
     result
         .map(|()| buffer)
         .map_err(|error| error.context(format!("Reading the {which} disk at offset {at}")))
+}
+
+/// Says of which disk the extents cannot be told.
+fn unasked(which: &str) -> impl Fn(Error) -> Error + '_ {
+    move |error| error.context(format!("Asking the {which} disk for its extents"))
 }
 
 #[cfg(test)]

@@ -151,11 +151,11 @@ impl Wish {
             return Err(CliError::new("--target-is-zero requires use of -n flag"));
         }
         let target_image_opts = parsed.has("target-image-opts");
-        if target_image_opts && parsed.has("target-format") {
-            return Err(asked::two_formats(tool, "--target-image-opts", "--target-format"));
-        }
         if target_image_opts && creates {
             return Err(CliError::new("--target-image-opts requires use of -n flag"));
+        }
+        if target_image_opts && parsed.has("target-format") {
+            return Err(asked::two_formats(tool, "--target-image-opts", "--target-format"));
         }
         let cache = open::source_cache(parsed, "source-cache")?;
         let sources: CliResult<Vec<Request>> =

@@ -120,8 +120,8 @@ impl Wish {
                 "if" => source = Some(value.to_owned()),
                 "of" => target = Some(value.to_owned()),
                 "bs" => block_bytes = within("bs", value, 1, i32::MAX as u64)?,
-                "count" => count = Some(within("count", value, 0, i64::MAX as u64)?),
-                "skip" => skip = within("skip", value, 0, i64::MAX as u64)?,
+                "count" => count = Some(blocks("count", value)?),
+                "skip" => skip = blocks("skip", value)?,
                 _ => return Err(CliError::new(format!("unrecognized operand {name}"))),
             }
         }
@@ -142,6 +142,17 @@ impl Wish {
             Some(start) => Range { start, len: end - start, skips_all: false },
             None => Range { start: end, len: 0, skips_all: true },
         }
+    }
+}
+
+/// Blocks are counted without units; `1k` of them would be read as bytes.
+fn blocks(name: &str, value: &str) -> CliResult<u64> {
+    let is_plain = |byte: u8| byte.is_ascii_digit() || matches!(byte, b'-' | b' ');
+    let is_number = value.starts_with("0x") || value.bytes().all(is_plain);
+    match is_number {
+        true => within(name, value, 0, i64::MAX as u64),
+        false => Err(CliError::new(format!("Invalid {name} specified: '{value}'."))
+            .with_hint("blocks of `bs` are counted: a number without a unit")),
     }
 }
 
@@ -217,6 +228,8 @@ mod tests {
     fn operands_are_known_by_name() {
         for (line, text) in [
             ("if=a", "Must specify both input and output files"),
+            ("if=a of=b count=1k", "Invalid count specified: '1k'."),
+            ("if=a of=b skip=1.0", "Invalid skip specified: '1.0'."),
             ("foo=x", "unrecognized operand foo"),
             ("bs=x", "Invalid bs specified: 'x'."),
             ("bs=0", "Invalid bs specified. Must be between 1 and 2147483647."),
