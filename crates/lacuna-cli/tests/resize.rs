@@ -109,6 +109,21 @@ fn grown_disks_are_mapped_as_by_the_stock_tool() {
 }
 
 #[test]
+fn a_disk_grows_past_what_its_refcount_table_can_count() {
+    for (mode, size) in [("metadata", "40M"), ("falloc", "40M"), ("full", "20M"), ("falloc", "90M")]
+    {
+        both(&format!(
+            "qemu-img create -q -f qcow2 -o cluster_size=512 disk 3M
+             stock-io -c 'write -P 7 0 3M' disk >/dev/null
+             timeout 60 qemu-img resize --preallocation={mode} disk {size}
+             stock-img check disk | head -1
+             stock-img check --output=json disk | grep allocated-clusters
+             stock-io -c 'read -P 7 0 3M' -c 'read -P 0 3M 17M' disk | grep -c ^read"
+        ));
+    }
+}
+
+#[test]
 fn a_longer_backing_file_does_not_come_to_light() {
     for mode in ["off", "metadata", "falloc", "full"] {
         for (extended, size) in [("off", "3M"), ("off", "3000832"), ("on", "3M")] {

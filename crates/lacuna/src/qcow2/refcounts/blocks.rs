@@ -63,7 +63,6 @@ impl Refcounts {
     pub(in crate::qcow2) fn cover_behind_end(&mut self, count: u64) -> Planned<HostOffset> {
         let per_block = self.entries();
         let mut index = self.end / per_block;
-        // Blocks, and maybe a table, move the end.
         while index * per_block < self.end + count {
             self.check_limit(index * per_block)?;
             if self.block(index)?.is_some() {
@@ -71,6 +70,8 @@ impl Refcounts {
                 continue;
             }
             self.make_block((index * per_block).max(self.end), self.end, 0..0)?;
+            // The block has moved the end; a larger table has moved it past what this block counts.
+            index = index.max(self.end / per_block);
         }
         Ok(self.end())
     }
