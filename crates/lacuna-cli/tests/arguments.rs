@@ -35,7 +35,7 @@ fn messages_and_exit_codes_of_our_own_name() {
             1,
             "Command not found: inof\nTry 'lacuna help --help' for more info\nhint: info is",
         ),
-        ("lacuna amend", 1, "hint: amend is a verb of qemu-img that is not there yet\n"),
+        ("lacuna commit", 1, "hint: commit is a verb of qemu-img that is not there yet\n"),
         (
             "lacuna map --formt=raw a",
             1,
@@ -59,7 +59,18 @@ fn messages_and_exit_codes_of_our_own_name() {
             "--progress expects nothing, 'json' or 'none' not 'x'",
         ),
         ("lacuna convert -n -o size=1M image raw", 1, "-o has no effect when skipping image"),
-        ("lacuna convert -l snap image a", 1, "--source-snapshot is not supported yet"),
+        (
+            "lacuna convert -l snap image a",
+            1,
+            "Failed to load snapshot: The image has no snapshot with identifier or name 'snap'\n\
+             hint: `lacuna snapshot -l FILE`",
+        ),
+        (
+            "lacuna convert -l snapshot.foo=1 image a",
+            1,
+            "Invalid parameter 'snapshot.foo'\nhint: -l takes",
+        ),
+        ("lacuna snapshot -c one image", 1, "snapshot --create is not supported yet"),
         ("lacuna info --object secret,id=x image", 1, "--object is not supported"),
         ("lacuna map -f qcow2 raw", 1, "Could not open 'raw'"),
         ("lacuna io a b", 1, "Expecting one image file name"),

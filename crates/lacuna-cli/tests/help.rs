@@ -13,6 +13,7 @@ const CAST: &str = "
     stock-io -f raw -c 'write -P 7 1M 1M' disk.raw >&2
     stock-img convert -f raw -O qcow2 disk.raw disk.qcow2
     cp disk.qcow2 old.qcow2; cp disk.qcow2 new.qcow2; cp disk.qcow2 base.qcow2
+    cp disk.qcow2 snapshots.qcow2; stock-img snapshot -c monday snapshots.qcow2
     stock-img create -q -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
     stock-io -f qcow2 -c 'write -P 8 2M 64k' overlay.qcow2 >&2";
 

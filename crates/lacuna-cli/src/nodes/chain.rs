@@ -1,7 +1,7 @@
 //! An opened disk with what is known of the images it stands on.
 
 use lacuna::chain::{Chain, Disk, LevelFacts, Map};
-use lacuna::qcow2::Image;
+use lacuna::qcow2::{Image, SnapshotChoice};
 use lacuna::units::GuestRange;
 
 use super::any::AnyStorage;
@@ -24,6 +24,13 @@ impl FileChain {
     /// Returns the disk as the guest sees it.
     pub(crate) const fn disk(&self) -> &ToolDisk {
         &self.disk
+    }
+
+    /// Returns the chain with its disk as it was when a snapshot was made.
+    pub(crate) async fn at_snapshot(self, choice: &SnapshotChoice) -> lacuna::Result<Self> {
+        let chain = self.chain.at_snapshot(choice).await?;
+        let disk = self.disk.at_snapshot(chain.disk().clone())?;
+        Ok(Self { chain, disk })
     }
 
     /// Gives up what is known of the levels.

@@ -29,6 +29,8 @@ pub(crate) struct ToolDisk {
     discards: Discards,
     /// The layers on top, where there are any.
     top: Option<Below>,
+    /// What they are.
+    tops: Arc<[TopSpec]>,
     /// The rules of a test driver below, where there is one.
     rules: Option<Arc<Rules>>,
 }
@@ -49,7 +51,8 @@ impl ToolDisk {
         discards: Discards,
     ) -> Self {
         let disk = DetectZeroes::new(disk, detection);
-        Self { disk, nested: nested.into(), discards, top: None, rules: None }
+        let tops = Arc::new([]);
+        Self { disk, nested: nested.into(), discards, top: None, tops, rules: None }
     }
 
     /// Puts layers on top.
@@ -59,7 +62,14 @@ impl ToolDisk {
         }
         let unit_bytes = self.zero_unit_bytes();
         let top = stacked(Below::new(self.clone()), tops, unit_bytes)?;
-        Ok(Self { top: Some(top), ..self })
+        Ok(Self { top: Some(top), tops: tops.into(), ..self })
+    }
+
+    /// Puts the disk of a snapshot in the place of the disk, below the same layers.
+    pub(super) fn at_snapshot(self, disk: Disk<AnyStorage>) -> Result<Self> {
+        let disk = DetectZeroes::new(disk, ZeroDetection::Off);
+        let tops = Arc::clone(&self.tops);
+        Self { disk, top: None, ..self }.topped(&tops)
     }
 
     /// Remembers the rules of a test driver.

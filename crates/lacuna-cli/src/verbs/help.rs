@@ -62,7 +62,7 @@ const TASKS: [(Task, &str); 6] = [
 pub(super) fn overview(tool: &Tool) -> CliResult<u8> {
     let name = &tool.name;
     let mut text = format!(
-        "{name}: disk images made, described, checked, repaired and copied\n\n\
+        "{name}: disk images made, described, checked, repaired and copied\n\
          Usage: {name} VERB [OPTIONS] ...\n\n"
     );
     for (task, title) in TASKS {
@@ -76,9 +76,8 @@ pub(super) fn overview(tool: &Tool) -> CliResult<u8> {
     text += "\n";
     if tool.is_own() {
         text += &format!(
-            "`{name} help VERB` shows the options, exit codes and examples of a verb.\n\
-             `{name} completions SHELL` and `{name} man VERB` print what shells and man want.\n\
-             Programs may like --error-format=json, --progress=json and --output=json.\n"
+            "`{name} help VERB` explains a verb; `{name} completions SHELL` and `{name} man`\n\
+             serve shells. For programs: --error-format=, --progress= and --output=json.\n"
         );
     }
     // Scripts look for this line under the name qemu-img.

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 
 use super::map::looks_preallocated;
 use super::open::{self, FileChain, Request};
-use super::{Example, Form, Task, Verb, common, create, form, info};
+use super::{Example, Form, Task, Verb, common, create, form, info, snapshot};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
@@ -34,7 +34,7 @@ pub(super) const VERB: Verb = Verb {
         Flag::valued('s', "size", "SIZE", "measure an empty disk of this size"),
         common::FORMAT,
         common::IMAGE_OPTS,
-        Flag::valued('l', "snapshot", "SNAPSHOT", "not supported"),
+        Flag::valued('l', "snapshot", "SNAPSHOT", "measure this internal snapshot"),
         common::OUTPUT,
         common::FORCE_SHARE,
         common::PROBE_BACKING,
@@ -52,8 +52,13 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let form = form(parsed)?;
     let size = parsed.last("size").map(create::image_size).transpose()?;
     let asked = options::parse(parsed.all("options"))?;
+    let at = parsed.last("snapshot").map(|text| snapshot::choice(tool, text)).transpose()?;
     let source = source(parsed, size)?;
     let chain = source.map(|file| open_source(tool, parsed, file)).transpose()?;
+    let chain = match (chain, at) {
+        (Some(chain), Some(choice)) => Some(snapshot::at(tool, chain, &choice)?),
+        (chain, _) => chain,
+    };
     let format = target_format(parsed.last("target-format").unwrap_or("raw"))?;
     let given = match asked {
         Asked::Help => return create::list_options(tool, format),
@@ -90,10 +95,6 @@ fn source(parsed: &Parsed, size: Option<u64>) -> CliResult<Option<&str>> {
 fn open_source(tool: &Tool, parsed: &Parsed, file: &str) -> CliResult<FileChain> {
     let request = Request::reading(file, parsed, "format")?;
     let chain = open::open(tool, &request)?;
-    if parsed.has("snapshot") {
-        return Err(CliError::new("Measuring an internal snapshot is not supported yet")
-            .with_hint("measure the disk as it is now"));
-    }
     let asks_host = (0..chain.levels().len())
         .any(|level| tool.is_own() || block_on(looks_preallocated(&chain, level)));
     match asks_host {

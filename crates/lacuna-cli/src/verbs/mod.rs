@@ -24,6 +24,7 @@ mod qemu_words;
 mod rebase;
 pub(crate) mod resize;
 mod serve;
+mod snapshot;
 pub(crate) mod spec;
 
 pub(crate) use help::version;
@@ -83,7 +84,7 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 18] = [
+const VERBS: [&Verb; 19] = [
     &amend::VERB,
     &bench::VERB,
     &check::VERB,
@@ -102,6 +103,7 @@ const VERBS: [&Verb; 18] = [
     &rebase::VERB,
     &resize::VERB,
     &serve::VERB,
+    &snapshot::VERB,
 ];
 
 /// What may stand before the verb.

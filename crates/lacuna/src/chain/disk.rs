@@ -11,7 +11,7 @@ use super::policy::Format;
 use super::probe::MAGIC;
 use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
 use crate::buffer::Buffer;
-use crate::qcow2::{Access, Image};
+use crate::qcow2::{Access, Image, SnapshotChoice, SnapshotLayer};
 use crate::raw::Raw;
 use crate::storage::{HostSource, Storage, Transfer};
 use crate::units::{GuestOffset, GuestRange};
@@ -38,6 +38,8 @@ pub enum Disk<S: Storage> {
     Qcow2(Image<S>),
     /// A raw disk.
     Raw(RawDisk<S>),
+    /// The disk of a qcow2 image as it was when a snapshot was made; read-only.
+    Snapshot(SnapshotLayer<S>),
 }
 
 /// How the format of a raw disk became known.
@@ -61,16 +63,28 @@ impl<S: Storage> Disk<S> {
     /// Returns the format.
     pub const fn format(&self) -> Format {
         match self {
-            Self::Qcow2(_) => Format::Qcow2,
+            Self::Qcow2(_) | Self::Snapshot(_) => Format::Qcow2,
             Self::Raw(_) => Format::Raw,
         }
     }
 
-    /// Returns the image where this is one of qcow2.
+    /// Returns the image where this is one of qcow2; for a snapshot the image that has it.
     pub const fn as_qcow2(&self) -> Option<&Image<S>> {
         match self {
             Self::Qcow2(image) => Some(image),
             Self::Raw(_) => None,
+            Self::Snapshot(layer) => Some(layer.image()),
+        }
+    }
+
+    /// Returns the disk as it was when a snapshot was made.
+    ///
+    /// # Errors
+    /// `Unsupported` for a raw disk, which has none; else as [`Image::snapshot`].
+    pub async fn snapshot(&self, choice: &SnapshotChoice) -> Result<Self> {
+        match self.as_qcow2() {
+            Some(image) => Ok(Self::Snapshot(image.snapshot(choice).await?)),
+            None => Err(Error::unsupported("A raw disk has no snapshots")),
         }
     }
 
@@ -79,10 +93,12 @@ impl<S: Storage> Disk<S> {
         match self {
             Self::Qcow2(image) => image.storage(),
             Self::Raw(disk) => disk.raw.storage(),
+            Self::Snapshot(layer) => layer.image().storage(),
         }
     }
 
-    /// Makes everything durable and leaves the image as it should be left.
+    /// Makes everything durable and leaves the image as it should be left; that of a snapshot is
+    /// left to whoever has it open.
     ///
     /// # Errors
     /// What flushing gives, and what [`Image::close`] does.
@@ -91,6 +107,7 @@ impl<S: Storage> Disk<S> {
             Self::Qcow2(image) => image.close().await,
             Self::Raw(disk) if disk.access == Access::ReadOnly => Ok(()),
             Self::Raw(disk) => disk.raw.flush().await,
+            Self::Snapshot(_) => Ok(()),
         }
     }
 }
@@ -100,6 +117,7 @@ impl<S: Storage> Clone for Disk<S> {
         match self {
             Self::Qcow2(image) => Self::Qcow2(image.clone()),
             Self::Raw(disk) => Self::Raw(RawDisk { raw: Arc::clone(&disk.raw), ..*disk }),
+            Self::Snapshot(layer) => Self::Snapshot(layer.clone()),
         }
     }
 }
@@ -216,6 +234,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.size_bytes(),
             Self::Raw(disk) => disk.size_bytes(),
+            Self::Snapshot(layer) => layer.size_bytes(),
         }
     }
 
@@ -223,6 +242,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.is_read_only(),
             Self::Raw(disk) => disk.is_read_only(),
+            Self::Snapshot(layer) => layer.is_read_only(),
         }
     }
 
@@ -230,6 +250,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.zero_unit_bytes(),
             Self::Raw(disk) => disk.zero_unit_bytes(),
+            Self::Snapshot(layer) => layer.zero_unit_bytes(),
         }
     }
 
@@ -237,6 +258,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.known_zeroes().await,
             Self::Raw(disk) => disk.known_zeroes().await,
+            Self::Snapshot(layer) => layer.known_zeroes().await,
         }
     }
 
@@ -244,6 +266,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.read(offset, buffer).await,
             Self::Raw(disk) => disk.read(offset, buffer).await,
+            Self::Snapshot(layer) => layer.read(offset, buffer).await,
         }
     }
 
@@ -251,6 +274,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.write(offset, buffer, flags).await,
             Self::Raw(disk) => disk.write(offset, buffer, flags).await,
+            Self::Snapshot(layer) => layer.write(offset, buffer, flags).await,
         }
     }
 
@@ -258,6 +282,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.host_source(extent),
             Self::Raw(disk) => disk.host_source(extent),
+            Self::Snapshot(layer) => layer.host_source(extent),
         }
     }
 
@@ -265,6 +290,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.copy_from(offset, source).await,
             Self::Raw(disk) => disk.copy_from(offset, source).await,
+            Self::Snapshot(layer) => layer.copy_from(offset, source).await,
         }
     }
 
@@ -272,6 +298,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.write_zeroes(range, flags).await,
             Self::Raw(disk) => disk.write_zeroes(range, flags).await,
+            Self::Snapshot(layer) => layer.write_zeroes(range, flags).await,
         }
     }
 
@@ -279,6 +306,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.discard(range, mode).await,
             Self::Raw(disk) => disk.discard(range, mode).await,
+            Self::Snapshot(layer) => layer.discard(range, mode).await,
         }
     }
 
@@ -286,6 +314,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.flush().await,
             Self::Raw(disk) => disk.flush().await,
+            Self::Snapshot(layer) => layer.flush().await,
         }
     }
 
@@ -293,6 +322,7 @@ impl<S: Storage> Layer for Disk<S> {
         match self {
             Self::Qcow2(image) => image.extents(range).await,
             Self::Raw(disk) => disk.extents(range).await,
+            Self::Snapshot(layer) => layer.extents(range).await,
         }
     }
 }

@@ -10,7 +10,7 @@ use super::opener::Opener;
 use super::policy::{ChainOptions, Format};
 use super::walk::{Intent, Level, Reach, data_path, walk};
 use crate::block::{DynLayer, Layer};
-use crate::qcow2::{Access, Image, Parts};
+use crate::qcow2::{Access, Image, Parts, SnapshotChoice};
 use crate::storage::{Claim, Permissions, Storage};
 use crate::{Error, Result};
 
@@ -74,6 +74,31 @@ impl<S: Storage> Chain<S> {
     /// Returns the disk of one level, as if it ended the chain; nothing past the last one.
     pub fn level_disk(&self, level: usize) -> Option<&Disk<S>> {
         level.checked_sub(1).map_or(Some(&self.disk), |below| self.below.get(below))
+    }
+
+    /// Returns the chain with its disk as it was when a snapshot of the top image was made.
+    ///
+    /// # Errors
+    /// As [`Disk::snapshot`].
+    ///
+    /// ```no_run
+    /// # use std::path::Path;
+    /// # use lacuna::chain::{self, ChainOptions, FileOpener, Format};
+    /// # use lacuna::qcow2::{Access, SnapshotChoice};
+    /// # pollster::block_on(async {
+    /// let options = ChainOptions::new(Format::Qcow2, Access::ReadOnly);
+    /// let chain = chain::open(&FileOpener::default(), Path::new("disk.qcow2"), &options).await?;
+    /// let chain = chain.at_snapshot(&SnapshotChoice::Name("monday".into())).await?;
+    /// # drop(chain);
+    /// # Ok::<_, lacuna::Error>(())
+    /// # });
+    /// ```
+    pub async fn at_snapshot(mut self, choice: &SnapshotChoice) -> Result<Self> {
+        self.disk = self.disk.snapshot(choice).await?;
+        if let Some(top) = self.levels.first_mut() {
+            top.size_bytes = self.disk.size_bytes();
+        }
+        Ok(self)
     }
 
     /// Gives up what is known of the levels.

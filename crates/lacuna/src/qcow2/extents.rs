@@ -1,7 +1,8 @@
 //! What an image knows of guest bytes without reading them.
 //!
-//! * A long walk over an image that is not written here takes whole stretches of tables from
-//!   storage, past the cached slices: it would push out what requests need, and pay for each slice.
+//! * A long walk over an image that is not written here, or over a snapshot, takes whole stretches
+//!   of tables from storage, past the cached slices: it would push out what requests need, and pay
+//!   for each slice.
 //! * What the image claims of the whole disk (000-6) is believed as it stood when the question came:
 //!   whoever writes meanwhile may or may not show.
 //! * What storage says of data clusters is asked only with [`ExtentDetail::Host`].
@@ -13,6 +14,7 @@ use super::host_status::HostStatuses;
 use super::image::Image;
 use super::mapping::{Decoder, Mapping, Run};
 use super::options::ExtentDetail;
+use super::view::View;
 use crate::Result;
 use crate::block::{AllocationDepth, DynLayer, Extent, ExtentBuilder, ExtentStatus};
 use crate::buffer::Buffer;
@@ -40,19 +42,30 @@ struct Teller {
 }
 
 /// What one answer is made of, so far.
-#[derive(Default)]
-struct Walk {
+struct Walk<'a> {
+    view: View<'a>,
     builder: ExtentBuilder,
     stretch: Option<Stretch>,
     host: HostStatuses,
 }
 
+impl<'a> Walk<'a> {
+    fn by(view: View<'a>) -> Self {
+        let (builder, host) = (ExtentBuilder::default(), HostStatuses::default());
+        Self { view, builder, stretch: None, host }
+    }
+}
+
 impl<S: Storage> Image<S> {
-    pub(super) async fn extents_of(&self, range: GuestRange) -> Result<Vec<Extent>> {
-        let token = self.begin_read(range)?;
+    pub(super) async fn extents_of(
+        &self,
+        view: View<'_>,
+        range: GuestRange,
+    ) -> Result<Vec<Extent>> {
+        let token = self.begin_read(view, range)?;
         let _hold = self.hold(token);
-        let teller = self.teller();
-        let mut walk = Walk::default();
+        let teller = self.teller(view);
+        let mut walk = Walk::by(view);
         let mut at = range.start;
         while at < range.end() && walk.builder.len() < EXTENTS_AT_ONCE {
             let rest = GuestRange::new(at, range.end() - at);
@@ -69,43 +82,43 @@ impl<S: Storage> Image<S> {
         &self,
         teller: &Teller,
         rest: GuestRange,
-        walk: &mut Walk,
+        walk: &mut Walk<'_>,
     ) -> Result<Option<(GuestRange, Mapping)>> {
         if teller.claims.contains(AutoclearFeatures::ALL_UNALLOCATED) {
             return Ok(Some((rest, Mapping::Unallocated { reserved: None })));
         }
         if !walk.stretch.as_ref().is_some_and(|stretch| stretch.covers.contains(rest.start)) {
-            walk.stretch = self.read_stretch(rest).await?;
+            walk.stretch = self.read_stretch(walk.view, rest).await?;
         }
         match &walk.stretch {
             Some(stretch) => match teller.tell(stretch, rest, &mut walk.host, &mut walk.builder) {
                 Ok(open) => Ok(open),
-                Err(error) => Err(self.mark_corrupt(error).await),
+                Err(error) => self.contradiction(walk.view, error).await,
             },
             None => {
-                let run = self.plan(|meta| meta.run(rest)).await?;
+                let run = self.plan(|meta| meta.run_in(walk.view, rest)).await?;
                 Ok(Some((GuestRange::new(rest.start, run.len), run.mapping)))
             }
         }
     }
 
-    fn teller(&self) -> Teller {
+    fn teller(&self, view: View<'_>) -> Teller {
         let meta = self.0.meta.lock();
         Teller {
             decoder: meta.decoder,
             has_backing: self.0.backing.is_some(),
             detail: self.0.detail,
-            claims: meta.claims,
+            claims: view.claims(&meta),
         }
     }
 
     /// Reads the entries for the start of a range that is worth it, where there are any.
-    async fn read_stretch(&self, rest: GuestRange) -> Result<Option<Stretch>> {
+    async fn read_stretch(&self, view: View<'_>, rest: GuestRange) -> Result<Option<Stretch>> {
         let (table, geometry) = {
             let meta = self.0.meta.lock();
             let is_short = rest.end() <= meta.slice_end(rest.start);
-            match meta.table(rest.start) {
-                Ok(Some(table)) if !meta.writable && !is_short => (table, *meta.geometry()),
+            match meta.table_in(view, rest.start) {
+                Ok(Some(table)) if view.is_settled(&meta) && !is_short => (table, *meta.geometry()),
                 _ => return Ok(None),
             }
         };
@@ -124,7 +137,7 @@ impl<S: Storage> Image<S> {
         teller: &Teller,
         range: GuestRange,
         mapping: Mapping,
-        walk: &mut Walk,
+        walk: &mut Walk<'_>,
     ) -> Result<()> {
         match (teller.by_map(mapping), mapping) {
             (Some(status), Mapping::Data { host, .. }) if teller.asks_host(status) => {
@@ -144,7 +157,7 @@ impl<S: Storage> Image<S> {
         range: GuestRange,
         status: ExtentStatus,
         host: HostOffset,
-        walk: &mut Walk,
+        walk: &mut Walk<'_>,
     ) -> Result<()> {
         let mut at = range.start;
         while at < range.end() {

@@ -1,6 +1,7 @@
 //! The image as a guest disk.
 
 use super::image::Image;
+use super::view::View;
 use crate::Result;
 use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
 use crate::buffer::Buffer;
@@ -25,7 +26,7 @@ impl<S: Storage> Layer for Image<S> {
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
-        self.read_guest(offset, buffer).await
+        self.read_guest(View::Active, offset, buffer).await
     }
 
     async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
@@ -56,6 +57,6 @@ impl<S: Storage> Layer for Image<S> {
     }
 
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
-        self.extents_of(range).await
+        self.extents_of(View::Active, range).await
     }
 }

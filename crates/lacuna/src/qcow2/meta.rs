@@ -18,6 +18,7 @@ use super::overlap::{Structure, Structures};
 use super::quarantine::{Freed, FreedBy, Quarantine};
 use super::refcounts::{Allocation, Refcounts};
 use super::table_cache::TableCache;
+use super::view::View;
 use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
 
@@ -114,13 +115,18 @@ impl Meta {
 
     /// Refuses what reaches past the end of the disk.
     pub(super) fn check_bounds(&self, range: GuestRange) -> Result<()> {
+        self.check_bounds_in(View::Active, range)
+    }
+
+    pub(super) fn check_bounds_in(&self, view: View<'_>, range: GuestRange) -> Result<()> {
+        let size_bytes = view.size_bytes(self);
         match range.start.checked_add(range.len) {
-            Some(end) if end.0 <= self.size_bytes => Ok(()),
+            Some(end) if end.0 <= size_bytes => Ok(()),
             _ => Err(Error::new(
                 ErrorKind::OutOfBounds,
                 format!(
-                    "{} bytes at {} pass the end of the disk at {:#x}",
-                    range.len, range.start, self.size_bytes
+                    "{} bytes at {} pass the end of the disk at {size_bytes:#x}",
+                    range.len, range.start
                 ),
             )),
         }
@@ -161,9 +167,16 @@ impl Meta {
 
     /// Returns the L2 table for a guest byte, unless there is none.
     pub(super) fn table(&self, guest: GuestOffset) -> Planned<Option<HostOffset>> {
-        let index = self.geometry().l1_index(guest) as usize;
-        let entry = self.l1.entries.get(index).copied().unwrap_or_default();
-        match entry.table() {
+        self.table_in(View::Active, guest)
+    }
+
+    pub(super) fn table_in(
+        &self,
+        view: View<'_>,
+        guest: GuestOffset,
+    ) -> Planned<Option<HostOffset>> {
+        let index = self.geometry().l1_index(guest);
+        match view.l1_entry(self, index).table() {
             Some(table) if !self.geometry().is_aligned(table.0) => {
                 Err(Stop::Corrupt(Error::corrupt(format!(
                     "L2 table offset {table} (L1 index {index}) is not a multiple of the cluster size"
@@ -189,13 +202,13 @@ impl Meta {
     /// Returns the entry of a guest byte; nothing where there is no table.
     pub(super) fn entry(&mut self, guest: GuestOffset) -> Planned<Option<L2Entry>> {
         let width = self.geometry().entry_width();
-        let entries = self.entries(guest)?;
+        let entries = self.entries(View::Active, guest)?;
         Ok(entries.map(|entries| L2Entry::at_start(entries, width)))
     }
 
     /// Returns the entries from that of a guest byte to the end of its slice.
-    fn entries(&mut self, guest: GuestOffset) -> Planned<Option<&[u8]>> {
-        let Some(table) = self.table(guest)? else { return Ok(None) };
+    fn entries(&mut self, view: View<'_>, guest: GuestOffset) -> Planned<Option<&[u8]>> {
+        let Some(table) = self.table_in(view, guest)? else { return Ok(None) };
         let place = self.place(table, guest);
         match self.l2.read(place.slice) {
             Some(bytes) => Ok(Some(&bytes[place.at..])),
@@ -205,9 +218,9 @@ impl Meta {
 
     /// Returns what is known at the start of `range` and how far that reaches within the slice (to
     /// the end of the L2 table's coverage, where there is no table).
-    fn mapping(&mut self, range: GuestRange) -> Planned<Run> {
+    fn mapping(&mut self, view: View<'_>, range: GuestRange) -> Planned<Run> {
         let decoder = self.decoder;
-        let run = match self.entries(range.start)? {
+        let run = match self.entries(view, range.start)? {
             Some(entries) => decoder.run(entries, range).map_err(Stop::Corrupt)?,
             None => {
                 let coverage = self.geometry().l2_coverage_bytes();
@@ -242,10 +255,15 @@ impl Meta {
 
     /// Returns the longest run of one mapping at the start of `range` that needs no further load.
     pub(super) fn run(&mut self, range: GuestRange) -> Planned<Run> {
-        let mut run = self.mapping(range)?;
+        self.run_in(View::Active, range)
+    }
+
+    /// As [`run`](Self::run), by any map.
+    pub(super) fn run_in(&mut self, view: View<'_>, range: GuestRange) -> Planned<Run> {
+        let mut run = self.mapping(view, range).map_err(|stop| view.judge(stop))?;
         while run.len < range.len {
             let behind = GuestRange::new(range.start + run.len, range.len - run.len);
-            match self.mapping(behind) {
+            match self.mapping(view, behind) {
                 Ok(next) if run.mapping.is_continued_by(next.mapping, run.len) => {
                     run.len += next.len;
                 }

@@ -44,9 +44,11 @@ mod rename_backing;
 mod repair;
 mod resize;
 mod same_entries;
+mod snapshot;
 mod snapshots;
 mod table_cache;
 mod totals;
+mod view;
 mod write;
 mod write_back;
 mod zero;
@@ -66,4 +68,5 @@ pub use options::{
 pub(crate) use refcount_space::fully_allocated_bytes;
 pub use refcounts::Placement;
 pub use resize::Shrink;
+pub use snapshot::{SnapshotChoice, SnapshotLayer};
 pub use totals::{Totals, totals};

@@ -5,6 +5,7 @@ use super::format::CompressedRun;
 use super::image::Image;
 use super::in_flight::{Token, Touch};
 use super::mapping::{Mapping, Run};
+use super::view::View;
 use crate::buffer::Buffer;
 use crate::storage::{Event, Storage, Transfer};
 use crate::units::{GuestOffset, GuestRange};
@@ -12,27 +13,37 @@ use crate::{Error, Result};
 
 impl<S: Storage> Image<S> {
     /// Enters a read that lies within the disk.
-    pub(super) fn begin_read(&self, range: GuestRange) -> Result<Token> {
+    pub(super) fn begin_read(&self, view: View<'_>, range: GuestRange) -> Result<Token> {
         let mut meta = self.0.meta.lock();
-        meta.check_bounds(range)?;
+        meta.check_bounds_in(view, range)?;
         meta.in_flight
             .begin(Touch::Read, range)
             .map_err(|_| Error::invalid("A read had to wait, which no read ever has to"))
     }
 
-    pub(super) async fn read_guest(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+    pub(super) async fn read_guest(
+        &self,
+        view: View<'_>,
+        offset: GuestOffset,
+        buffer: Buffer,
+    ) -> Transfer {
         let range = GuestRange::new(offset, buffer.len() as u64);
-        match self.begin_read(range) {
+        match self.begin_read(view, range) {
             Ok(token) => {
                 let _hold = self.hold(token);
-                self.read_mapped(offset, buffer).await
+                self.read_mapped(view, offset, buffer).await
             }
             Err(error) => (Err(error), buffer),
         }
     }
 
-    /// Fills the buffer by the map; the caller keeps the mapped clusters from being reused.
-    pub(super) async fn read_mapped(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+    /// Fills the buffer by a map; the caller keeps the mapped clusters from being reused.
+    pub(super) async fn read_mapped(
+        &self,
+        view: View<'_>,
+        offset: GuestOffset,
+        buffer: Buffer,
+    ) -> Transfer {
         let mut rest = buffer;
         let mut done: Option<Buffer> = None;
         let mut at = offset;
@@ -41,7 +52,7 @@ impl<S: Storage> Image<S> {
             if range.is_empty() {
                 return (Ok(()), join(done, rest));
             }
-            let run = match self.plan(|meta| meta.run(range)).await {
+            let run = match self.plan(|meta| meta.run_in(view, range)).await {
                 Ok(run) => run,
                 Err(error) => return (Err(error), join(done, rest)),
             };

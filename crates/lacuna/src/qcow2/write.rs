@@ -11,6 +11,7 @@ use super::options::OnDiscard;
 use super::plan_write::{NewData, WritePiece, link_data, plan_write};
 use super::quarantine::FreedBy;
 use super::read::join;
+use super::view::View;
 use crate::block::WriteFlags;
 use crate::buffer::{Buffer, Hold};
 use crate::storage::{Event, Storage, Transfer, ZeroMode};
@@ -110,7 +111,7 @@ impl<S: Storage> Image<S> {
             };
         }
         let (result, mut bytes) =
-            self.read_mapped(range.start, Buffer::new(range.len as usize)).await;
+            self.read_mapped(View::Active, range.start, Buffer::new(range.len as usize)).await;
         result?;
         bytes.set_hold(hold);
         self.0.storage.event(Event::CowWrite).await;

@@ -6,6 +6,7 @@ use super::image::Image;
 use super::mapping::DataPlace;
 use super::options::GuestDiscard;
 use super::plan_zero::Intent;
+use super::view::View;
 use crate::block::{WriteFlags, ZeroFlags, is_zero};
 use crate::buffer::{Buffer, Hold};
 use crate::storage::{Storage, ZeroMode};
@@ -125,7 +126,8 @@ impl<S: Storage> Image<S> {
         if !flags.contains(ZeroFlags::THOROUGH) {
             return Ok(false);
         }
-        let (result, bytes) = self.read_mapped(part.start, Buffer::new(part.len as usize)).await;
+        let (result, bytes) =
+            self.read_mapped(View::Active, part.start, Buffer::new(part.len as usize)).await;
         result.map(|()| is_zero(&bytes))
     }
 

@@ -24,7 +24,6 @@ pub(super) fn check(parsed: &Parsed) -> CliResult<()> {
         }
         () if offloads && parsed.has("compress") => "Cannot enable copy offloading when -c is used",
         () if offloads && parsed.has("salvage") => "Cannot use copy offloading in salvaging mode",
-        () if parsed.has("source-snapshot") => "--source-snapshot is not supported yet",
         () => return Ok(()),
     };
     Err(CliError::new(problem))

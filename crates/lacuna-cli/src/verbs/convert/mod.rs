@@ -9,14 +9,14 @@ use std::path::Path;
 use lacuna::block::Layer;
 use lacuna::chain::{Sharing, UnnamedFormat};
 use lacuna::job::{ConvertOptions, KnownZeros, TargetContent};
-use lacuna::qcow2::Access;
+use lacuna::qcow2::{Access, SnapshotChoice};
 use lacuna::storage::CacheMode;
 
 use super::busy;
 use super::open::{self, FileChain, Request};
 use super::progress::Meter;
 use super::spec::ImageSpec;
-use super::{Example, Task, Verb, advice, common, create};
+use super::{Example, Task, Verb, advice, common, create, snapshot};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
@@ -36,7 +36,7 @@ pub(super) const VERB: Verb = Verb {
         Flag::valued('f', "source-format", "FMT", "format of SOURCE; probed where not given"),
         Flag::switch('\0', "image-opts", "SOURCE is a list of options").long_only(),
         Flag::switch('\0', "source-image-opts", "as --image-opts").long_only(),
-        Flag::valued('l', "source-snapshot", "SNAPSHOT", "not supported yet"),
+        Flag::valued('l', "source-snapshot", "SNAPSHOT", "copy this internal snapshot of SOURCE"),
         Flag::valued('T', "source-cache", "MODE", "cache mode of SOURCE (writeback)"),
         Flag::valued('O', "target-format", "FMT", "format of TARGET (raw)"),
         Flag::switch('\0', "target-image-opts", "TARGET is a list of options; needs -n")
@@ -70,6 +70,10 @@ pub(super) const VERB: Verb = Verb {
         Example {
             shows: "the other way, with progress for a program",
             line: "--progress=json -O raw disk.qcow2 copy.raw",
+        },
+        Example {
+            shows: "the disk as it was when a snapshot was made",
+            line: "-l monday -O qcow2 snapshots.qcow2 monday.qcow2",
         },
         Example {
             shows: "only what differs from a backing file",
@@ -123,6 +127,8 @@ fn unknown_format(name: &str) -> CliError {
 struct Wish {
     options: ConvertOptions,
     sources: Vec<Request>,
+    /// The snapshot of the first source that is copied, not its disk.
+    at: Option<SnapshotChoice>,
     target_name: String,
     target_format: Option<Format>,
     target_cache: CacheMode,
@@ -144,6 +150,7 @@ impl Wish {
             Asked::Values(given) => given,
         };
         let options = asked::options(tool, parsed)?;
+        let at = parsed.last("source-snapshot").map(|text| snapshot::choice(tool, text));
         asked::rate(parsed)?;
         let (sources, target) = operands(parsed)?;
         let creates = !parsed.has("no-create");
@@ -174,6 +181,7 @@ impl Wish {
         Ok(Some(Self {
             options,
             sources,
+            at: at.transpose()?,
             target_name: target.to_owned(),
             target_format: target_format(parsed)?,
             target_cache: asked::target_cache(parsed)?,
@@ -204,6 +212,18 @@ impl Wish {
         }
         let target = open::of_library(self.target_format.unwrap_or(Format::Raw));
         asked::check_bitmaps(parsed, &chains, target)?;
+        self.at_snapshot(tool, chains)
+    }
+
+    /// As in QEMU's programs a snapshot is one of the first source, and a bare word needs it to be
+    /// the only one.
+    fn at_snapshot(&self, tool: &Tool, mut chains: Vec<FileChain>) -> CliResult<Vec<FileChain>> {
+        let Some(choice) = &self.at else { return Ok(chains) };
+        if chains.len() > 1 && matches!(choice, SnapshotChoice::IdOrName(_)) {
+            return Err(CliError::new("No support for concatenating multiple snapshot"));
+        }
+        let first = chains.remove(0);
+        chains.insert(0, snapshot::at(tool, first, choice)?);
         Ok(chains)
     }
 

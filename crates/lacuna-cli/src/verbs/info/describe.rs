@@ -245,7 +245,8 @@ fn snapshots(header: &Header, storage: &AnyStorage) -> CliResult<Vec<Value>> {
     Ok(decoder.into_snapshots().iter().map(snapshot).collect())
 }
 
-fn snapshot(snapshot: &Snapshot) -> Value {
+/// Describes a snapshot as QEMU does.
+pub(crate) fn snapshot(snapshot: &Snapshot) -> Value {
     let mut members = Map::new();
     if let Some(count) = snapshot.instruction_count.filter(|count| *count != u64::MAX) {
         members.insert("icount".into(), count.into());

@@ -29,7 +29,9 @@ pub(super) fn node(node: &Value) -> String {
     if let Some(format) = word("backing-filename-format") {
         text += &format!("backing file format: {format}\n");
     }
-    text += &snapshots(node);
+    if let Some(list) = node.get("snapshots").and_then(Value::as_array) {
+        text += &snapshots(list);
+    }
     if let Some(data) = node.pointer("/format-specific/data") {
         text += "Format specific information:\n";
         dump(&mut text, data, 1);
@@ -38,7 +40,7 @@ pub(super) fn node(node: &Value) -> String {
 }
 
 /// Tames every text in a description: names in an image are its maker's.
-pub(super) fn tamed(value: Value) -> Value {
+pub(crate) fn tamed(value: Value) -> Value {
     match value {
         Value::String(text) => output::tame(&text).into(),
         Value::Array(items) => items.into_iter().map(tamed).collect(),
@@ -107,10 +109,11 @@ fn is_storage(info: &Value) -> bool {
     info["children"].as_array().is_none_or(Vec::is_empty)
 }
 
-fn snapshots(node: &Value) -> String {
-    let Some(list) = node.get("snapshots").and_then(Value::as_array) else {
+/// Prints a list of snapshots; nothing where there are none.
+pub(crate) fn snapshots(list: &[Value]) -> String {
+    if list.is_empty() {
         return String::new();
-    };
+    }
     let mut text = format!(
         "Snapshot list:\n{:<8}{:<17}{:>8}{:>20}{:>16}{:>11}\n",
         "ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"

@@ -27,8 +27,8 @@ use crate::persona::Tool;
 
 use self::totals::Effort;
 
-pub(crate) use describe::{bitmaps, specifics};
-pub(crate) use human::dump;
+pub(crate) use describe::{bitmaps, snapshot, specifics};
+pub(crate) use human::{dump, snapshots, tamed};
 
 /// The verb.
 pub(super) const VERB: Verb = Verb {
@@ -70,7 +70,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let effort = if parsed.has("totals") { Effort::Whole } else { Effort::Free };
     let nodes = described(tool, &request, levels, effort)?;
     let nodes: Vec<Value> = match form {
-        Form::Human if tool.is_own() => nodes.into_iter().map(human::tamed).collect(),
+        Form::Human if tool.is_own() => nodes.into_iter().map(tamed).collect(),
         _ => nodes,
     };
     let text = match (form, levels) {

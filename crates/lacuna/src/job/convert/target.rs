@@ -116,6 +116,7 @@ impl<S: Storage> Target for Disk<S> {
         match self {
             Self::Qcow2(image) => Target::encoder(image),
             Self::Raw(disk) => disk.encoder(),
+            Self::Snapshot(_) => None,
         }
     }
 
@@ -128,6 +129,7 @@ impl<S: Storage> Target for Disk<S> {
         match self {
             Self::Qcow2(image) => image.write_encoded(offset, buffer, stream).await,
             Self::Raw(disk) => disk.write_encoded(offset, buffer, stream).await,
+            Self::Snapshot(layer) => layer.write(offset, buffer, WriteFlags::empty()).await,
         }
     }
 }

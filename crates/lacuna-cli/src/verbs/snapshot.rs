@@ -1,0 +1,142 @@
+//! `snapshot`: the internal snapshots of an image; and how other verbs are told of one.
+
+use lacuna::ErrorKind;
+use lacuna::qcow2::SnapshotChoice;
+use lacuna::qcow2::format::Snapshot;
+use pollster::block_on;
+use serde_json::Value;
+
+use super::open::{self, FileChain, Request};
+use super::{Example, Form, Task, Verb, common, form, info, one_image};
+use crate::args::{Flag, Parsed};
+use crate::error::{CliError, CliResult};
+use crate::options::{self, Asked, Given};
+use crate::output;
+use crate::persona::Tool;
+
+/// What the verb can be asked to do.
+const ACTIONS: [&str; 4] = ["list", "apply", "create", "delete"];
+
+/// The verb.
+pub(super) const VERB: Verb = Verb {
+    name: "snapshot",
+    task: Task::Look,
+    summary: "List the internal snapshots of an image",
+    operands: "FILENAME",
+    flags: &[
+        common::QUIET,
+        common::FORMAT,
+        common::IMAGE_OPTS,
+        common::FORCE_SHARE,
+        Flag::switch('l', "list", "list them (what is done without an option)"),
+        Flag::valued('a', "apply", "SNAPSHOT", "not supported yet"),
+        Flag::valued('c', "create", "SNAPSHOT", "not supported yet"),
+        Flag::valued('d', "delete", "SNAPSHOT", "not supported yet"),
+        common::OUTPUT.own(),
+        common::OBJECT,
+        common::PROBE_BACKING,
+    ],
+    examples: &[
+        Example { shows: "which snapshots does an image have?", line: "-l snapshots.qcow2" },
+        Example {
+            shows: "the same for programs, with the size of each disk",
+            line: "--output=json snapshots.qcow2",
+        },
+    ],
+    codes: &[],
+    run,
+};
+
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    let form = form(parsed)?;
+    if ACTIONS.into_iter().map(|action| parsed.all(action).count()).sum::<usize>() > 1 {
+        return Err(CliError::usage("Cannot mix '-l', '-a', '-c', '-d'"));
+    }
+    let file = one_image(parsed)?;
+    if let Some(action) = ACTIONS[1..].iter().find(|action| parsed.has(action)) {
+        return Err(CliError::new(format!("snapshot --{action} is not supported yet")));
+    }
+    let chain = open::open(tool, &Request::reading(file, parsed, "format")?)?;
+    let snapshots = match chain.disk().as_qcow2() {
+        Some(image) => block_on(image.snapshots())?,
+        None => Vec::new(),
+    };
+    let text = match form {
+        Form::Human => human(tool, &snapshots),
+        Form::Json => output::pretty(&snapshots.iter().map(json).collect()) + "\n",
+    };
+    output::print(&text).map(|()| 0)
+}
+
+fn human(tool: &Tool, snapshots: &[Snapshot]) -> String {
+    let list = snapshots.iter().map(info::snapshot);
+    let list: Vec<Value> = match tool.is_own() {
+        true => list.map(info::tamed).collect(),
+        false => list.collect(),
+    };
+    info::snapshots(&list)
+}
+
+/// As QEMU describes one, and the size of its disk in bytes where the image says it.
+fn json(snapshot: &Snapshot) -> Value {
+    let mut value = info::snapshot(snapshot);
+    if let (Some(size), Value::Object(members)) = (snapshot.disk_size_bytes, &mut value) {
+        members.insert("disk-size".into(), size.into());
+    }
+    value
+}
+
+/// Reads the `-l` of verbs that read a snapshot: a word, or `snapshot.id=` and `snapshot.name=`.
+pub(super) fn choice(tool: &Tool, text: &str) -> CliResult<SnapshotChoice> {
+    if !text.starts_with("snapshot.") {
+        return Ok(SnapshotChoice::IdOrName(text.into()));
+    }
+    let in_parsing = |error: CliError| match tool.is_own() {
+        true => error,
+        false => {
+            error.followed_by(format!("{}: Failed in parsing snapshot param '{text}'", tool.name))
+        }
+    };
+    let given = match options::parse([text].into_iter()).map_err(in_parsing)? {
+        Asked::Values(given) => given,
+        Asked::Help => return Err(in_parsing(unknown("help"))),
+    };
+    of_options(&given).map_err(in_parsing)
+}
+
+fn of_options(given: &Given) -> CliResult<SnapshotChoice> {
+    const KNOWN: [&str; 2] = ["snapshot.id", "snapshot.name"];
+    if let Some(key) = given.keys().find(|key| !KNOWN.contains(key)) {
+        return Err(unknown(key));
+    }
+    match (given.last(KNOWN[0]), given.last(KNOWN[1])) {
+        (Some(id), Some(name)) => Ok(SnapshotChoice::Both { id: id.into(), name: name.into() }),
+        (Some(id), None) => Ok(SnapshotChoice::Id(id.into())),
+        (None, Some(name)) => Ok(SnapshotChoice::Name(name.into())),
+        (None, None) => Err(unknown("snapshot.")),
+    }
+}
+
+fn unknown(key: &str) -> CliError {
+    CliError::new(format!("Invalid parameter '{key}'"))
+        .with_hint("-l takes an identifier or a name, or snapshot.id=ID,snapshot.name=NAME")
+}
+
+/// Returns a chain with its disk as it was when a snapshot was made.
+pub(super) fn at(tool: &Tool, chain: FileChain, choice: &SnapshotChoice) -> CliResult<FileChain> {
+    let is_raw = chain.disk().as_qcow2().is_none();
+    block_on(chain.at_snapshot(choice)).map_err(|error| {
+        let class = error.kind();
+        let failure = match class {
+            ErrorKind::NotFound => CliError::new("Can't find snapshot")
+                .in_our_words(error.to_string())
+                .with_hint("`lacuna snapshot -l FILE` lists the snapshots of an image"),
+            ErrorKind::Unsupported if is_raw && !tool.is_own() => CliError::new(
+                "Block format 'raw' used by device '' does not support temporarily loading \
+                 internal snapshots",
+            ),
+            _ => CliError::from(error),
+        };
+        failure.with_class(class).under("Failed to load snapshot")
+    })
+}

@@ -1,0 +1,78 @@
+//! Which of the maps in an image a request reads by: that of the disk, or that of a snapshot.
+//!
+//! * Always: what a snapshot's map shows stays as it is while the image is open. Its tables and
+//!   clusters are shared copy-on-write, and not reused while the snapshot references them.
+//! * Never: a map of a snapshot is written by, or is a reason to close the disk to changes.
+
+use super::format::{AutoclearFeatures, L1Entry};
+use super::meta::Meta;
+use super::need::Stop;
+use crate::{Error, Result};
+
+/// A map of the image.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum View<'a> {
+    /// The disk as it is now.
+    Active,
+    /// The disk as it was.
+    Snapshot(&'a SnapshotMap),
+}
+
+/// The map of a snapshot, as far as its disk reaches: VM state behind that is left out.
+#[derive(Debug)]
+pub(super) struct SnapshotMap {
+    pub(super) l1: Vec<L1Entry>,
+    pub(super) size_bytes: u64,
+}
+
+impl View<'_> {
+    pub(super) const fn size_bytes(self, meta: &Meta) -> u64 {
+        match self {
+            Self::Active => meta.size_bytes,
+            Self::Snapshot(map) => map.size_bytes,
+        }
+    }
+
+    /// Returns an entry of the L1 table; unallocated past its end.
+    pub(super) fn l1_entry(self, meta: &Meta, index: u64) -> L1Entry {
+        let entries = match self {
+            Self::Active => &meta.l1.entries,
+            Self::Snapshot(map) => &map.l1,
+        };
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        entries.get(index).copied().unwrap_or_default()
+    }
+
+    /// Returns what the image claims of the whole disk; of a snapshot it claims nothing.
+    pub(super) const fn claims(self, meta: &Meta) -> AutoclearFeatures {
+        match self {
+            Self::Active => meta.claims,
+            Self::Snapshot(_) => AutoclearFeatures::empty(),
+        }
+    }
+
+    /// Says whether tables in storage are what tables in memory are.
+    pub(super) const fn is_settled(self, meta: &Meta) -> bool {
+        matches!(self, Self::Snapshot(_)) || !meta.writable
+    }
+
+    /// Turns a contradiction in a snapshot's map into a plain failure of the request: the disk is
+    /// none the worse for it.
+    pub(super) fn judge(self, stop: Stop) -> Stop {
+        match (self, stop) {
+            (Self::Snapshot(_), Stop::Corrupt(error)) => Stop::Fail(error),
+            (_, stop) => stop,
+        }
+    }
+}
+
+impl<S: crate::storage::Storage> super::image::Image<S> {
+    /// Returns the error of a request that found a contradiction in a map, after what follows from
+    /// it.
+    pub(super) async fn contradiction<T>(&self, view: View<'_>, error: Error) -> Result<T> {
+        match view {
+            View::Active => Err(self.mark_corrupt(error).await),
+            View::Snapshot(_) => Err(error),
+        }
+    }
+}
