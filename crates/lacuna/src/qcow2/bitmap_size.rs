@@ -93,6 +93,8 @@ impl<S: Storage> Image<S> {
         }
         let moved = self.write_table(entry, &table).await?;
         self.switch_table(&fitting, &moved).await?;
+        // Before anything can be reused that a reader found by the old table.
+        self.0.meta.lock().bitmaps.generation += 1;
         self.free_table(entry, &stored[kept..]).await
     }
 

@@ -7,6 +7,9 @@
 //! * Never: a bitmap is touched that is disabled, was in use already, or has extra data that says
 //!   it must not be.
 
+use std::collections::BTreeMap;
+use std::ops::Range;
+
 use super::format::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry, Header};
 use super::image::Image;
 use super::write_back::Refcounting;
@@ -15,14 +18,14 @@ use crate::buffer::Buffer;
 use crate::storage::Storage;
 use crate::units::{GuestRange, HostOffset, HostRange};
 
-type Map<V> = std::collections::HashMap<u64, V, foldhash::fast::RandomState>;
-
 /// The bitmaps that follow the writes of an open image.
 #[derive(Debug, Default)]
 pub(super) struct Bitmaps {
     tracked: Vec<Tracked>,
     /// They are marked in use, so that closing has to store them.
     pub(super) in_use: bool,
+    /// Counts changes of where bitmaps lie: what was read of one before may be somebody else's.
+    pub(super) generation: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -33,7 +36,7 @@ struct Tracked {
     /// Bits of one cluster of bitmap data.
     chunk_bits: u64,
     /// New bits by chunk.
-    chunks: Map<Vec<u8>>,
+    chunks: BTreeMap<u64, Vec<u8>>,
 }
 
 impl Bitmaps {
@@ -47,10 +50,10 @@ impl Bitmaps {
             if is_followed(&entry) {
                 entry.check(&header.geometry, header.size_bytes)?;
                 let chunk_bits = header.geometry.cluster_bytes() * 8;
-                tracked.push(Tracked { entry, at, chunk_bits, chunks: Map::default() });
+                tracked.push(Tracked { entry, at, chunk_bits, chunks: BTreeMap::new() });
             }
         }
-        Ok(Self { tracked, in_use: false })
+        Ok(Self { tracked, in_use: false, generation: 0 })
     }
 
     pub(super) const fn is_empty(&self) -> bool {
@@ -60,6 +63,30 @@ impl Bitmaps {
     /// Says whether the directory entry at an offset is that of a bitmap in use by us.
     pub(super) fn uses(&self, at: HostOffset) -> bool {
         self.in_use && self.tracked.iter().any(|bitmap| bitmap.at == at)
+    }
+
+    /// Returns the entry at an offset of the directory as it is in memory, where it is followed.
+    pub(super) fn followed(&self, at: HostOffset) -> Option<&BitmapEntry> {
+        self.find(at).map(|bitmap| &bitmap.entry)
+    }
+
+    fn find(&self, at: HostOffset) -> Option<&Tracked> {
+        self.tracked.iter().find(|bitmap| bitmap.at == at)
+    }
+
+    /// Returns the first of some chunks in which something was marked since the image was opened.
+    pub(super) fn first_marked(&self, at: HostOffset, chunks: Range<u64>) -> Option<u64> {
+        self.find(at)?.chunks.range(chunks).next().map(|(index, _)| *index)
+    }
+
+    /// Adds what was marked since the image was opened to a part of a chunk that starts at byte
+    /// `from` of it.
+    pub(super) fn add_marks(&self, at: HostOffset, chunk: u64, from: usize, bytes: &mut [u8]) {
+        let marks = self.find(at).and_then(|bitmap| bitmap.chunks.get(&chunk));
+        let marks = marks.and_then(|marks| marks.get(from..)).unwrap_or_default();
+        for (byte, new) in bytes.iter_mut().zip(marks) {
+            *byte |= new;
+        }
     }
 
     /// Takes note of where a table lies from here on, and how long it is.

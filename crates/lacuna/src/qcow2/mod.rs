@@ -16,6 +16,8 @@ mod clear;
 pub(crate) mod codec;
 mod copy;
 mod create;
+mod dirty;
+mod dirty_scan;
 mod discard;
 mod encode;
 mod extents;
@@ -58,6 +60,7 @@ pub(crate) use host_status::HostStatuses;
 
 pub use amend::AmendOptions;
 pub use create::{BackingName, CreateOptions, DataFileName, PreallocationLayout, create};
+pub use dirty::{BitmapFacts, DirtyBitmap, DirtyExtent, DirtyRanges};
 pub use encode::{Encoder, Stream};
 pub use image::{Counts, Image};
 pub use open::read_header;

@@ -1,5 +1,6 @@
 //! What an image remembers: internal snapshots and dirty bitmaps that QEMU's programs made.
 
+mod bitmaps;
 mod snapshots;
 
 use std::path::{Path, PathBuf};
