@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::both;
+use common::{Sandbox, both};
 
 #[test]
 fn images_are_described_in_the_same_words_and_json() {
@@ -51,7 +51,7 @@ fn names_that_are_no_ascii_are_escaped_in_json_as_qemu_does() {
 
 #[test]
 fn names_from_images_cannot_steer_the_terminal_under_our_own_name() {
-    let ours = common::Sandbox::ours();
+    let ours = Sandbox::ours();
     ours.prepare(
         r"stock-img create -q -f qcow2 -u -b $'b\e[31m\u009b\nfile format raw\u202e' -F raw image 1M",
     );
@@ -71,7 +71,7 @@ fn names_from_images_cannot_steer_the_terminal_under_our_own_name() {
 
 #[test]
 fn hints_do_not_send_anybody_to_a_repair_that_cannot_help() {
-    let ours = common::Sandbox::ours();
+    let ours = Sandbox::ours();
     ours.prepare("stock-img create -q -f qcow2 -u -b ./image -F qcow2 image 1M");
     let got = ours.run("lacuna map image").text;
     assert!(got.contains("backing chain is a loop"), "{got}");
@@ -91,7 +91,7 @@ fn data_files_are_named_and_not_opened() {
 
 #[test]
 fn snapshots_and_bitmaps_are_listed() {
-    let (stock, ours) = (common::Sandbox::stock(), common::Sandbox::ours());
+    let (stock, ours) = (Sandbox::stock(), Sandbox::ours());
     // Made once and copied: a snapshot carries the time at which it was made.
     stock.prepare(
         "stock-img create -q -f qcow2 image 8M
@@ -109,7 +109,7 @@ fn snapshots_and_bitmaps_are_listed() {
 fn encrypted_images_are_described_without_a_key() {
     let secret = "--object secret,id=s,data=abc";
     let options = "encrypt.key-secret=s";
-    let (stock, ours) = (common::Sandbox::stock(), common::Sandbox::ours());
+    let (stock, ours) = (Sandbox::stock(), Sandbox::ours());
     for (name, format) in
         [("aes", "encrypt.format=aes"), ("luks", "encrypt.format=luks,encrypt.iter-time=10")]
     {
@@ -163,7 +163,7 @@ const LIVED_IN: &str = "
 
 #[test]
 fn totals_are_told_under_our_own_name_only() {
-    let ours = common::Sandbox::ours();
+    let ours = Sandbox::ours();
     ours.prepare(LIVED_IN);
     let qemu = ours.run("qemu-img info image").text;
     let (before, _) = qemu.split_once("Child node").unwrap();
@@ -193,7 +193,7 @@ fn totals_are_told_under_our_own_name_only() {
 
 #[test]
 fn large_tables_are_read_only_when_totals_are_asked_for() {
-    let ours = common::Sandbox::ours();
+    let ours = Sandbox::ours();
     // Twenty tables of 64 KiB.
     ours.prepare(
         "stock-img create -q -f qcow2 image 20G
@@ -209,7 +209,7 @@ fn large_tables_are_read_only_when_totals_are_asked_for() {
 
 #[test]
 fn an_image_whose_tables_cannot_be_added_up_is_described_all_the_same() {
-    let ours = common::Sandbox::ours();
+    let ours = Sandbox::ours();
     ours.prepare(
         "stock-img create -q -f qcow2 image 1M; stock-io -c 'write 0 64k' image
          printf '\\x02' | dd of=image bs=1 seek=$((0x40006)) conv=notrunc status=none",
@@ -249,4 +249,21 @@ fn header_fields_outside_of_their_limits_are_named_in_the_same_words() {
         )
     };
     both(&fields.map(poke).concat());
+}
+
+#[test]
+fn a_shared_zero_cluster_is_told_of_where_the_image_remembers_it() {
+    let ours = Sandbox::ours();
+    ours.prepare("qemu-img create -q -f raw below 1M");
+    ours.prepare("qemu-img create -q -f qcow2 -o compat=0.10 -F raw -b below disk");
+    assert!(!ours.run("lacuna info disk").text.contains("shared"));
+    ours.prepare(
+        "lacuna io --image-opts -c 'write -z 0 1M' \
+         driver=qcow2,file.filename=disk,shared-zero-cluster=on",
+    );
+    assert!(ours.run("lacuna info disk").text.contains("shared zero cluster: true"));
+    let json = ours.run("lacuna info --output=json disk").text;
+    assert!(json.contains("\"shared-zero-cluster\": true"), "{json}");
+    assert!(!ours.run("qemu-img info disk").text.contains("shared"));
+    ours.prepare("lacuna check -q disk && /usr/bin/qemu-img check -q disk");
 }

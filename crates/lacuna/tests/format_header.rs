@@ -7,9 +7,9 @@ use lacuna::qcow2::format::{
     AutoclearFeatures, BitmapsExtension, CompatibleFeatures, CompressionType, Encryption,
     EncryptionHeader, EntryWidth, Extensions, FeatureName, FeatureWord, Features, Geometry, Header,
     IncompatibleFeatures, L1Location, RefcountTableLocation, SnapshotTableLocation, StoredName,
-    UnknownExtension, Version,
+    UnknownExtension, Version, ZeroClusterHint,
 };
-use lacuna::units::HostOffset;
+use lacuna::units::{GuestCluster, HostOffset};
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
@@ -170,7 +170,8 @@ prop_compose! {
         (data_file_name, luks, zstd) in (option::of(names(40)), any::<bool>(), any::<bool>()),
         bitmaps in option::of((1_u32..65536, 0_u64..1000, 1_u64..1000)),
         (snapshots, unknown_fields) in (0_u32..=65536, vec(any::<u8>(), 0..5)),
-        (unknown, private_bit) in (unknown_extensions(), option::of(2_u8..64)),
+        (unknown, private_bit, hint) in
+            (unknown_extensions(), option::of(2_u8..64), option::of(any::<u64>())),
     ) -> Header {
         let v3 = geometry.version() == Version::V3;
         let cluster = geometry.cluster_bytes();
@@ -211,6 +212,7 @@ prop_compose! {
                 directory_bytes,
                 directory_offset: HostOffset(at * cluster),
             }),
+            zero_cluster: hint.map(|cluster| ZeroClusterHint { cluster: GuestCluster(cluster) }),
             unknown,
         };
         header

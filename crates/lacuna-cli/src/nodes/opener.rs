@@ -129,6 +129,7 @@ fn image_options(disk: &DiskSpec, options: OpenOptions) -> OpenOptions {
     let options = options
         .discard(discard)
         .zero_unmap(runtime.zero_unmap)
+        .shared_zero_cluster(runtime.shared_zero)
         .lazy_refcounts(runtime.lazy_refcounts);
     let options = match runtime.on_discard {
         Some(on_discard) => options.on_discard(on_discard),

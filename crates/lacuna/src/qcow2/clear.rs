@@ -9,7 +9,7 @@ use super::image::Image;
 use super::in_flight::Touch;
 use super::need::Need;
 use super::options::{OnDiscard, ZeroUnmap};
-use super::plan_zero::{Intent, Subcleared, clear_clusters, clear_subclusters};
+use super::plan_zero::{Cleared, Intent, Subcleared, clear_clusters, clear_subclusters};
 use super::quarantine::FreedBy;
 use crate::buffer::Hold;
 use crate::storage::Storage;
@@ -46,8 +46,22 @@ pub(super) fn cut(range: GuestRange, unit: u64, disk_bytes: u64) -> Parts {
     }
 }
 
-/// Parts of clusters that have no subclusters, as they are compressed.
-pub(super) type Refused = Vec<GuestRange>;
+/// A clearing under way.
+pub(super) struct Clearing {
+    /// Keeps others away from the clusters.
+    pub(super) hold: Hold,
+    /// Parts of clusters that have no subclusters, as they are compressed.
+    pub(super) refused: Vec<GuestRange>,
+    /// Host bytes that nothing uses any more.
+    pub(super) freed_bytes: u64,
+    vacated: Vacated,
+}
+
+impl Clearing {
+    pub(super) fn begin(hold: Hold) -> Self {
+        Self { hold, refused: Vec::new(), freed_bytes: 0, vacated: Vacated::default() }
+    }
+}
 
 /// The last host bytes that clearing left and did not punch yet: what follows may lie right behind
 /// them, in another slice of the table or another part of a cluster, and goes in the same call
@@ -87,28 +101,26 @@ impl<S: Storage> Image<S> {
         if range.is_empty() {
             return Ok(Hold::none());
         }
-        let (hold, mut vacated) = (self.exclude_others(range).await?, Vacated::default());
-        let hold = self.clear_by_rule(range, intent, hold, &mut vacated).await?;
-        self.punch(vacated.take(), hold).await
+        let hold = self.exclude_others(range).await?;
+        let clearing = self.clear_by_rule(range, intent, Clearing::begin(hold)).await?;
+        Ok(self.punch_rest(clearing).await?.hold)
     }
 
     /// Clears whole subclusters (clusters, where there are none) that `hold` keeps others away
-    /// from. Returns the hold and what could not be cleared.
+    /// from.
     pub(super) async fn clear_units(
         &self,
         range: GuestRange,
         intent: Intent,
         hold: Hold,
-    ) -> Result<(Hold, Refused)> {
+    ) -> Result<Clearing> {
         let end_of_units = self.size().next_multiple_of(self.geometry().subcluster_bytes());
         let parts = cut(range, self.geometry().cluster_bytes(), end_of_units);
-        let mut refused = Refused::new();
-        let (refused_parts, left) = (&mut refused, &mut Vacated::default());
-        let hold = self.clear_part(parts.head, intent, hold, refused_parts, left).await?;
-        let hold = self.clear_by_rule(parts.middle, intent, hold, left).await?;
-        let hold = self.clear_part(parts.tail, intent, hold, refused_parts, left).await?;
-        let hold = self.punch(left.take(), hold).await?;
-        Ok((hold, refused))
+        let clearing = Clearing::begin(hold);
+        let clearing = self.clear_part(parts.head, intent, clearing).await?;
+        let clearing = self.clear_by_rule(parts.middle, intent, clearing).await?;
+        let clearing = self.clear_part(parts.tail, intent, clearing).await?;
+        self.punch_rest(clearing).await
     }
 
     /// Clears some subclusters of one cluster.
@@ -116,20 +128,17 @@ impl<S: Storage> Image<S> {
         &self,
         range: GuestRange,
         intent: Intent,
-        hold: Hold,
-        refused: &mut Refused,
-        vacated: &mut Vacated,
-    ) -> Result<Hold> {
+        mut clearing: Clearing,
+    ) -> Result<Clearing> {
         if range.is_empty() {
-            return Ok(hold);
+            return Ok(clearing);
         }
         let (_, intent) = self.leading_below(range, intent).await?;
         match self.plan(|meta| clear_subclusters(meta, range, intent)).await? {
-            Subcleared::Done(None) => Ok(hold),
-            Subcleared::Done(Some(left)) => self.punch(vacated.push(left), hold).await,
+            Subcleared::Done(cleared) => self.punch_cleared(cleared, clearing).await,
             Subcleared::NotPossible => {
-                refused.push(range);
-                Ok(hold)
+                clearing.refused.push(range);
+                Ok(clearing)
             }
         }
     }
@@ -139,17 +148,16 @@ impl<S: Storage> Image<S> {
         &self,
         range: GuestRange,
         intent: Intent,
-        hold: Hold,
-        vacated: &mut Vacated,
-    ) -> Result<Hold> {
-        let (mut at, mut hold) = (range.start, hold);
+        mut clearing: Clearing,
+    ) -> Result<Clearing> {
+        let mut at = range.start;
         while at < range.end() {
             let rest = GuestRange::new(at, range.end() - at);
             let (len, intent) = self.leading_below(rest, intent).await?;
-            hold = self.clear_run(GuestRange::new(at, len), intent, hold, vacated).await?;
+            clearing = self.clear_run(GuestRange::new(at, len), intent, clearing).await?;
             at = at + len;
         }
-        Ok(hold)
+        Ok(clearing)
     }
 
     /// Returns what to do with how many leading bytes of `range`: whole clusters, or all of it.
@@ -170,35 +178,46 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// Changes the map of whole clusters that `hold` keeps others away from.
+    /// Changes the map of whole clusters that the clearing's hold keeps others away from.
     pub(super) async fn clear_held(
         &self,
         range: GuestRange,
         intent: Intent,
-        hold: Hold,
-    ) -> Result<Hold> {
-        let mut vacated = Vacated::default();
-        let hold = self.clear_run(range, intent, hold, &mut vacated).await?;
-        self.punch(vacated.take(), hold).await
+        clearing: Clearing,
+    ) -> Result<Clearing> {
+        let clearing = self.clear_run(range, intent, clearing).await?;
+        self.punch_rest(clearing).await
     }
 
     async fn clear_run(
         &self,
         range: GuestRange,
         intent: Intent,
-        hold: Hold,
-        vacated: &mut Vacated,
-    ) -> Result<Hold> {
-        let (mut at, mut hold) = (range.start, hold);
+        mut clearing: Clearing,
+    ) -> Result<Clearing> {
+        let mut at = range.start;
         while at < range.end() {
             let rest = GuestRange::new(at, range.end() - at);
             let cleared = self.plan(|meta| clear_clusters(meta, rest, intent)).await?;
-            for next in cleared.vacated {
-                hold = self.punch(vacated.push(next), hold).await?;
-            }
             at = at + cleared.len;
+            clearing = self.punch_cleared(cleared, clearing).await?;
         }
-        Ok(hold)
+        Ok(clearing)
+    }
+
+    async fn punch_cleared(&self, cleared: Cleared, mut clearing: Clearing) -> Result<Clearing> {
+        clearing.freed_bytes += cleared.freed_bytes;
+        for next in cleared.vacated {
+            let before = clearing.vacated.push(next);
+            clearing.hold = self.punch(before, clearing.hold).await?;
+        }
+        Ok(clearing)
+    }
+
+    async fn punch_rest(&self, mut clearing: Clearing) -> Result<Clearing> {
+        let rest = clearing.vacated.take();
+        clearing.hold = self.punch(rest, clearing.hold).await?;
+        Ok(clearing)
     }
 
     /// Gives the space of host bytes back that keep their place. The map need not be durable

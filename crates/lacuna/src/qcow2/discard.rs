@@ -6,11 +6,11 @@ use super::image::Image;
 use super::mapping::DataPlace;
 use super::options::{DiscardUnit, GuestDiscard};
 use super::plan_zero::Intent;
-use crate::Result;
 use crate::block::DiscardMode;
 use crate::buffer::Hold;
 use crate::storage::{Capability, Storage};
 use crate::units::{GuestRange, HostOffset, HostRange};
+use crate::{ErrorKind, Result};
 
 impl<S: Storage> Image<S> {
     pub(super) async fn discard_guest(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
@@ -25,7 +25,9 @@ impl<S: Storage> Image<S> {
                 return Ok(());
             }
             // Old data would show through from below, and no flag can hide it (D.1-7).
-            (DiscardMode::Guest, Version::V2) if self.0.backing.is_some() => return Ok(()),
+            (DiscardMode::Guest, Version::V2) if self.0.backing.is_some() => {
+                return self.discard_by_sharing(range).await;
+            }
             (DiscardMode::Guest, _) => Intent::Discard,
         };
         let discard_unit = self.0.meta.lock().discard_unit;
@@ -39,13 +41,26 @@ impl<S: Storage> Image<S> {
         }
         let hold = self.exclude_others(units).await?;
         // Compressed clusters have no parts that could be freed: those keep their content.
-        let (hold, _) = self.clear_units(units, intent, hold).await?;
-        self.discard_in_data_file(units, hold).await
+        let cleared = self.clear_units(units, intent, hold).await?;
+        self.discard_in_data_file(units, cleared.hold).await
+    }
+
+    /// Whole clusters come to share the cluster of zeros, where they may and while that can be had.
+    async fn discard_by_sharing(&self, range: GuestRange) -> Result<()> {
+        let clusters = cut(range, self.geometry().cluster_bytes(), self.size()).middle;
+        if !self.shares_zeros() || clusters.is_empty() {
+            return Ok(());
+        }
+        let hold = self.exclude_others(clusters).await?;
+        match self.clear_units(clusters, Intent::Discard, hold).await {
+            Err(error) if error.kind() != ErrorKind::Unsupported => Err(error),
+            _ => Ok(()),
+        }
     }
 
     /// The data file's space goes back once the map no longer shows it; until then `hold` keeps
     /// writers away, whose bytes would go with it.
-    async fn discard_in_data_file(&self, range: GuestRange, hold: Hold) -> Result<()> {
+    pub(super) async fn discard_in_data_file(&self, range: GuestRange, hold: Hold) -> Result<()> {
         if self.place() == DataPlace::ImageFile || range.is_empty() || !self.0.discard.request {
             return Ok(());
         }

@@ -231,6 +231,9 @@ impl Meta {
     fn drop_reference(&mut self, cluster: HostCluster) -> Planned<()> {
         let left = self.refcounts.decrease(cluster, 1)?;
         self.quarantine.released(cluster);
+        if left == 0 {
+            self.forget_zero_cluster(cluster);
+        }
         if left == 0 && self.structures.remove_cluster(cluster) {
             let offset = self.geometry().host_offset(cluster);
             self.l2.forget(offset);

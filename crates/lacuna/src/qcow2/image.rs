@@ -232,6 +232,7 @@ impl<S: Storage> Image<S> {
                 over.await;
                 Ok(())
             }),
+            Need::ZeroCluster => Box::pin(self.ready_zero_cluster()),
             Need::WriteBack => Box::pin(self.write_back(self.usual_refcounting())),
         }
     }

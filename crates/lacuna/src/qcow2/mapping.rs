@@ -79,6 +79,8 @@ pub(super) enum DataPlace {
 pub(super) struct Decoder {
     pub(super) geometry: Geometry,
     pub(super) place: DataPlace,
+    /// The cluster that shares its zeros. An entry that may be written in place never means it.
+    pub(super) zero_cluster: Option<HostOffset>,
 }
 
 impl Decoder {
@@ -91,6 +93,11 @@ impl Decoder {
             }
             _ => entry.host(),
         }
+    }
+
+    /// Says whether the entry is one of those that share the cluster of zeros.
+    fn shares_zeros(&self, entry: L2Entry) -> bool {
+        self.zero_cluster.is_some_and(|zeros| entry == shared_entry(zeros))
     }
 
     /// Refuses an entry whose cluster starts within another: freeing it would free that one.
@@ -186,6 +193,7 @@ impl Decoder {
             };
         }
         Ok(match host {
+            Some(_) if self.shares_zeros(entry) => Mapping::Zero { reserved: None },
             Some(host) => Mapping::Data { host, on_write: OnWrite::of(entry) },
             None => Mapping::Unallocated { reserved: None },
         })
@@ -212,6 +220,11 @@ impl Decoder {
         };
         Ok((mapping, u64::from(end) * subcluster - within))
     }
+}
+
+/// Returns the entry of a cluster that shares the zeros at `zeros`: never to be written in place.
+pub(super) fn shared_entry(zeros: HostOffset) -> L2Entry {
+    L2Entry::standard(zeros).with_copied(false)
 }
 
 fn corrupt(guest: GuestOffset, entry: L2Entry, what: &str) -> Error {
@@ -248,7 +261,7 @@ mod tests {
     /// Compares over `len` entries from `first` on and a few others behind them.
     fn compare(width: EntryWidth, first: L2Entry, len: u64) {
         let geometry = Geometry::new(Version::V3, 16, 4, width).unwrap();
-        let decoder = Decoder { geometry, place: DataPlace::ImageFile };
+        let decoder = Decoder { geometry, place: DataPlace::ImageFile, zero_cluster: None };
         let step = if first.word & !(COPIED | 1) == 0 { 0 } else { CLUSTER };
         let at = |at| L2Entry { word: first.word + at * step, ..first };
         let others = [CLUSTER * 99, 0, 1, 0].map(|word| L2Entry { word, ..L2Entry::UNALLOCATED });

@@ -19,6 +19,7 @@ use super::quarantine::{Freed, FreedBy, Quarantine};
 use super::refcounts::{Allocation, Refcounts};
 use super::table_cache::TableCache;
 use super::view::View;
+use super::zero_cluster::SharedZero;
 use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
 
@@ -99,6 +100,7 @@ pub(super) struct Meta {
     pub(super) discard_unit: DiscardUnit,
     /// What the image on storage says of the whole disk.
     pub(super) claims: AutoclearFeatures,
+    pub(super) shared_zero: SharedZero,
 }
 
 /// Where the entry of a guest byte lies.
@@ -327,7 +329,8 @@ impl Meta {
             }
         }
         self.install_table(guest, new);
-        self.free(self.geometry().host_cluster(old), FreedBy::Other)
+        self.free(self.geometry().host_cluster(old), FreedBy::Other)?;
+        Ok(())
     }
 
     fn install_table(&mut self, guest: GuestOffset, table: HostOffset) {
@@ -460,22 +463,26 @@ impl Meta {
         Ok(())
     }
 
-    /// Drops the references of an entry that was just replaced.
-    pub(super) fn free_entry(&mut self, entry: L2Entry, by: FreedBy) -> Planned<()> {
+    /// Drops the references of an entry that was just replaced. Returns how many clusters nothing
+    /// references any more.
+    pub(super) fn free_entry(&mut self, entry: L2Entry, by: FreedBy) -> Planned<u64> {
+        let mut unused = 0;
         for cluster in self.references(entry) {
-            self.free(cluster, by)?;
+            unused += u64::from(self.free(cluster, by)?);
         }
-        Ok(())
+        Ok(unused)
     }
 
-    /// Drops one reference of a cluster, once the mapping change that goes with it is durable.
-    pub(super) fn free(&mut self, cluster: HostCluster, by: FreedBy) -> Planned<()> {
+    /// Drops one reference of a cluster, once the mapping change that goes with it is durable. Says
+    /// whether it was the last.
+    pub(super) fn free(&mut self, cluster: HostCluster, by: FreedBy) -> Planned<bool> {
         let refcount = self.refcounts.read(cluster)?;
         let at = self.in_flight.moment();
-        if self.quarantine.push(Freed { cluster, by, at }, refcount) {
+        let is_last = self.quarantine.push(Freed { cluster, by, at }, refcount);
+        if is_last {
             self.refcounts.lower_cursors(cluster);
         }
-        Ok(())
+        Ok(is_last)
     }
 
     /// Ends a request; what it had reserved and never linked is freed again.

@@ -55,6 +55,7 @@ mod write;
 mod write_back;
 mod zero;
 mod zero_claims;
+mod zero_cluster;
 
 pub(crate) use host_status::HostStatuses;
 
@@ -66,7 +67,7 @@ pub use image::{Counts, Image};
 pub use open::read_header;
 pub use options::{
     Access, DiscardPolicy, DiscardUnit, ExtentDetail, GuestDiscard, OnDiscard, OpenOptions, Parts,
-    ZeroUnmap,
+    SharedZeroCluster, ZeroUnmap,
 };
 pub(crate) use refcount_space::fully_allocated_bytes;
 pub use refcounts::Placement;

@@ -21,6 +21,8 @@ pub(super) enum Need {
     WriteBack,
     /// These claims about the whole disk must be off before a change makes them lies.
     DropClaims(AutoclearFeatures),
+    /// There is no cluster of zeros that could be shared once more.
+    ZeroCluster,
     /// The dirty bit must be durable before refcounts go stale.
     DirtyBit,
     /// Unknown or outdated autoclear claims and bitmaps must be marked before the first change.

@@ -16,6 +16,7 @@ use super::quarantine::Quarantine;
 use super::refcounts::Refcounts;
 use super::table_cache::TableCache;
 use super::zero_claims;
+use super::zero_cluster::SharedZero;
 use crate::buffer::Buffer;
 use crate::storage::Storage;
 use crate::units::{HostOffset, HostRange};
@@ -49,7 +50,9 @@ impl<S: Storage> Image<S> {
             ));
         }
         let meta = load_meta(&parts, &header, &options).await?;
-        Ok(Self::from_parts(parts, header, meta, &options))
+        let image = Self::from_parts(parts, header, meta, &options);
+        image.recall_zero_cluster(options.shared_zero).await;
+        Ok(image)
     }
 }
 
@@ -207,7 +210,7 @@ async fn load_meta<S: Storage>(
     let place = if parts.data.is_some() { DataPlace::External } else { DataPlace::ImageFile };
     let lazy = is_lazy(header, options);
     Ok(Meta {
-        decoder: Decoder { geometry, place },
+        decoder: Decoder { geometry, place, zero_cluster: None },
         size_bytes: header.size_bytes / 512 * 512,
         has_backing: parts.backing.is_some(),
         writable,
@@ -236,6 +239,7 @@ async fn load_meta<S: Storage>(
         on_discard: on_discard(header, options),
         discard_unit: options.discard_unit,
         claims: header.zero_claims(),
+        shared_zero: SharedZero::default(),
     })
 }
 

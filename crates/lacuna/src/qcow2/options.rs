@@ -90,6 +90,28 @@ pub enum ZeroUnmap {
     Unallocate,
 }
 
+/// Whether zeroed clusters share one cluster of zeros where no flag can say "zero": in version 2 over
+/// a backing layer (004-3).
+///
+/// A few references to the shared cluster lie beyond the end of the disk, where no guest gets, so that
+/// whoever changes the image afterwards leaves it sound. Images that can mark zeros, and those without a
+/// backing layer, are not affected.
+///
+/// ```
+/// use lacuna::qcow2::SharedZeroCluster;
+/// assert_eq!(SharedZeroCluster::default(), SharedZeroCluster::AsRemembered);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum SharedZeroCluster {
+    /// Where the image remembers one.
+    #[default]
+    AsRemembered,
+    /// No cluster begins to share; those that do are known to be zeros all the same.
+    Off,
+    /// Yes; the image remembers it.
+    On,
+}
+
 /// Whether a discard takes the place on the host from a cluster (002-6).
 ///
 /// A place that is kept is moved by two things only: a write to a cluster that a snapshot shares,
@@ -143,6 +165,7 @@ pub struct OpenOptions {
     pub(super) zero_unmap: ZeroUnmap,
     pub(super) on_discard: Option<OnDiscard>,
     pub(super) discard_unit: DiscardUnit,
+    pub(super) shared_zero: SharedZeroCluster,
 }
 
 impl OpenOptions {
@@ -159,6 +182,7 @@ impl OpenOptions {
             zero_unmap: ZeroUnmap::default(),
             on_discard: None,
             discard_unit: DiscardUnit::default(),
+            shared_zero: SharedZeroCluster::default(),
         }
     }
 
@@ -217,6 +241,12 @@ impl OpenOptions {
     #[must_use]
     pub const fn discard_unit(self, discard_unit: DiscardUnit) -> Self {
         Self { discard_unit, ..self }
+    }
+
+    /// Chooses whether zeroed clusters share one of zeros, where the format has no zero flag.
+    #[must_use]
+    pub const fn shared_zero_cluster(self, shared_zero: SharedZeroCluster) -> Self {
+        Self { shared_zero, ..self }
     }
 }
 

@@ -45,6 +45,21 @@ pub(super) struct Cleared {
     pub(super) len: u64,
     /// Host bytes that stay reserved, hold nothing any more, and belong to nobody else.
     pub(super) vacated: SmallVec<[HostRange; 2]>,
+    /// Bytes of host clusters that nothing references any more.
+    pub(super) freed_bytes: u64,
+    /// How many entries came to share the cluster of zeros.
+    shared: u64,
+}
+
+impl Cleared {
+    fn vacate(&mut self, next: Option<HostRange>) {
+        let Some(next) = next else { return };
+        self.freed_bytes += next.len;
+        match self.vacated.last_mut() {
+            Some(last) if last.end() == next.start => last.len += next.len,
+            _ => self.vacated.push(next),
+        }
+    }
 }
 
 /// Applies `intent` to the leading whole clusters of `range` (all bounds on cluster borders): at
@@ -64,15 +79,32 @@ pub(super) fn clear_clusters(
     let end = meta.slice_end(range.start).min(range.end());
     meta.before_change(GuestRange::new(range.start, end - range.start))?;
     let mut done = Cleared::default();
-    while range.start + done.len < end {
-        match clear_cluster(meta, range.start + done.len, intent, &mut done.vacated) {
+    if !meta.takes_zero_references(intent) {
+        clear_up_to(meta, range.start, end, intent, &mut done)?;
+        return Ok(done);
+    }
+    let (end, references) = meta.take_zero_references(range.start, end)?;
+    let result = clear_up_to(meta, range.start, end, intent, &mut done);
+    meta.return_zero_references(references - done.shared)?;
+    result.map(|()| done)
+}
+
+fn clear_up_to(
+    meta: &mut Meta,
+    start: GuestOffset,
+    end: GuestOffset,
+    intent: Intent,
+    done: &mut Cleared,
+) -> Planned<()> {
+    while start + done.len < end {
+        match clear_cluster(meta, start + done.len, intent, done) {
             // What was vacated must not be forgotten by planning again from the start.
             Err(Stop::Need(_)) if done.len > 0 => break,
             result => result?,
         }
         done.len += meta.geometry().cluster_bytes();
     }
-    Ok(done)
+    Ok(())
 }
 
 /// Says whether there is no L2 table and need not be one.
@@ -89,7 +121,7 @@ fn clear_cluster(
     meta: &mut Meta,
     guest: GuestOffset,
     intent: Intent,
-    vacated: &mut SmallVec<[HostRange; 2]>,
+    done: &mut Cleared,
 ) -> Planned<()> {
     let old = meta.entry_to_change(guest)?;
     let new = cleared(meta, old, intent);
@@ -99,20 +131,20 @@ fn clear_cluster(
     }
     let cluster = GuestRange::new(guest, meta.geometry().cluster_bytes());
     let left = vacates(meta, old, new, cluster, intent)?;
-    replace(meta, guest, old, new, intent.freed_by())?;
-    if let Some(range) = left {
-        add_joined(vacated, range);
-    }
+    done.freed_bytes += replace(meta, guest, old, new, intent.freed_by())?;
+    done.shared += u64::from(meta.shared_zeros(intent) == Some(new));
+    done.vacate(left);
     Ok(())
 }
 
+/// Replaces an entry. Returns the bytes of host clusters that nothing references any more.
 fn replace(
     meta: &mut Meta,
     guest: GuestOffset,
     old: L2Entry,
     new: L2Entry,
     by: FreedBy,
-) -> Planned<()> {
+) -> Planned<u64> {
     meta.before_mapping(new)?;
     meta.own_table(guest)?;
     // A table just copied or made has the same entry, and its slice is at hand after this.
@@ -123,10 +155,10 @@ fn replace(
         meta.prepare_free(old)?;
     }
     meta.set_entry(guest, new)?;
-    if frees {
-        meta.free_entry(old, by)?;
+    match frees {
+        true => Ok(meta.free_entry(old, by)? << meta.geometry().cluster_bits()),
+        false => Ok(0),
     }
-    Ok(())
 }
 
 /// Refuses to free or punch what holds metadata: an entry that points there is corrupt.
@@ -142,6 +174,9 @@ fn check_place(meta: &Meta, entry: L2Entry) -> Planned<()> {
 /// Returns what `intent` leaves of an entry (A.2.1; extended entries likewise).
 fn cleared(meta: &Meta, old: L2Entry, intent: Intent) -> L2Entry {
     let place = meta.decoder.host(old).map(|_| old).filter(|entry| !entry.is_compressed());
+    if let Some(shared) = meta.shared_zeros(intent) {
+        return shared;
+    }
     match intent {
         Intent::Cut | Intent::Forget => L2Entry::UNALLOCATED,
         Intent::Discard if !meta.has_backing && old == L2Entry::UNALLOCATED => old,
@@ -182,18 +217,11 @@ fn vacates(
     Ok(Some(HostRange::new(host + within, part.len)))
 }
 
-fn add_joined(ranges: &mut SmallVec<[HostRange; 2]>, next: HostRange) {
-    match ranges.last_mut() {
-        Some(last) if last.end() == next.start => last.len += next.len,
-        _ => ranges.push(next),
-    }
-}
-
 /// What became of subclusters that were to be cleared.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Subcleared {
-    /// They read as asked; these host bytes are vacated.
-    Done(Option<HostRange>),
+    /// They read as asked.
+    Done(Cleared),
     /// Compressed clusters have no subclusters.
     NotPossible,
 }
@@ -210,7 +238,7 @@ pub(super) fn clear_subclusters(
     meta.before_change(range)?;
     let cluster = meta.geometry().cover_clusters(GuestRange::new(range.start, 1)).start;
     if leaves_no_table(meta, cluster, intent)? {
-        return Ok(Subcleared::Done(None));
+        return Ok(Subcleared::Done(Cleared::default()));
     }
     let old = meta.entry_to_change(cluster)?;
     if old.is_compressed() {
@@ -218,14 +246,16 @@ pub(super) fn clear_subclusters(
     }
     let new = subcleared(meta, old, range, intent);
     if new == old && meta.table(cluster)?.is_some() {
-        return Ok(Subcleared::Done(None));
+        return Ok(Subcleared::Done(Cleared::default()));
     }
     let left = match meta.discard_unit {
         DiscardUnit::Cluster => None,
         DiscardUnit::Subcluster => vacates(meta, old, new, range, intent)?,
     };
-    replace(meta, cluster, old, new, intent.freed_by())?;
-    Ok(Subcleared::Done(left))
+    let freed_bytes = replace(meta, cluster, old, new, intent.freed_by())?;
+    let mut done = Cleared { freed_bytes, ..Cleared::default() };
+    done.vacate(left);
+    Ok(Subcleared::Done(done))
 }
 
 fn subcleared(meta: &Meta, old: L2Entry, range: GuestRange, intent: Intent) -> L2Entry {

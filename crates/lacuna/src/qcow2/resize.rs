@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::clear::Clearing;
 use super::format::{L1Entry, Version};
 use super::image::{CUT, Image};
 use super::meta::Meta;
@@ -17,10 +18,10 @@ use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
 
 /// Most bytes an active L1 table may have (B.1).
-const MAX_L1_BYTES: u64 = 32 << 20;
+pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 
 /// Beyond every disk there can be; clusters up to here can be counted.
-const MAX_SIZE_BYTES: u64 = 1 << 62;
+pub(super) const MAX_SIZE_BYTES: u64 = 1 << 62;
 
 /// Whether guest bytes may be cut off.
 ///
@@ -140,7 +141,8 @@ impl<S: Storage> Image<S> {
         self.resize_bitmaps(old, new).await?;
         self.commit_size(new).await?;
         back.old = None;
-        Ok(())
+        // The table with the pins may have moved.
+        self.remember_zero_cluster().await
     }
 
     async fn grow_data_file(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
@@ -203,7 +205,7 @@ impl<S: Storage> Image<S> {
         let cut = GuestRange::new(GuestOffset(from), to - from);
         // Kept until the size is the new one, or a write could get in between.
         let hold = self.exclude_others(cut).await?;
-        let hold = self.clear_held(cut, Intent::Cut, hold).await?;
+        let cleared = self.clear_held(cut, Intent::Cut, Clearing::begin(hold)).await?;
         let mut back = SizeBackOnDrop { image: self, old: Some(old) };
         self.plan(|meta| {
             meta.drop_tables(new)?;
@@ -211,7 +213,7 @@ impl<S: Storage> Image<S> {
             Ok(())
         })
         .await?;
-        drop(hold);
+        drop(cleared);
         // Were the smaller size there first, a later growth would show the old clusters again.
         self.flush_all().await?;
         self.commit_size(new).await?;
@@ -302,15 +304,27 @@ impl<S: Storage> Drop for SizeBackOnDrop<'_, S> {
 impl Meta {
     /// Makes the L1 table long enough for a disk of `size_bytes`, at a new place where need be.
     fn grow_l1(&mut self, size_bytes: u64) -> Planned<()> {
-        let entries = self.geometry().l1_entries_for(size_bytes) as usize;
-        if entries <= self.l1.entries.len() {
+        let needed = self.geometry().l1_entries_for(size_bytes);
+        let entries = match self.pin_table() {
+            None => needed,
+            // The last entry is not for the disk.
+            Some(last) if needed <= last as u64 => return Ok(()),
+            Some(_) => self.l1_entries_with_pins(needed)?,
+        };
+        if entries <= self.l1.entries.len() as u64 {
             return Ok(());
         }
+        self.move_l1(entries as usize)
+    }
+
+    /// Makes the L1 table longer, at a new place.
+    pub(super) fn move_l1(&mut self, entries: usize) -> Planned<()> {
         let clusters = self.geometry().clusters_for(entries as u64 * 8);
         let new = self.allocate(clusters)?;
         let old = self.l1.range();
         self.l1.replaced.extend((!old.is_empty()).then_some(old));
         self.l1.entries.resize(entries, L1Entry::UNALLOCATED);
+        self.move_pin_table();
         self.l1.offset = new;
         self.l1.moved = true;
         Ok(())
@@ -321,7 +335,8 @@ impl Meta {
         // Bitmaps were told when the clusters went.
         self.before_change(GuestRange::new(GuestOffset(size_bytes), 0))?;
         let first = self.geometry().l1_entries_for(size_bytes) as usize;
-        for index in first..self.l1.entries.len() {
+        let pins = self.pin_table();
+        for index in (first..self.l1.entries.len()).filter(|index| Some(*index) != pins) {
             let Some(table) = self.l1.entries[index].table() else { continue };
             self.free(self.geometry().host_cluster(table), FreedBy::Always)?;
             self.l1.set(index, L1Entry::UNALLOCATED);
@@ -343,7 +358,10 @@ impl Meta {
 
     fn drop_empty_block(&mut self, index: u64, look: &mut BlockLook) -> Planned<()> {
         match self.refcounts.drop_empty_block(index, look)? {
-            Some(block) if block.is_counted => self.free(block.cluster, FreedBy::Other),
+            Some(block) if block.is_counted => {
+                self.free(block.cluster, FreedBy::Other)?;
+                Ok(())
+            }
             Some(block) => {
                 self.structures.remove_cluster(block.cluster);
                 Ok(())

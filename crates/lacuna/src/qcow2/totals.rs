@@ -140,7 +140,7 @@ impl<'a, S: Storage> Count<'a, S> {
         };
         Self {
             storage,
-            decoder: Decoder { geometry: header.geometry, place },
+            decoder: Decoder { geometry: header.geometry, place, zero_cluster: None },
             refcounts: RefcountReader::new(storage, refcounts),
             file_clusters: header.geometry.clusters_for(file_bytes),
             shared: Clusters::default(),

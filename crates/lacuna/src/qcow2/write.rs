@@ -119,7 +119,7 @@ impl<S: Storage> Image<S> {
         result.map(|()| bytes.take_hold())
     }
 
-    async fn write_zero_bytes(&self, host: HostRange, hold: Hold) -> Result<Hold> {
+    pub(super) async fn write_zero_bytes(&self, host: HostRange, hold: Hold) -> Result<Hold> {
         if host.len > SMALL_ZERO_BYTES {
             let (hold, with_driver) = hold.shared();
             self.data_storage().write_zeroes_at(host, ZeroMode::MayUnmap, with_driver).await?;

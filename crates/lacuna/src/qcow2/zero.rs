@@ -1,9 +1,9 @@
 //! Zeroing.
 
-use super::clear::cut;
+use super::clear::{Clearing, cut};
 use super::format::Version;
 use super::image::Image;
-use super::mapping::DataPlace;
+use super::mapping::{DataPlace, Mapping, OnWrite};
 use super::options::GuestDiscard;
 use super::plan_zero::Intent;
 use super::view::View;
@@ -11,7 +11,7 @@ use crate::block::{WriteFlags, ZeroFlags, is_zero};
 use crate::buffer::{Buffer, Hold};
 use crate::storage::{Storage, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Bytes of explicit zeros in flight at once.
 const ZERO_BYTES_AT_ONCE: u64 = 2 << 20;
@@ -42,10 +42,16 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// Version 2 cannot say "zero": unallocated is zero only where nothing lies below (001-5).
+    /// Version 2 cannot say "zero": unallocated is zero only where nothing lies below (001-5). Else a
+    /// cluster can share one that holds zeros (004-3).
     async fn zero_without_flag(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
         if self.0.backing.is_some() {
-            return self.zero_by_bytes(range, flags).await;
+            // Bytes may be needed, which is found out half-way only.
+            let may_fail = flags & (ZeroFlags::FAST | ZeroFlags::MAY_UNMAP) == ZeroFlags::FAST;
+            return match self.shares_zeros() && !may_fail {
+                true => self.zero_in_units(range, flags).await,
+                false => self.zero_by_bytes(range, flags).await,
+            };
         }
         let parts = cut(range, self.geometry().cluster_bytes(), self.size());
         self.zero_part_by_bytes(parts.head, flags).await?;
@@ -57,11 +63,15 @@ impl<S: Storage> Image<S> {
         if self.place() == DataPlace::External {
             self.zero_data_file(range, flags).await?;
         }
+        self.zero_in_units(range, flags).await
+    }
+
+    async fn zero_in_units(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
         let parts = cut(range, self.geometry().subcluster_bytes(), self.size());
         self.zero_part(parts.head, flags).await?;
         if !parts.middle.is_empty() {
             let hold = self.exclude_others(parts.middle).await?;
-            self.zero_units(parts.middle, flags, hold).await?;
+            self.zero_held(parts.middle, flags, hold).await?;
         }
         self.zero_part(parts.tail, flags).await
     }
@@ -82,20 +92,46 @@ impl<S: Storage> Image<S> {
     }
 
     /// Zeros whole subclusters (or clusters) that `hold` keeps others away from.
-    async fn zero_units(&self, range: GuestRange, flags: ZeroFlags, hold: Hold) -> Result<()> {
-        let intent = match flags.contains(ZeroFlags::MAY_UNMAP) {
-            true => Intent::ZeroFree,
-            false => Intent::ZeroKeep,
+    async fn zero_held(&self, range: GuestRange, flags: ZeroFlags, hold: Hold) -> Result<()> {
+        let cleared = match flags.contains(ZeroFlags::MAY_UNMAP) {
+            true => self.clear_units(range, Intent::ZeroFree, hold).await,
+            false if self.can_flag_zeros() => self.clear_units(range, Intent::ZeroKeep, hold).await,
+            false => self.clear_what_has_no_place(range, hold).await,
         };
-        let (hold, refused) = self.clear_units(range, intent, hold).await?;
-        // Writing bytes takes the clusters for itself.
-        drop(hold);
+        let refused = match cleared {
+            Ok(Clearing { refused, hold, .. }) => {
+                // Writing bytes takes the clusters for itself.
+                drop(hold);
+                refused
+            }
+            // Nothing more can share the zeros.
+            Err(error) if error.kind() == ErrorKind::Unsupported && !self.can_flag_zeros() => {
+                vec![range]
+            }
+            Err(error) => return Err(error),
+        };
         for part in refused {
             // The disk may have shrunk meanwhile.
             let len = part.end().0.min(self.size()).saturating_sub(part.start.0);
             self.zero_by_bytes(GuestRange::new(part.start, len), flags).await?;
         }
         Ok(())
+    }
+
+    /// Without leave to unmap, what has a cluster of its own keeps it and is refused here.
+    async fn clear_what_has_no_place(&self, range: GuestRange, hold: Hold) -> Result<Clearing> {
+        let (mut at, mut clearing) = (range.start, Clearing::begin(hold));
+        while at < range.end() {
+            let rest = GuestRange::new(at, range.end() - at);
+            let run = self.plan(|meta| meta.run(rest)).await?;
+            let part = GuestRange::new(at, run.len);
+            match run.mapping {
+                Mapping::Data { on_write: OnWrite::InPlace, .. } => clearing.refused.push(part),
+                _ => clearing = self.clear_held(part, Intent::ZeroKeep, clearing).await?,
+            }
+            at = at + run.len;
+        }
+        Ok(clearing)
     }
 
     /// Zeros less than a unit: the whole unit, where the rest of it reads as zeros anyway
@@ -112,7 +148,7 @@ impl<S: Storage> Image<S> {
         let behind = GuestRange::new(part.end(), end.saturating_sub(part.end().0));
         let hold = self.exclude_others(whole).await?;
         if self.is_zero(before, flags).await? && self.is_zero(behind, flags).await? {
-            return self.zero_units(whole, flags, hold).await;
+            return self.zero_held(whole, flags, hold).await;
         }
         drop(hold);
         self.zero_by_bytes(part, flags).await

@@ -206,6 +206,7 @@ fn operations_dropped_at_any_await_leave_old_or_new_bytes_and_no_leak() {
         plain,
         Kind { version: 2, ..plain },
         Kind { version: 2, backing: Backing::RawShorter, ..plain },
+        Kind { version: 2, backing: Backing::Qcow2Longer, shared_zero: true, ..plain },
         Kind { lazy: true, backing: Backing::Qcow2Longer, ..plain },
         Kind { store: Store::DataFile, ..plain },
         Kind { extended: true, ..Kind::plain(14) },

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lacuna::block::DynLayer;
-use lacuna::qcow2::{Access, Image, OnDiscard, OpenOptions, Parts, Placement, ZeroUnmap};
+use lacuna::qcow2::{
+    Access, Image, OnDiscard, OpenOptions, Parts, Placement, SharedZeroCluster, ZeroUnmap,
+};
 use lacuna::raw::Raw;
 use lacuna::storage::{MemoryStorage, Storage};
 use lacuna::units::{GuestOffset, GuestRange};
@@ -40,6 +42,8 @@ pub(crate) struct Kind {
     pub(crate) store: Store,
     pub(crate) refcount_order: u32,
     pub(crate) lazy: bool,
+    /// Zeroed clusters share one, where there is no flag.
+    pub(crate) shared_zero: bool,
 }
 
 /// The byte of the header with the first eight autoclear features.
@@ -64,6 +68,7 @@ impl Kind {
             store: Store::Deflate,
             refcount_order: 4,
             lazy: false,
+            shared_zero: false,
         }
     }
 
@@ -108,13 +113,23 @@ impl Kind {
         version_2.chain(version_3.enumerate().filter(rotates).map(|(_, kind)| kind)).collect()
     }
 
+    /// Version 2 over each kind of backing file, with a shared zero cluster.
+    fn sharing() -> impl Iterator<Item = Self> {
+        let sharing = |kind: Self| Self { shared_zero: true, ..kind };
+        let flagless = |kind: &Self| {
+            // Larger clusters take long to fill, and show nothing more.
+            kind.version == 2 && kind.backing != Backing::None && kind.cluster_bits <= 16
+        };
+        Self::every().into_iter().filter(flagless).map(sharing)
+    }
+
     /// What a test run goes through, numbered: the spread, or everything with `LACUNA_LONG`, or
     /// of that the one that `LACUNA_KIND` names.
     pub(crate) fn for_this_run() -> Vec<(u64, Self)> {
         let long = std::env::var_os("LACUNA_LONG").is_some();
         let kinds = if long { Self::every() } else { Self::spread() };
         let only = std::env::var("LACUNA_KIND").ok().map(|text| text.parse::<u64>().unwrap());
-        let numbered = (0..).zip(kinds);
+        let numbered = (0..).zip(kinds.into_iter().chain(Self::sharing()));
         numbered.filter(|(number, _)| only.is_none_or(|only| only == *number)).collect()
     }
 
@@ -161,9 +176,14 @@ impl Kind {
 
     pub(crate) fn rules(&self) -> Rules {
         let flagless = self.version == 2 && self.backing != Backing::None;
+        let ignores_discards = flagless && !self.shared_zero;
         Rules {
             cluster_bytes: self.cluster_bytes(),
-            after_discard: if flagless { AfterDiscard::Unchanged } else { AfterDiscard::Zeros },
+            after_discard: match ignores_discards {
+                true => AfterDiscard::Unchanged,
+                false => AfterDiscard::Zeros,
+            },
+            // Without leave to unmap, data keeps its cluster, which may then hold anything.
             zero_is_kept: !flagless,
             starts_unallocated: self.store != Store::RawDataFile,
         }
@@ -181,7 +201,7 @@ impl Kind {
             file.set_len(self.size_bytes());
             file
         });
-        let options = options(seed, self.version);
+        let options = self.options(seed);
         let mut image = builder.build().bytes;
         if self.version == 3 && !self.has_data_file() && seed.is_multiple_of(2) {
             image.write(LAST_AUTOCLEAR_BYTE, &[self.claims()]);
@@ -216,8 +236,15 @@ impl Kind {
         }
         guest.set_len(self.size_bytes());
         let image = builder.snapshot("one").build().bytes;
-        let options = options(seed, self.version);
+        let options = self.options(seed);
         (Case { kind: *self, image, data: None, backing: None, options }, guest)
+    }
+
+    fn options(&self, seed: u64) -> OpenOptions {
+        match self.shared_zero {
+            true => options(seed, self.version).shared_zero_cluster(SharedZeroCluster::On),
+            false => options(seed, self.version),
+        }
     }
 
     /// Returns a builder for an image of this kind, without a backing file.

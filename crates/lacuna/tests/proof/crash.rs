@@ -256,6 +256,7 @@ pub(crate) fn kinds(cluster_bits: u32) -> Vec<Kind> {
         Kind { lazy: true, ..plain },
         Kind { backing: Backing::RawShorter, ..plain },
         Kind { version: 2, backing: Backing::Qcow2Longer, ..plain },
+        Kind { version: 2, backing: Backing::Qcow2Longer, shared_zero: true, ..plain },
         Kind { refcount_order: 6, ..plain },
         Kind { refcount_order: 0, ..plain },
         Kind { store: Store::DataFile, ..plain },

@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use lacuna::Result;
-use lacuna::block::{DiscardMode, Layer, Preallocation, WriteFlags, ZeroFlags};
+use lacuna::block::{DiscardMode, DynLayer, Layer, Preallocation, WriteFlags, ZeroFlags};
 use lacuna::buffer::{Buffer, Hold};
 use lacuna::qcow2::format::EntryWidth;
 use lacuna::qcow2::{
-    Access, CreateOptions, Image, OpenOptions, Parts, PreallocationLayout, create,
+    Access, CreateOptions, Image, OpenOptions, Parts, PreallocationLayout, SharedZeroCluster,
+    create,
 };
+use lacuna::raw::Raw;
 use lacuna::storage::{Capabilities, HostExtent, MemoryStorage, Storage, Transfer, ZeroMode};
 use lacuna::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 use pollster::block_on;
@@ -267,4 +269,50 @@ fn writing_to_reserved_zero_clusters_costs_their_table_and_the_data() {
     let data = Buffer::from(&vec![8; 512 * CLUSTER as usize][..]);
     block_on(image.write(GuestOffset(0), data, WriteFlags::FUA)).0.unwrap();
     assert_eq!(storage.writes(), 2, "the run of data in one piece, and one L2 table");
+}
+
+/// An overlay of version 2 that shares zeros, whose first cluster does already.
+fn overlay() -> (Image<Counting>, Counting) {
+    let options = "compat=0.10,cluster_size=4k";
+    let disk = Disk::make(&Setup { options, size_bytes: SIZE, backing: true, ..Setup::default() });
+    let bytes = std::fs::read(&disk.path).unwrap();
+    let storage = Counting::of(&bytes);
+    let below = MemoryStorage::from(&vec![7; SIZE as usize][..]);
+    let below: Arc<dyn DynLayer> = Arc::new(block_on(Raw::open(below)).unwrap());
+    let parts = Parts { backing: Some(below), ..Parts::alone(storage.clone()) };
+    let options = OpenOptions::new(Access::ReadWrite).shared_zero_cluster(SharedZeroCluster::On);
+    let image = block_on(Image::open(parts, options)).unwrap();
+    let first = GuestRange::new(GuestOffset(0), CLUSTER);
+    block_on(image.write_zeroes(first, ZeroFlags::FUA)).unwrap();
+    (image, storage)
+}
+
+#[test]
+fn a_run_that_shares_zeros_writes_each_table_and_the_refcounts_once() {
+    let (image, storage) = overlay();
+    let before = storage.writes.load(Ordering::Relaxed);
+    block_on(image.write_zeroes(whole(), ZeroFlags::FUA | ZeroFlags::MAY_UNMAP)).unwrap();
+    // One L2 table that is there and a fresh one, the refcounts, one sector of the L1 table.
+    let writes = storage.writes.load(Ordering::Relaxed) - before;
+    assert!(writes <= 4, "{writes} writes for 1023 clusters");
+}
+
+#[test]
+fn discarding_data_to_shared_zeros_writes_each_table_once_and_punches_each_host_run_once() {
+    let (image, storage) = overlay();
+    let bytes = Buffer::from(&vec![9; SIZE as usize][..]);
+    block_on(image.write(GuestOffset(0), bytes, WriteFlags::FUA)).0.unwrap();
+    let writes = storage.writes.load(Ordering::Relaxed);
+    let punches = storage.punches.load(Ordering::Relaxed);
+    block_on(async {
+        image.discard(whole(), DiscardMode::Guest).await?;
+        image.flush().await?;
+        image.flush().await
+    })
+    .unwrap();
+    // The raised refcount, two L2 tables, the lowered refcounts.
+    let writes = storage.writes.load(Ordering::Relaxed) - writes;
+    assert!(writes <= 4, "{writes} writes for 1024 clusters");
+    let punches = storage.punches.load(Ordering::Relaxed) - punches;
+    assert!(punches <= 3, "{punches} punches");
 }

@@ -12,5 +12,6 @@ mod mapping;
 mod policy;
 mod remembered;
 mod scenario;
+mod shared_zero;
 mod subclusters;
 mod unallocate;

@@ -152,8 +152,8 @@ fn is_dirty(header: &Header) -> bool {
     header.features.incompatible.contains(IncompatibleFeatures::DIRTY)
 }
 
-/// Adds what an image says of its whole disk and of its places in private bits, where it does
-/// (000-13, 002-6).
+/// Adds what an image says of its whole disk and of its places in private bits and extensions, where
+/// it does (000-13, 002-6, 004-8).
 pub(super) fn add_claims(node: &mut Value, header: &Header) {
     let claims = [
         ("all-zero", AutoclearFeatures::ALL_ZERO),
@@ -170,6 +170,9 @@ pub(super) fn add_claims(node: &mut Value, header: &Header) {
         let kept = header.features.autoclear.contains(AutoclearFeatures::MAPPING_KEPT);
         data.insert("keep-mapping".into(), true.into());
         data.insert("mapping-kept".into(), kept.into());
+    }
+    if header.extensions.zero_cluster.is_some() {
+        data.insert("shared-zero-cluster".into(), true.into());
     }
 }
 

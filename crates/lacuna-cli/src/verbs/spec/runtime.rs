@@ -2,7 +2,7 @@
 
 use lacuna::block::ZeroDetection;
 use lacuna::qcow2::format::{Header, Version};
-use lacuna::qcow2::{OnDiscard, ZeroUnmap};
+use lacuna::qcow2::{OnDiscard, SharedZeroCluster, ZeroUnmap};
 use lacuna::storage::CacheMode;
 
 use super::keys::Keys;
@@ -155,6 +155,7 @@ pub(crate) struct Runtime {
     pub(crate) pass_discard_other: Option<bool>,
     pub(crate) on_discard: Option<OnDiscard>,
     pub(crate) zero_unmap: ZeroUnmap,
+    pub(crate) shared_zero: SharedZeroCluster,
     cache_bytes: Option<u64>,
     l2_cache_bytes: Option<u64>,
     l2_entry_bytes: Option<u64>,
@@ -180,6 +181,11 @@ impl Runtime {
                 None | Some("flag") => ZeroUnmap::Flag,
                 Some("unallocate") => ZeroUnmap::Unallocate,
                 Some(other) => return Err(invalid(other)),
+            },
+            shared_zero: match keys.take_switch("shared-zero-cluster")? {
+                None => SharedZeroCluster::AsRemembered,
+                Some(true) => SharedZeroCluster::On,
+                Some(false) => SharedZeroCluster::Off,
             },
             cache_bytes: keys.take_size("cache-size")?,
             l2_cache_bytes: keys.take_size("l2-cache-size")?,

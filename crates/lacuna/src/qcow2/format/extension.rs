@@ -10,7 +10,7 @@ use super::features::FeatureName;
 use super::geometry::Geometry;
 use super::header::Encryption;
 use super::name::StoredName;
-use crate::units::HostOffset;
+use crate::units::{GuestCluster, HostOffset};
 use crate::{Error, Result};
 
 const END: u32 = 0;
@@ -21,6 +21,8 @@ const ENCRYPTION_HEADER: u32 = 0x0537_be77;
 const DATA_FILE: u32 = 0x4441_5441;
 /// Private, without data: writers that know it keep the places of clusters (`docs/private-bits.md`).
 const KEEP_MAPPING: u32 = 0x6c61_6b6d;
+/// Private (`docs/private-bits.md`): "lzcl".
+const ZERO_CLUSTER: u32 = 0x6c7a_636c;
 
 /// Longest name of a backing format that QEMU takes.
 const MAX_FORMAT_BYTES: usize = 15;
@@ -51,6 +53,9 @@ pub struct Extensions {
     /// Where the bitmap directory lies. Unchecked and not to be followed where the autoclear bit
     /// [`BITMAPS`](super::AutoclearFeatures::BITMAPS) is not set.
     pub bitmaps: Option<BitmapsExtension>,
+    /// A guest cluster beyond the end of the disk whose entry may point to the shared zero cluster.
+    /// A hint, to be believed no further than what is found there.
+    pub zero_cluster: Option<ZeroClusterHint>,
     /// All others, in their order; private ones among them, which stock tools keep likewise.
     pub unknown: Vec<UnknownExtension>,
 }
@@ -103,6 +108,22 @@ pub struct BitmapsExtension {
     pub directory_bytes: u64,
     /// Cluster-aligned.
     pub directory_offset: HostOffset,
+}
+
+/// Names a guest cluster that shares the cluster of zeros (004-8).
+///
+/// Private to this engine, and kept by QEMU as it keeps every extension that it does not know. Version 2
+/// has no bit that such a writer would clear, so that the name may be out of date.
+///
+/// ```
+/// use lacuna::qcow2::format::ZeroClusterHint;
+/// use lacuna::units::GuestCluster;
+/// assert_eq!(ZeroClusterHint { cluster: GuestCluster(7) }.cluster.0, 7);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ZeroClusterHint {
+    /// The guest cluster, unchecked.
+    pub cluster: GuestCluster,
 }
 
 /// An extension that is not known here.
@@ -253,6 +274,10 @@ impl Extensions {
             DATA_FILE => {
                 set_once(&mut self.data_file_name, StoredName::new(data), "data file name")
             }
+            ZERO_CLUSTER if self.zero_cluster.is_none() && data.len() == 8 => {
+                self.zero_cluster = ZeroClusterHint::decode(data);
+                Ok(())
+            }
             magic => {
                 self.unknown.push(UnknownExtension { magic, data: data.to_vec() });
                 Ok(())
@@ -274,6 +299,9 @@ impl Extensions {
         self.encode_feature_names(header, geometry);
         if let Some(bitmaps) = &self.bitmaps {
             push(header, BITMAPS, bitmaps.encode().as_bytes());
+        }
+        if let Some(hint) = self.zero_cluster {
+            push(header, ZERO_CLUSTER, &hint.cluster.0.to_be_bytes());
         }
         for extension in &self.unknown {
             push(header, extension.magic, &extension.data);
@@ -396,6 +424,13 @@ impl BitmapsExtension {
             directory_bytes: self.directory_bytes.into(),
             directory_offset: self.directory_offset.0.into(),
         }
+    }
+}
+
+impl ZeroClusterHint {
+    fn decode(data: &[u8]) -> Option<Self> {
+        let bytes = data.first_chunk::<8>()?;
+        Some(Self { cluster: GuestCluster(u64::from_be_bytes(*bytes)) })
     }
 }
 

@@ -26,7 +26,9 @@ mod snapshot;
 
 pub use bitmap::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry};
 pub use compressed::CompressedRun;
-pub use extension::{BitmapsExtension, EncryptionHeader, Extensions, UnknownExtension};
+pub use extension::{
+    BitmapsExtension, EncryptionHeader, Extensions, UnknownExtension, ZeroClusterHint,
+};
 pub use features::{
     AutoclearFeatures, CompatibleFeatures, FeatureName, FeatureWord, Features, IncompatibleFeatures,
 };

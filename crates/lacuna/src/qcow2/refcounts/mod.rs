@@ -254,6 +254,13 @@ impl Refcounts {
         }
     }
 
+    /// Adds `count` references to a cluster in use, for which its refcount has room.
+    pub(in crate::qcow2) fn increase(&mut self, cluster: HostCluster, count: u64) -> Planned<()> {
+        let now = self.read(cluster)?;
+        assert!(count <= self.geometry.refcount_max() - now, "a refcount was asked for its room");
+        self.write(cluster, now + count)
+    }
+
     /// Takes `count` references off a cluster. Returns what is left.
     pub(in crate::qcow2) fn decrease(&mut self, cluster: HostCluster, count: u64) -> Planned<u64> {
         let now = self.read(cluster)?;
