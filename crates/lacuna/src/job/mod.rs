@@ -10,6 +10,7 @@ mod convert;
 mod measure;
 mod rebase;
 mod salvage;
+mod sweep;
 
 pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
 pub use convert::{
@@ -19,3 +20,4 @@ pub use convert::{
 pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};
 pub use rebase::{OldZeros, Onto, RebaseOptions, Rebased, rebase, uncovered_bytes};
 pub use salvage::{Lost, LostPart, Salvage};
+pub use sweep::{SweepProgress, SweepReport, sweep};

@@ -48,6 +48,7 @@ mod resize;
 mod same_entries;
 mod snapshot;
 mod snapshots;
+mod sweep;
 mod table_cache;
 mod totals;
 mod view;

@@ -18,3 +18,4 @@ mod live_extents;
 mod qemu_differential;
 mod random_operations;
 mod rebase;
+mod sweeping;

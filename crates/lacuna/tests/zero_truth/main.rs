@@ -14,4 +14,5 @@ mod remembered;
 mod scenario;
 mod shared_zero;
 mod subclusters;
+mod sweep;
 mod unallocate;
