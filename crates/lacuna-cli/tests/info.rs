@@ -256,7 +256,7 @@ fn a_shared_zero_cluster_is_told_of_where_the_image_remembers_it() {
     let ours = Sandbox::ours();
     ours.prepare("qemu-img create -q -f raw below 1M");
     ours.prepare("qemu-img create -q -f qcow2 -o compat=0.10 -F raw -b below disk");
-    assert!(!ours.run("lacuna info disk").text.contains("shared"));
+    assert!(!ours.run("lacuna info disk").text.contains("shared zero cluster"));
     ours.prepare(
         "lacuna io --image-opts -c 'write -z 0 1M' \
          driver=qcow2,file.filename=disk,shared-zero-cluster=on",
@@ -264,6 +264,6 @@ fn a_shared_zero_cluster_is_told_of_where_the_image_remembers_it() {
     assert!(ours.run("lacuna info disk").text.contains("shared zero cluster: true"));
     let json = ours.run("lacuna info --output=json disk").text;
     assert!(json.contains("\"shared-zero-cluster\": true"), "{json}");
-    assert!(!ours.run("qemu-img info disk").text.contains("shared"));
+    assert!(!ours.run("qemu-img info disk").text.contains("shared zero cluster"));
     ours.prepare("lacuna check -q disk && /usr/bin/qemu-img check -q disk");
 }
