@@ -66,7 +66,7 @@ pub struct DirtyExtent {
 /// use lacuna::storage::{FileOptions, FileStorage};
 ///
 /// # pollster::block_on(async {
-/// let file = FileStorage::open("disk.qcow2".as_ref(), &FileOptions::read_only())?;
+/// let file = FileStorage::open("disk.qcow2", &FileOptions::read_only())?;
 /// let image = Image::open(Parts::alone(file), OpenOptions::new(Access::ReadOnly)).await?;
 /// let bitmap = image.bitmap(&"since-monday".into()).await?;
 /// let mut changed = bitmap.ranges();
@@ -129,7 +129,7 @@ impl<S: Storage> Image<S> {
     /// # use lacuna::qcow2::{Access, Image, OpenOptions, Parts};
     /// # use lacuna::storage::{FileOptions, FileStorage};
     /// # pollster::block_on(async {
-    /// # let file = FileStorage::open("disk.qcow2".as_ref(), &FileOptions::read_only())?;
+    /// # let file = FileStorage::open("disk.qcow2", &FileOptions::read_only())?;
     /// # let image = Image::open(Parts::alone(file), OpenOptions::new(Access::ReadOnly)).await?;
     /// for bitmap in image.bitmaps().await? {
     ///     match bitmap.problem {
@@ -294,7 +294,7 @@ impl<S: Storage> DirtyBitmap<S> {
     /// # use lacuna::qcow2::{Access, Image, OpenOptions, Parts};
     /// # use lacuna::storage::{FileOptions, FileStorage};
     /// # pollster::block_on(async {
-    /// # let file = FileStorage::open("disk.qcow2".as_ref(), &FileOptions::read_only())?;
+    /// # let file = FileStorage::open("disk.qcow2", &FileOptions::read_only())?;
     /// # let image = Image::open(Parts::alone(file), OpenOptions::new(Access::ReadOnly)).await?;
     /// let bitmap = image.bitmap(&"since-monday".into()).await?;
     /// let first = bitmap.extents(image.whole(), 1).await?[0];

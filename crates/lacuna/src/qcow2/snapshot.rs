@@ -95,7 +95,7 @@ impl std::fmt::Display for SnapshotChoice {
 /// use lacuna::units::GuestOffset;
 ///
 /// # pollster::block_on(async {
-/// let file = FileStorage::open("disk.qcow2".as_ref(), &FileOptions::read_only())?;
+/// let file = FileStorage::open("disk.qcow2", &FileOptions::read_only())?;
 /// let image = Image::open(Parts::alone(file), OpenOptions::new(Access::ReadOnly)).await?;
 /// let disk = image.snapshot(&SnapshotChoice::Name("before the upgrade".into())).await?;
 /// println!("{} bytes, made at {}", disk.size_bytes(), disk.description().created_seconds);
