@@ -4,6 +4,7 @@
 //! * Never: a missing foreign tool is passed over in silence.
 
 mod builder;
+pub mod certificates;
 mod executor;
 pub mod foreign;
 pub mod fuzz;

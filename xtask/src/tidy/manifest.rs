@@ -3,12 +3,14 @@
 use super::Finding;
 
 /// Which of our crates may stand on which, tests aside.
-const OURS: [(&str, &[&str]); 6] = [
+const OURS: [(&str, &[&str]); 7] = [
     ("crates/lacuna/", &[]),
-    ("crates/lacuna-cli/", &["lacuna", "lacuna-export", "lacuna-nbd"]),
-    ("crates/lacuna-export/", &["lacuna", "lacuna-nbd"]),
+    ("crates/lacuna-cli/", &["lacuna", "lacuna-export", "lacuna-nbd", "lacuna-tls"]),
+    ("crates/lacuna-export/", &["lacuna", "lacuna-nbd", "lacuna-tls"]),
     // The protocol alone: it knows no disk.
     ("crates/lacuna-nbd/", &[]),
+    // Certificates alone: it knows neither disks nor the protocol.
+    ("crates/lacuna-tls/", &[]),
     ("crates/testkit/", &["lacuna", "lacuna-nbd"]),
     ("xtask/", &[]),
 ];
