@@ -9,7 +9,13 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use socket2::{Domain, SockAddr, Type};
+use tokio::io::Interest;
+
 use crate::stream::Accepted;
+
+/// Clients that wait to be accepted, where we ask ourselves; as the standard library does.
+const BACKLOG: i32 = 128;
 
 /// A place where a server can be reached.
 ///
@@ -23,6 +29,14 @@ pub enum Address {
     Unix(PathBuf),
     /// A host name or address, version 4 or 6, and a port; port 0 lets the host choose.
     Tcp(String, u16),
+    /// A socket for virtual machines: the number of the one that listens, [`Address::ANY_CID`] for
+    /// whichever we are, and a port.
+    Vsock(u32, u32),
+}
+
+impl Address {
+    /// Whichever machine we are, in [`Address::Vsock`].
+    pub const ANY_CID: u32 = u32::MAX;
 }
 
 impl fmt::Display for Address {
@@ -31,6 +45,8 @@ impl fmt::Display for Address {
             Self::Unix(path) => write!(f, "{}", path.display()),
             Self::Tcp(host, port) if host.contains(':') => write!(f, "[{host}]:{port}"),
             Self::Tcp(host, port) => write!(f, "{host}:{port}"),
+            Self::Vsock(Self::ANY_CID, port) => write!(f, "vsock:any:{port}"),
+            Self::Vsock(cid, port) => write!(f, "vsock:{cid}:{port}"),
         }
     }
 }
@@ -57,6 +73,7 @@ pub struct Listener {
 pub(crate) enum Socket {
     Tcp(TcpListener),
     Unix(UnixListener),
+    Vsock(socket2::Socket),
 }
 
 impl Listener {
@@ -70,6 +87,7 @@ impl Listener {
         let bound = match address {
             Address::Unix(path) => Self::bind_unix(path).map(|listener| vec![listener]),
             Address::Tcp(host, port) => Self::bind_tcp(host, *port),
+            Address::Vsock(cid, port) => Self::bind_vsock(*cid, *port).map(|it| vec![it]),
         };
         bound.map_err(|error| {
             io::Error::new(error.kind(), format!("Listening on {address}: {error}"))
@@ -102,28 +120,38 @@ impl Listener {
         }
     }
 
-    /// Takes a listening socket that somebody else opened, as systemd does.
+    fn bind_vsock(cid: u32, port: u32) -> io::Result<Self> {
+        let socket = socket2::Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+        socket.bind(&SockAddr::vsock(cid, port))?;
+        socket.listen(BACKLOG)?;
+        Ok(Self { socket: Socket::Vsock(socket), file: None })
+    }
+
+    /// Takes a listening socket that somebody else opened, as systemd does: of the Internet, of
+    /// the Unix kind, or of virtual machines.
     ///
     /// # Errors
-    /// Where it is neither of the Internet nor of the Unix kind.
+    /// Where it is no such socket, or does not listen.
     pub fn inherited(socket: OwnedFd) -> io::Result<Self> {
-        let unix = UnixListener::from(socket.try_clone()?);
-        let socket = match unix.local_addr() {
-            Ok(_) => Socket::Unix(unix),
-            Err(_) => {
-                let tcp = TcpListener::from(socket);
-                tcp.local_addr()?;
-                Socket::Tcp(tcp)
-            }
+        let socket = socket2::Socket::from(socket);
+        let wrong = |text: &str| io::Error::new(io::ErrorKind::InvalidInput, text);
+        if socket.r#type()? != Type::STREAM || !socket.is_listener()? {
+            return Err(wrong("The socket does not listen for streams"));
+        }
+        let socket = match socket.domain()? {
+            Domain::IPV4 | Domain::IPV6 => Socket::Tcp(socket.into()),
+            Domain::UNIX => Socket::Unix(OwnedFd::from(socket).into()),
+            Domain::VSOCK => Socket::Vsock(socket),
+            _ => return Err(wrong("The socket is of a family that is not known")),
         };
         Ok(Self { socket, file: None })
     }
 
-    /// Returns the port, which the host may have chosen; nothing for a socket file.
+    /// Returns the port of the Internet, which the host may have chosen; nothing for other sockets.
     pub fn port(&self) -> Option<u16> {
         match &self.socket {
             Socket::Tcp(socket) => socket.local_addr().ok().map(|address| address.port()),
-            Socket::Unix(_) => None,
+            Socket::Unix(_) | Socket::Vsock(_) => None,
         }
     }
 
@@ -136,6 +164,7 @@ impl Listener {
                 let path = address.as_ref().and_then(|address| address.as_pathname());
                 path.map(|path| path.display().to_string()).unwrap_or_default()
             }
+            Socket::Vsock(socket) => socket.local_addr().map(|it| vsock(&it)).unwrap_or_default(),
         }
     }
 
@@ -150,6 +179,12 @@ impl Listener {
                 socket.set_nonblocking(true)?;
                 Acceptor::Unix(tokio::net::UnixListener::from_std(socket.try_clone()?)?)
             }
+            Socket::Vsock(socket) => {
+                socket.set_nonblocking(true)?;
+                let watched =
+                    std::os::unix::net::UnixStream::from(OwnedFd::from(socket.try_clone()?));
+                Acceptor::Vsock(tokio::net::UnixStream::from_std(watched)?, socket.try_clone()?)
+            }
         })
     }
 }
@@ -163,6 +198,12 @@ impl Drop for Listener {
     }
 }
 
+/// How an address of a virtual machine is written.
+fn vsock(address: &SockAddr) -> String {
+    let known = address.as_vsock_address();
+    known.map_or_else(String::new, |(cid, port)| Address::Vsock(cid, port).to_string())
+}
+
 /// A socket file whose server is gone refuses connections.
 fn is_stale(path: &Path) -> bool {
     let is_socket = fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket());
@@ -174,6 +215,8 @@ fn is_stale(path: &Path) -> bool {
 pub(crate) enum Acceptor {
     Tcp(tokio::net::TcpListener),
     Unix(tokio::net::UnixListener),
+    /// The runtime knows no such sockets: it watches one as it would any other.
+    Vsock(tokio::net::UnixStream, socket2::Socket),
 }
 
 impl Acceptor {
@@ -185,6 +228,11 @@ impl Acceptor {
                 Accepted::tcp(socket.into_std()?, peer)
             }
             Self::Unix(listener) => Ok(Accepted::unix(listener.accept().await?.0.into_std()?)),
+            Self::Vsock(watched, listener) => {
+                let accepted = watched.async_io(Interest::READABLE, || listener.accept());
+                let (socket, peer) = accepted.await?;
+                Accepted::vsock(socket.into(), vsock(&peer))
+            }
         }
     }
 }

@@ -20,7 +20,7 @@ use tokio::task::LocalSet;
 
 use crate::connection::{self, Scratch};
 use crate::stream::Accepted;
-use crate::{Exports, Listener, ServedDisk};
+use crate::{Exports, Listener, ServedDisk, Tls};
 
 /// How long accepting rests where the host has no descriptors left.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -64,18 +64,22 @@ impl Default for Limits {
 /// ```
 /// assert!(lacuna_export::ServerOptions::default().workers >= 1);
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ServerOptions {
     /// Threads that serve.
     pub workers: usize,
     /// What clients may use.
     pub limits: Limits,
+    /// Whether connections are under TLS.
+    pub tls: Tls,
+    /// Is told why a connection did not end well: who it was, and the error.
+    pub report: Option<fn(&str, &io::Error)>,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
         let workers = thread::available_parallelism().map_or(1, usize::from);
-        Self { workers, limits: Limits::default() }
+        Self { workers, limits: Limits::default(), tls: Tls::Off, report: None }
     }
 }
 
@@ -131,6 +135,8 @@ impl<D> AllLeft<D> {
 pub(crate) struct Shared<D> {
     exports: Arc<Exports<D>>,
     limits: Limits,
+    tls: Tls,
+    report: Option<fn(&str, &io::Error)>,
     stop: watch::Sender<bool>,
     population: Mutex<Population>,
     changed: Condvar,
@@ -183,6 +189,8 @@ impl<D: ServedDisk> Server<D> {
         let shared = Arc::new(Shared {
             exports,
             limits: options.limits,
+            tls: options.tls,
+            report: options.report,
             stop: watch::Sender::new(false),
             population: Mutex::default(),
             changed: Condvar::new(),
@@ -243,6 +251,10 @@ impl<D: ServedDisk> Drop for Server<D> {
 impl<D> Shared<D> {
     pub(crate) const fn limits(&self) -> Limits {
         self.limits
+    }
+
+    pub(crate) const fn tls(&self) -> &Tls {
+        &self.tls
     }
 
     pub(crate) const fn exports(&self) -> &Arc<Exports<D>> {
@@ -392,7 +404,12 @@ async fn accept<D: ServedDisk>(
 /// Serves one client; what it did wrong ends its own connection only.
 async fn serve<D: ServedDisk>(socket: Accepted, place: Place<D>, scratch: Scratch) {
     let stopping = place.shared().stopping();
-    if let Ok(stream) = socket.register() {
-        drop(connection::serve(stream, &place, stopping, scratch).await);
+    let peer = socket.peer.clone();
+    let served = match socket.register() {
+        Ok(stream) => connection::serve(stream, &place, stopping, scratch).await,
+        Err(error) => Err(error),
+    };
+    if let (Err(error), Some(report)) = (served, place.shared().report) {
+        report(&peer, &error);
     }
 }

@@ -96,7 +96,9 @@ impl Authority {
         params.distinguished_name.push(DnType::CommonName, word);
         params.serial_number = Some(SerialNumber::from_slice(&[serial]));
         params.subject_alt_names = names.iter().map(|name| subject(name)).collect();
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        // QEMU 10.0 asks for the second, which keys of elliptic curves have no use for.
+        params.key_usages =
+            vec![KeyUsagePurpose::DigitalSignature, KeyUsagePurpose::KeyEncipherment];
         params.extended_key_usages = vec![purpose];
         (params.not_before, params.not_after) = match valid {
             Valid::Past => (date_time_ymd(2001, 1, 1), date_time_ymd(2002, 1, 1)),

@@ -21,6 +21,8 @@ pub struct Tool {
     pub package: &'static str,
 }
 
+/// Copies from and to NBD servers.
+pub const NBDCOPY: Tool = Tool { name: "nbdcopy", package: "libnbd-bin" };
 /// Asks an NBD server.
 pub const NBDINFO: Tool = Tool { name: "nbdinfo", package: "libnbd-bin" };
 /// Makes, checks and compares images.

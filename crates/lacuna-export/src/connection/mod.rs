@@ -38,13 +38,13 @@ pub(crate) fn scratch() -> Scratch {
 /// # Errors
 /// What the socket gives, and what the client did wrong.
 pub(crate) async fn serve<D: ServedDisk>(
-    mut stream: Stream,
+    stream: Stream,
     place: &Place<D>,
     mut stopping: Stopping,
     scratch: Scratch,
 ) -> io::Result<()> {
     let limits = place.shared().limits();
-    let shaken = shake::hands(&mut stream, place.shared());
+    let shaken = shake::hands(stream, place.shared());
     let shaken = tokio::select! {
         shaken = tokio::time::timeout(limits.handshake, shaken) => shaken,
         () = stopping.begun() => return Ok(()),
@@ -55,7 +55,7 @@ pub(crate) async fn serve<D: ServedDisk>(
     match shaken? {
         Some(ready) => {
             place.chose(ready.transmission.export_name());
-            transmit::until_the_end(stream, ready, limits, stopping, scratch).await
+            transmit::until_the_end(ready, limits, stopping, scratch).await
         }
         None => Ok(()),
     }

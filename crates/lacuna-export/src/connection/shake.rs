@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use lacuna_nbd::server::{
-    Event, Export as Description, Handshake, Purpose, Question, Refusal, TlsMode, Transmission,
+    Event, Export as Description, Handshake, Purpose, Question, Refusal, Transmission,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -18,36 +18,45 @@ const PIECE_BYTES: usize = 4096;
 
 /// A client that has chosen.
 pub(super) struct Ready<D> {
+    pub(super) stream: Stream,
     pub(super) transmission: Transmission,
     pub(super) guest: Guest<D>,
     /// What came behind the last option.
     pub(super) early: Vec<u8>,
 }
 
-/// Goes through the handshake. Nothing, where the client leaves before it has chosen.
+/// Goes through the handshake, that of TLS within it. Nothing, where the client leaves before it has chosen.
 pub(super) async fn hands<D: ServedDisk>(
-    stream: &mut Stream,
+    mut stream: Stream,
     shared: &Arc<Shared<D>>,
 ) -> io::Result<Option<Ready<D>>> {
-    let mut handshake = Handshake::new(TlsMode::Off);
+    let mut handshake = Handshake::new(shared.tls().mode());
     let (mut received, mut guest) = (Vec::new(), None);
     loop {
         let mut input = &received[..];
         let event = handshake.advance(&mut input);
         received.drain(..received.len() - input.len());
         stream.write_all(&handshake.take_output()).await?;
+        stream.flush().await?;
         match event.map_err(io::Error::other)? {
-            Event::Aborted | Event::StartTls => return Ok(None),
-            Event::NeedInput if !receive(stream, &mut received).await? => return Ok(None),
+            Event::Aborted => return Ok(None),
+            Event::NeedInput if !receive(&mut stream, &mut received).await? => return Ok(None),
             Event::NeedInput => {}
             Event::ListExports => handshake.answer_list(&shared.exports().list()),
             Event::FindExport(question) => {
                 let answer = find(shared, &question, &mut guest).await;
                 handshake.answer_export(answer);
             }
+            Event::StartTls => {
+                let Some(tls) = shared.tls().settings() else { return Ok(None) };
+                // What came behind the option came in plaintext, maybe from somebody else.
+                (received, guest) = (Vec::new(), None);
+                stream = stream.secure(tls).await?;
+                handshake.tls_established();
+            }
             Event::Transmission(transmission) => {
-                let ready = |guest| Ready { transmission: *transmission, guest, early: received };
-                return Ok(guest.map(ready));
+                let (transmission, early) = (*transmission, received);
+                return Ok(guest.map(|guest| Ready { stream, transmission, guest, early }));
             }
         }
     }

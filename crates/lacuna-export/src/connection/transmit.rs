@@ -32,13 +32,12 @@ const DIRECT_FROM_BYTES: usize = 16 << 10;
 
 /// Serves until the client leaves or the server ends.
 pub(super) async fn until_the_end<D: ServedDisk>(
-    stream: Stream,
     ready: Ready<D>,
     limits: Limits,
     mut stopping: Stopping,
     scratch: Scratch,
 ) -> io::Result<()> {
-    let Ready { transmission, guest, early } = ready;
+    let Ready { stream, transmission, guest, early } = ready;
     let (replies, export) = (transmission.replies(), Arc::clone(guest.export()));
     let start = move |job| execute(Arc::clone(&export), replies, job);
     let mut connection = Connection {
@@ -54,16 +53,9 @@ pub(super) async fn until_the_end<D: ServedDisk>(
         payload: None,
         is_ending: false,
     };
-    tokio::select! {
-        ended = connection.run() => return ended,
-        () = stopping.begun() => {}
-    }
-    connection.transmission.shut_down();
-    connection.is_ending = true;
-    tokio::select! {
-        ended = connection.run() => ended,
-        () = stopping.overdue() => Ok(()),
-    }
+    connection.run_until(&mut stopping).await?;
+    poll_fn(|cx| connection.stream.poll_farewell(cx)).await;
+    Ok(())
 }
 
 struct Connection<D, F, S> {
@@ -102,6 +94,19 @@ where
     F: Future<Output = Reply>,
     S: Fn(Job) -> F,
 {
+    async fn run_until(&mut self, stopping: &mut Stopping) -> io::Result<()> {
+        tokio::select! {
+            ended = self.run() => return ended,
+            () = stopping.begun() => {}
+        }
+        self.transmission.shut_down();
+        self.is_ending = true;
+        tokio::select! {
+            ended = self.run() => ended,
+            () = stopping.overdue() => Ok(()),
+        }
+    }
+
     async fn run(&mut self) -> io::Result<()> {
         poll_fn(|cx| self.poll(cx)).await
     }

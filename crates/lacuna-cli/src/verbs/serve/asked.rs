@@ -67,6 +67,7 @@ impl Asked {
             }
             (Address::Tcp(..), Some(name)) => format!("nbd://{name}/{export}"),
             (Address::Tcp(..), None) => format!("nbd://{address}/{export}"),
+            (Address::Vsock(cid, port), _) => format!("nbd+vsock://{cid}:{port}/{export}"),
         }
     }
 }
