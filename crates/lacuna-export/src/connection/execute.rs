@@ -49,6 +49,9 @@ impl Job {
 type Parts = SmallVec<[Part; 1]>;
 
 /// Does a request. An error is an answer as well.
+///
+/// All but reads and writes is boxed: this future is made and moved for each request, and should be
+/// small.
 pub(super) async fn execute<D: ServedDisk>(
     export: Arc<Export<D>>,
     replies: Replies,
@@ -56,13 +59,15 @@ pub(super) async fn execute<D: ServedDisk>(
 ) -> Reply {
     let (request, weight) = (*job.request(), job.weight());
     let result = match job {
-        Job::Status(request, wanted) => status::answer(&export, replies, &request, &wanted).await,
+        Job::Status(request, wanted) => {
+            Box::pin(status::answer(&export, replies, &request, &wanted)).await
+        }
         Job::Write(request, payload) => write(&export, replies, &request, payload).await,
         Job::Plain(request) if request.command == Command::Read => {
             read(&export, replies, &request).await
         }
         Job::Plain(request) => {
-            let done = change(&export, &request).await;
+            let done = Box::pin(change(&export, &request)).await;
             done.map(|()| smallvec![Part::Header(replies.success(request.tag))])
         }
     };
@@ -179,7 +184,7 @@ async fn read<D: ServedDisk>(
         && request.range.len >= HOLES_FROM_BYTES
         && !request.flags.contains(CommandFlags::DF);
     if in_parts {
-        return read_in_parts(export.disk(), replies, request).await;
+        return Box::pin(read_in_parts(export.disk(), replies, request)).await;
     }
     let range = request.range;
     if range.len == 0 {

@@ -230,7 +230,7 @@ impl<L: Layer> Layer for DetectZeroes<L> {
         if self.level == ZeroDetection::Off {
             return self.below.write(offset, buffer, flags).await;
         }
-        let (result, buffer) = self.write_runs(offset, buffer).await;
+        let (result, buffer) = Box::pin(self.write_runs(offset, buffer)).await;
         if result.is_ok() && flags.contains(WriteFlags::FUA) {
             return (self.below.flush().await, buffer);
         }

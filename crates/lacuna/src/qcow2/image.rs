@@ -214,7 +214,9 @@ impl<S: Storage> Image<S> {
                 Ok(plan) => return Ok(plan),
                 Err(Stop::Need(need)) => self.satisfy(need).await?,
                 Err(Stop::Fail(error)) => return Err(error),
-                Err(Stop::Corrupt(error)) => return Err(self.mark_corrupt(error).await),
+                Err(Stop::Corrupt(error)) => {
+                    return Err(Box::pin(self.mark_corrupt(error)).await);
+                }
             }
         }
     }

@@ -82,7 +82,8 @@ impl<S: Storage> Image<S> {
                 buffer.fill(0);
                 (Ok(()), buffer)
             }
-            Mapping::Compressed(run) => match self.decompress(run).await {
+            // Boxed, as all that is rare: it would make every read's future larger.
+            Mapping::Compressed(run) => match Box::pin(self.decompress(run)).await {
                 Ok(cluster) => {
                     let from = self.geometry().within_cluster(at.0) as usize;
                     let len = buffer.len();

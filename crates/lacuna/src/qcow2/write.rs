@@ -34,7 +34,7 @@ impl<S: Storage> Image<S> {
         }
         let (result, buffer) = self.write_pieces(offset, buffer).await;
         if result.is_ok() && flags.contains(WriteFlags::FUA) {
-            return (self.flush_all().await, buffer);
+            return (Box::pin(self.flush_all()).await, buffer);
         }
         (result, buffer)
     }
@@ -71,13 +71,16 @@ impl<S: Storage> Image<S> {
                 drop(bytes.take_hold());
                 (result, bytes)
             }
-            WritePiece::Link(new) => {
-                let hold = self.hold(new.token);
-                match self.fill_head_and_tail(&new, hold).await {
-                    Ok(hold) => self.write_and_link(&new, bytes, hold).await,
-                    Err(error) => (Err(error), bytes),
-                }
-            }
+            // Boxed: it would make the future of every write in place larger.
+            WritePiece::Link(new) => Box::pin(self.fill_and_link(new, bytes)).await,
+        }
+    }
+
+    async fn fill_and_link(&self, new: NewData, bytes: Buffer) -> Transfer {
+        let hold = self.hold(new.token);
+        match self.fill_head_and_tail(&new, hold).await {
+            Ok(hold) => self.write_and_link(&new, bytes, hold).await,
+            Err(error) => (Err(error), bytes),
         }
     }
 

@@ -3,6 +3,9 @@
 //! Buffered writes happen inline: they copy into the page cache, and a hop to a thread costs more
 //! than the copy (ext4 refuses RWF_NOWAIT for writes, so there is no asking first). They wait for
 //! the disk only where the host throttles writers, or has to read the rest of a page first.
+//!
+//! What is not done inline is boxed: the futures above are made and moved for every request, and the
+//! fewer bytes they have, the better.
 
 use std::io;
 use std::sync::Arc;
@@ -66,10 +69,10 @@ impl Inner {
             return (result, buffer);
         }
         match self.way(position, &buffer[done..]) {
-            Way::Bounce => self.read_bounced(position, buffer, done).await,
+            Way::Bounce => Box::pin(self.read_bounced(position, buffer, done)).await,
             Way::Inline | Way::Driver => {
                 let (direction, rider) = (Direction::Read, Rider::default());
-                self.attempt(direction, position, buffer, done, rider).await
+                Box::pin(self.attempt(direction, position, buffer, done, rider)).await
             }
         }
     }
@@ -127,7 +130,7 @@ impl Inner {
     ) -> (io::Result<usize>, Buffer) {
         if let Some(file) = self.past_cache(position, &buffer[done..]) {
             let result;
-            (result, buffer) = self.write_past_cache(file, position, buffer, done).await;
+            (result, buffer) = Box::pin(self.write_past_cache(file, position, buffer, done)).await;
             match result {
                 // The host promised more than it holds: from now on as before.
                 Err(error) if is_any(&error, &[Errno::INVAL, Errno::OPNOTSUPP]) => {
@@ -138,7 +141,7 @@ impl Inner {
         }
         let way = self.way(position, &buffer[done..]);
         if matches!(way, Way::Bounce) {
-            return self.write_bounced(position, buffer, done).await;
+            return Box::pin(self.write_bounced(position, buffer, done)).await;
         }
         let end = position + (buffer.len() - done) as u64;
         let lock = self.locks.lock(position..end, Mode::Shared).await;
@@ -147,7 +150,7 @@ impl Inner {
             return (uninterrupted(write), buffer);
         }
         let rider = Rider { caller: None, lock };
-        self.attempt(Direction::Write, position, buffer, done, rider).await
+        Box::pin(self.attempt(Direction::Write, position, buffer, done, rider)).await
     }
 
     fn way(&self, position: u64, bytes: &[u8]) -> Way {
