@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use lacuna::Error;
 use lacuna::block::is_all_zeroes;
-use lacuna_nbd::context::{self, Context};
+use lacuna_nbd::context::Context;
 use lacuna_nbd::server::{Export as Description, Refusal};
 use lacuna_nbd::wire::{InitState, TransmissionFlags};
 use lacuna_nbd::{BlockSizes, ContextId, ExportName};
 
 use crate::ServedDisk;
+use crate::facts::{Fact, LayerBitmaps, facts};
 
 /// How a disk is served.
 ///
@@ -33,8 +34,9 @@ pub struct ExportOptions {
     pub bitmaps: Option<Vec<String>>,
     /// Tell clients that they may use several connections.
     pub multi_conn: bool,
-    /// Offer `x-lacuna:layers`, dirtiness from the bitmap of this name.
-    pub layers: Option<String>,
+    /// Offer `x-lacuna:layers`, dirty in these bitmaps, and `x-lacuna:layers:NAME` for each bitmap
+    /// that a level has.
+    pub layers: Option<LayerBitmaps>,
     /// Let clients change the size.
     pub resize: bool,
     /// Sizes that requests are told to keep to.
@@ -50,7 +52,7 @@ impl Default for ExportOptions {
             allocation_depth: true,
             bitmaps: None,
             multi_conn: true,
-            layers: Some(String::new()),
+            layers: Some(LayerBitmaps::default()),
             resize: false,
             block_sizes: BlockSizes::default(),
         }
@@ -108,15 +110,6 @@ impl Counters {
             errors: of(&self.errors),
         }
     }
-}
-
-/// What a meta context of an export tells.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Fact {
-    Allocation,
-    Depth,
-    Dirty(String),
-    Layers(String),
 }
 
 /// A disk that clients reach by a name.
@@ -252,28 +245,6 @@ impl<D: ServedDisk> Export<D> {
             Err(_) => {
                 Err(Refusal::Policy(format!("Export {} has its {most} clients already", self.name)))
             }
-        }
-    }
-}
-
-/// The contexts of an export with ids that never change.
-fn facts<D: ServedDisk>(disk: &D, options: &ExportOptions) -> Vec<(Context, Fact)> {
-    let mut facts = vec![Fact::Allocation];
-    facts.extend(options.allocation_depth.then_some(Fact::Depth));
-    let bitmaps = options.bitmaps.clone().unwrap_or_else(|| disk.bitmaps());
-    facts.extend(bitmaps.into_iter().map(Fact::Dirty));
-    facts.extend(options.layers.clone().map(Fact::Layers));
-    let numbered = (0..).map(ContextId).zip(facts);
-    numbered.map(|(id, fact)| (Context::new(fact.context_name(), id), fact)).collect()
-}
-
-impl Fact {
-    fn context_name(&self) -> String {
-        match self {
-            Self::Allocation => context::BASE_ALLOCATION.to_owned(),
-            Self::Depth => context::QEMU_ALLOCATION_DEPTH.to_owned(),
-            Self::Dirty(name) => format!("{}{name}", context::QEMU_DIRTY_BITMAP),
-            Self::Layers(_) => context::LAYERS.to_owned(),
         }
     }
 }

@@ -16,6 +16,7 @@
 //!
 //! * `disk.rs`: what a disk must tell to be served
 //! * `export.rs`: a disk under a name, for some clients, in some way
+//! * `facts.rs`: what its meta contexts tell
 //! * `exports.rs`: all exports of a server
 //! * `address.rs`, `stream.rs`: where clients come from, and their sockets
 //! * `tls.rs`: whether those are under TLS
@@ -38,6 +39,7 @@ mod connection;
 mod disk;
 mod export;
 mod exports;
+mod facts;
 mod server;
 mod stream;
 mod tls;
@@ -46,5 +48,6 @@ pub use address::{Address, Listener};
 pub use disk::{DirtyRun, Plain, ServedDisk};
 pub use export::{Clients, Export, ExportOptions, Statistics};
 pub use exports::Exports;
+pub use facts::LayerBitmaps;
 pub use server::{AllLeft, Connection, Limits, Server, ServerOptions};
 pub use tls::Tls;

@@ -5,7 +5,7 @@
 //! | `base:allocation` | [`AllocationFlags`](crate::wire::AllocationFlags): hole and zero, independent |
 //! | `qemu:allocation-depth` | the depth that supplies the bytes: 0 nowhere, 1 this image, ... |
 //! | `qemu:dirty-bitmap:NAME` | bit 0: changed since the bitmap was started |
-//! | `x-lacuna:layers` | [`LayersStatus`]: 64 bits, so only with extended headers |
+//! | `x-lacuna:layers`, `x-lacuna:layers:NAME` | [`LayersStatus`]: 64 bits, so only with extended headers |
 
 use crate::ContextId;
 
@@ -15,8 +15,12 @@ pub const BASE_ALLOCATION: &str = "base:allocation";
 pub const QEMU_ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
 /// What the contexts of dirty bitmaps begin with; alone it lists them all.
 pub const QEMU_DIRTY_BITMAP: &str = "qemu:dirty-bitmap:";
-/// Zero, dirty and allocated for each level of the chain. Private to lacuna.
+/// Zero, dirty and allocated for each level of the chain, dirty in the bitmaps that the server
+/// chose. Private to lacuna.
 pub const LAYERS: &str = "x-lacuna:layers";
+/// What [`LAYERS`] begins with where the client chooses the bitmap: its name follows. Alone it
+/// lists them all.
+pub const LAYERS_OF_BITMAP: &str = "x-lacuna:layers:";
 /// Bit 0 of a dirty bitmap's status.
 pub const DIRTY: u64 = 1;
 
@@ -26,6 +30,7 @@ pub const DIRTY: u64 = 1;
 /// use lacuna_nbd::context::{ContextKind, QEMU_DIRTY_BITMAP};
 /// assert_eq!(ContextKind::of("base:allocation"), ContextKind::BaseAllocation);
 /// assert_eq!(ContextKind::of("qemu:dirty-bitmap:b0"), ContextKind::DirtyBitmap("b0"));
+/// assert_eq!(ContextKind::of("x-lacuna:layers:b0"), ContextKind::Layers(Some("b0")));
 /// assert_eq!(ContextKind::of(QEMU_DIRTY_BITMAP), ContextKind::Other);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +41,8 @@ pub enum ContextKind<'a> {
     BaseAllocation,
     /// `qemu:dirty-bitmap:NAME`.
     DirtyBitmap(&'a str),
-    /// `x-lacuna:layers`.
-    Layers,
+    /// `x-lacuna:layers`, and the bitmap where it names one.
+    Layers(Option<&'a str>),
     /// Anything else, names that only match others among it.
     Other,
 }
@@ -49,12 +54,16 @@ impl<'a> ContextKind<'a> {
         match name {
             BASE_ALLOCATION => Self::BaseAllocation,
             QEMU_ALLOCATION_DEPTH => Self::AllocationDepth,
-            LAYERS => Self::Layers,
-            _ => match name.strip_prefix(QEMU_DIRTY_BITMAP) {
-                Some(bitmap) if !bitmap.is_empty() => Self::DirtyBitmap(bitmap),
-                _ => Self::Other,
-            },
+            LAYERS => Self::Layers(None),
+            _ => Self::of_bitmap(name).unwrap_or(Self::Other),
         }
+    }
+
+    fn of_bitmap(name: &'a str) -> Option<Self> {
+        let behind = |front| name.strip_prefix(front).filter(|bitmap| !bitmap.is_empty());
+        behind(QEMU_DIRTY_BITMAP)
+            .map(Self::DirtyBitmap)
+            .or_else(|| behind(LAYERS_OF_BITMAP).map(|bitmap| Self::Layers(Some(bitmap))))
     }
 }
 
@@ -86,11 +95,15 @@ pub struct Context {
 }
 
 impl Context {
-    /// Makes a context; of those known here, only [`LAYERS`] is 64 bits wide.
+    /// Makes a context; of those known here, only [`LAYERS`] and those that begin so are 64 bits
+    /// wide.
     #[must_use]
     pub fn new(name: impl Into<String>, id: ContextId) -> Self {
         let name = name.into();
-        let width = if name == LAYERS { StatusWidth::Bits64 } else { StatusWidth::Bits32 };
+        let width = match ContextKind::of(&name) {
+            ContextKind::Layers(_) => StatusWidth::Bits64,
+            _ => StatusWidth::Bits32,
+        };
         Self { name, id, width }
     }
 }
@@ -100,7 +113,7 @@ impl Context {
 /// | bit | meaning |
 /// |---|---|
 /// | 0 | the range reads as zeros |
-/// | 1 + 2n | dirty at level n in the bitmap that was chosen there; n is 0 for the active image |
+/// | 1 + 2n | dirty at level n in the bitmap chosen there; n is 0 for the active image |
 /// | 2 + 2n | allocated at level n |
 /// | 63 | allocated or dirty somewhere deeper than level 30 |
 ///

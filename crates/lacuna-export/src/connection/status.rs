@@ -17,7 +17,7 @@ use smallvec::{SmallVec, smallvec};
 
 use super::execute::{count, guest};
 use super::reply::Part;
-use crate::export::Fact;
+use crate::facts::{Fact, Layers};
 use crate::{DirtyRun, Export, ServedDisk};
 
 /// Answers of the disk that go into one of ours.
@@ -70,8 +70,8 @@ async fn learn<D: ServedDisk>(
             let ask = async |rest| Ok(dirty(&disk.dirty(bitmap, rest).await?, rest, DIRTY));
             collect(range, wants_one, ask).await
         }
-        Fact::Layers(bitmap) => {
-            let ask = async |rest| layers(disk, bitmap, rest).await;
+        Fact::Layers(of) => {
+            let ask = async |rest| layers(disk, of, rest).await;
             collect(range, wants_one, ask).await
         }
     }
@@ -151,7 +151,7 @@ fn dirty(runs: &[DirtyRun], range: GuestRange, flag: u64) -> Vec<StatusExtent> {
 /// Zero, and for each level whether it allocates the range and whether it is dirty there.
 async fn layers<D: ServedDisk>(
     disk: &D,
-    bitmap: &str,
+    of: &Layers,
     range: GuestRange,
 ) -> Result<Vec<StatusExtent>> {
     let zero = |extent: &Extent| match extent.status.reads_zero {
@@ -159,12 +159,12 @@ async fn layers<D: ServedDisk>(
         false => 0,
     };
     let mut known = statuses(&disk.extents(range).await?, range, zero);
-    for level in 0..disk.level_sizes().len() {
+    for (level, bitmap) in of.bitmaps.iter().enumerate() {
         let bit = u32::try_from(level).unwrap_or(LayersStatus::LEVELS);
         let allocated = LayersStatus::default().with_allocated(bit).0;
         let here = |extent: &Extent| if extent.status.depth.0 == 1 { allocated } else { 0 };
         known = both(&known, &statuses(&disk.level_extents(level, range).await?, range, here));
-        if disk.level_bitmaps(level).iter().any(|name| name == bitmap) {
+        if let Some(bitmap) = bitmap {
             let flag = LayersStatus::default().with_dirty(bit).0;
             known =
                 both(&known, &dirty(&disk.level_dirty(level, bitmap, range).await?, range, flag));
