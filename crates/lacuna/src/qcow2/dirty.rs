@@ -279,6 +279,12 @@ impl<S: Storage> DirtyBitmap<S> {
         1 << self.of.stored.lock().entry.granularity_bits
     }
 
+    /// Returns how many bytes of memory it and its clones take together, at most 8 MiB.
+    #[must_use]
+    pub fn memory_bytes(&self) -> usize {
+        size_of_val(&*self.of.stored.lock().table)
+    }
+
     /// Returns the leading extents of `range`, at most `at_most` and at least one, in guest order
     /// without gaps; neighbours differ. They may end before the range does, and the last one
     /// before its state changes: ask on from there. Nothing for an empty range.

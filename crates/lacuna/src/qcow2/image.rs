@@ -284,8 +284,10 @@ impl<S: Storage> Image<S> {
         Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, token.0)
     }
 
-    /// Returns where guest data lies.
-    pub(crate) fn data_storage(&self) -> &S {
+    /// Returns where guest data lies: the external data file where there is one, else the image
+    /// file.
+    #[must_use]
+    pub fn data_storage(&self) -> &S {
         self.0.data.as_ref().unwrap_or(&self.0.storage)
     }
 

@@ -181,6 +181,13 @@ impl FileStorage {
         &self.inner.path
     }
 
+    /// Says whether the host's disk below is known to have turning parts, so that requests near
+    /// each other are cheaper. False where the host does not say.
+    #[must_use]
+    pub fn is_rotational(&self) -> bool {
+        super::sys::is_rotational(self.as_fd())
+    }
+
     /// Returns the eventfd that becomes readable when there is something to
     /// [`complete`](Self::complete); only with [`DriverChoice::External`].
     ///

@@ -9,6 +9,7 @@ mod fiemap;
 mod lock;
 mod pool;
 mod probe;
+mod rotational;
 #[cfg(test)]
 pub(crate) mod seccomp;
 mod task;
@@ -23,6 +24,7 @@ pub(crate) use probe::{
     DirectAlignment, Kind, device_zeroes_natively, direct_alignment, file_len, kind,
     punches_holes_by_reputation,
 };
+pub(crate) use rotational::is_rotational;
 pub(crate) use task::Task;
 pub(crate) use transfer::{Attempt, Direction, Rider, read_sector, uninterrupted, write_all};
 pub(crate) use uring::Ring;
