@@ -9,7 +9,6 @@ mod breaks;
 mod commands;
 mod corruption;
 mod image;
-mod overlay;
 mod reopen;
 mod report;
 mod session;

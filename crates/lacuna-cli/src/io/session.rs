@@ -14,14 +14,15 @@ use lacuna::block::{BoxFuture, Layer};
 use pollster::block_on;
 
 use super::commands::{self, Command, Done, Failure, Needs};
+use super::corruption;
 use super::image::OpenFlags;
-use super::{corruption, overlay};
 use crate::args::{self, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::nodes::{Rules, ToolDisk, is_by_rule};
 use crate::output;
 use crate::persona::Tool;
 use crate::verbs::open::{self, FileChain, Request};
+use crate::verbs::overlay::{self, Overlay};
 use crate::verbs::spec::ImageSpec;
 use crate::verbs::spec::tree::TopSpec;
 
@@ -35,6 +36,8 @@ pub(super) struct Opened {
 pub(super) struct Session<'t> {
     tool: &'t Tool,
     opened: Option<Opened>,
+    /// What the path of an image opened by `-s` leads to.
+    overlay: Option<Overlay>,
     in_flight: FuturesOrdered<BoxFuture<'static, String>>,
     is_over: bool,
     /// Whether QEMU's words for an image that contradicts itself were said.
@@ -49,6 +52,7 @@ impl<'t> Session<'t> {
         Self {
             tool,
             opened: None,
+            overlay: None,
             in_flight: FuturesOrdered::new(),
             is_over: false,
             told_of_corruption: false,
@@ -237,9 +241,8 @@ impl<'t> Session<'t> {
         let overlay = overlay::make(self.tool, &request)?;
         let mut request = overlay.request(access);
         put_on_top(&mut request, flags);
-        let opened = self.open_request(request);
-        overlay.forget()?;
-        opened
+        self.overlay = Some(overlay);
+        self.open_request(request)
     }
 
     /// As [`open`](Self::open), for a request that was made before.

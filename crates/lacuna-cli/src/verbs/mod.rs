@@ -19,6 +19,7 @@ mod man;
 mod map;
 mod measure;
 pub(crate) mod open;
+pub(crate) mod overlay;
 mod progress;
 mod qemu_words;
 mod rebase;

@@ -1,10 +1,12 @@
 //! An overlay for `-s`: the image below is not changed, and what is written is gone at the end.
+//!
+//! * Never has a name of its own, so that nothing is left behind whatever ends the process.
 
-use std::path::PathBuf;
+use std::os::fd::{AsFd, AsRawFd};
 
 use lacuna::block::Layer;
 use lacuna::qcow2::{self, Access, BackingName, CreateOptions};
-use lacuna::storage::{Create, FileOptions, FileStorage};
+use lacuna::storage::{Claim, FileOptions, FileStorage};
 use pollster::block_on;
 
 use crate::error::{CliError, CliResult};
@@ -13,44 +15,60 @@ use crate::verbs::open::{self, Request};
 use crate::verbs::spec::ImageSpec;
 use crate::verbs::spec::tree::BelowSpec;
 
-/// A file that nobody needs by name once it is open.
-pub(super) struct Overlay {
-    file: PathBuf,
+/// Where the file goes unless `TMPDIR` says so: it may become large.
+const FOLDER: &str = "/var/tmp";
+/// A name that is stored where the image's own one is too long; nobody follows either.
+const LONGEST_NAME: usize = 1023;
+
+/// A file without a name; as long as this lives, the request's path leads to it.
+pub(crate) struct Overlay {
+    file: FileStorage,
     image: ImageSpec,
     base: Request,
 }
 
 /// Makes an empty overlay over the image of `request`.
-pub(super) fn make(tool: &Tool, request: &Request) -> CliResult<Overlay> {
+pub(crate) fn make(tool: &Tool, request: &Request) -> CliResult<Overlay> {
     let base = Request { access: Access::ReadOnly, ..request.clone() };
     let chain = open::open_bare(tool, &base)?;
     let format = open::of_chain(chain.disk().format());
-    // Nobody follows the name; what the overlay stands on is described.
-    let name = base.image.file.clone();
+    // What the overlay stands on is described.
+    let name = Some(&base.image.file).filter(|name| (1..=LONGEST_NAME).contains(&name.len()));
+    let name = name.map_or("base", |name| name).to_owned();
     let options = CreateOptions {
         size_bytes: chain.disk().size_bytes(),
         backing: Some(BackingName { name, format: Some(format.name().to_owned()) }),
         ..CreateOptions::default()
     };
-    let file = std::env::temp_dir().join(format!("lacuna-io-{}.qcow2", std::process::id()));
-    let exclusive = FileOptions { create: Create::Exclusive, ..FileOptions::read_write() };
-    let storage = FileStorage::open(&file, &exclusive)?;
-    block_on(qcow2::create(&storage, &options))?;
-    let mut image = ImageSpec::from_name(&file.to_string_lossy(), Some("qcow2"))?;
+    let file = unnamed()?;
+    block_on(qcow2::create(&file, &options))?;
+    let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+    let mut image = ImageSpec::from_name(&path, Some("qcow2"))?;
     image.disk.below = BelowSpec::on(&base.image.disk, format);
     Ok(Overlay { file, image, base })
 }
 
+fn unnamed() -> CliResult<FileStorage> {
+    let folder = std::env::var_os("TMPDIR").unwrap_or_else(|| FOLDER.into());
+    let file = tempfile::tempfile_in(&folder).map_err(|error| {
+        let doing = format!("Making a temporary overlay in {}", folder.display());
+        CliError::from(lacuna::Error::io(error, doing)).with_hint("TMPDIR names another folder")
+    })?;
+    // Whoever opens it by its path claims it.
+    let options = FileOptions { claim: Some(Claim::NONE), ..FileOptions::read_write() };
+    Ok(FileStorage::from_file(file, &options)?)
+}
+
 impl Overlay {
     /// Returns how to open it.
-    pub(super) fn request(&self, access: Access) -> Request {
+    pub(crate) fn request(&self, access: Access) -> Request {
         let image = self.image.clone();
         Request { image, access, ..self.base.clone() }
     }
+}
 
-    /// Removes its name; the content stays as long as it is open.
-    pub(super) fn forget(self) -> CliResult<()> {
-        std::fs::remove_file(&self.file)
-            .map_err(|error| CliError::new(format!("Removing the overlay: {error}")))
+impl std::fmt::Debug for Overlay {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Overlay").field("file", &self.file).finish_non_exhaustive()
     }
 }
