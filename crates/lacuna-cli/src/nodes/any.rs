@@ -28,6 +28,11 @@ impl AnyStorage {
         }
     }
 
+    /// Says whether this is a file on a disk that is known to turn.
+    pub(crate) fn is_rotational(&self) -> bool {
+        matches!(self, Self::File(file) if file.is_rotational())
+    }
+
     /// Adds to what is held of a file.
     pub(crate) fn hold_more(&self, more: Permissions) -> Result<()> {
         match self {

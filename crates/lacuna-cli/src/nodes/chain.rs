@@ -38,6 +38,12 @@ impl FileChain {
         self.disk
     }
 
+    /// Returns the storage of what the top level stores of the guest's bytes.
+    pub(crate) fn content_storage(&self) -> &AnyStorage {
+        let disk = self.chain.disk();
+        disk.as_qcow2().map_or_else(|| disk.storage(), Image::data_storage)
+    }
+
     /// Returns the levels, top first.
     pub(crate) fn levels(&self) -> &[LevelFacts] {
         self.chain.levels()

@@ -7,6 +7,7 @@ use lacuna::block::ZeroDetection;
 use lacuna::qcow2::Access;
 use lacuna_export::{Address, ExportOptions, Limits};
 
+use super::bitmaps;
 use super::open::{self, Request};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
@@ -125,6 +126,7 @@ fn export(parsed: &Parsed) -> CliResult<ExportOptions> {
         read_only: parsed.has("read-only"),
         shared: number(parsed, "shared", 0)?.unwrap_or(0) as usize,
         resize: parsed.has("resize"),
+        layers: Some(bitmaps::layers(parsed)),
         ..ExportOptions::default()
     })
 }

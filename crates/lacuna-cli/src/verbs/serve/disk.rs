@@ -8,18 +8,28 @@ use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{Error, ErrorKind, Result};
 use lacuna_export::{DirtyRun, ServedDisk};
 
+use super::bitmaps::Bitmaps;
 use crate::nodes::{FileChain, ToolDisk};
 
 /// A chain that is served.
-pub(super) struct ChainDisk(FileChain);
+pub(super) struct ChainDisk {
+    chain: FileChain,
+    bitmaps: Bitmaps,
+    is_rotational: bool,
+}
 
 impl ChainDisk {
-    pub(super) const fn new(chain: FileChain) -> Self {
-        Self(chain)
+    pub(super) fn new(chain: FileChain, bitmaps: Bitmaps) -> Self {
+        let is_rotational = chain.content_storage().is_rotational();
+        Self { chain, bitmaps, is_rotational }
     }
 
     pub(super) const fn disk(&self) -> &ToolDisk {
-        self.0.disk()
+        self.chain.disk()
+    }
+
+    pub(super) const fn own_bitmaps(&self) -> &Bitmaps {
+        &self.bitmaps
     }
 }
 
@@ -67,20 +77,21 @@ impl Layer for ChainDisk {
 
 impl ServedDisk for ChainDisk {
     fn bitmaps(&self) -> Vec<String> {
-        self.level_bitmaps(0)
+        self.bitmaps.names().to_vec()
     }
 
     async fn dirty(&self, bitmap: &str, range: GuestRange) -> Result<Vec<DirtyRun>> {
-        self.level_dirty(0, bitmap, range).await
+        let level = self.bitmaps.level_of(bitmap)?;
+        self.level_dirty(level, bitmap, range).await
     }
 
     fn level_sizes(&self) -> Vec<u64> {
-        let below = (1..self.0.levels().len()).filter_map(|level| self.0.level_disk(level));
+        let below = (1..self.chain.levels().len()).filter_map(|level| self.chain.level_disk(level));
         std::iter::once(self.size_bytes()).chain(below.map(Layer::size_bytes)).collect()
     }
 
     async fn level_extents(&self, level: usize, range: GuestRange) -> Result<Vec<Extent>> {
-        let Some(disk) = self.0.level_disk(level) else { return Ok(vec![nothing(range)]) };
+        let Some(disk) = self.chain.level_disk(level) else { return Ok(vec![nothing(range)]) };
         // A backing file may be shorter than what stands on it.
         let end = range.end().min(GuestOffset(disk.size_bytes()));
         match end > range.start {
@@ -89,15 +100,23 @@ impl ServedDisk for ChainDisk {
         }
     }
 
-    fn level_bitmaps(&self, _: usize) -> Vec<String> {
-        Vec::new()
+    fn level_bitmaps(&self, level: usize) -> Vec<String> {
+        self.bitmaps.level(level).to_vec()
     }
 
-    async fn level_dirty(&self, _: usize, name: &str, _: GuestRange) -> Result<Vec<DirtyRun>> {
-        Err(Error::new(ErrorKind::NotFound, format!("There is no bitmap {name}")))
+    async fn level_dirty(
+        &self,
+        level: usize,
+        name: &str,
+        range: GuestRange,
+    ) -> Result<Vec<DirtyRun>> {
+        self.bitmaps.dirty(&self.chain, level, name, range).await
     }
 
     async fn resize(&self, size_bytes: u64) -> Result<()> {
+        if self.disk().is_read_only() {
+            return Err(Error::new(ErrorKind::ReadOnly, "The disk is served for reading only"));
+        }
         let Some(image) = self.disk().as_qcow2() else {
             return Err(Error::unsupported("Only qcow2 images change their size while served"));
         };
@@ -106,7 +125,7 @@ impl ServedDisk for ChainDisk {
     }
 
     fn is_rotational(&self) -> bool {
-        false
+        self.is_rotational
     }
 }
 

@@ -1,12 +1,16 @@
 //! `serve`: disks over NBD, until somebody ends it.
 //!
 //! * `asked.rs`: what the command line says
+//! * `images.rs`: what each image becomes: all of it, a snapshot, a part, an overlay on it
+//! * `bitmaps.rs`: which dirty bitmaps are offered
 //! * `disk.rs`: an opened chain as a server sees it
 //!
 //! Exit codes: 0 ended as asked, with everything written; that of the command with `--run`.
 
 mod asked;
+mod bitmaps;
 mod disk;
+mod images;
 
 use std::fs;
 use std::path::Path;
@@ -20,9 +24,9 @@ use pollster::block_on;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use self::asked::{Asked, Named};
+use self::asked::Asked;
 use self::disk::ChainDisk;
-use super::{Example, Task, Verb, common, open};
+use super::{Example, Task, Verb, common, open, snapshot};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
@@ -41,6 +45,12 @@ pub(super) const VERB: Verb = Verb {
         common::FORMAT,
         common::IMAGE_OPTS,
         Flag::switch('r', "read-only", "refuse changes"),
+        images::LOAD_SNAPSHOT,
+        images::SNAPSHOT,
+        images::OFFSET,
+        images::SIZE,
+        bitmaps::BITMAP,
+        bitmaps::LAYERS_BITMAP,
         Flag::switch('t', "persistent", "go on when the last client has left"),
         Flag::valued('e', "shared", "NUM", "clients of an export at once (0: any number)"),
         Flag::valued('D', "description", "TEXT", "a text about the exports, for people"),
@@ -65,6 +75,10 @@ pub(super) const VERB: Verb = Verb {
             line: "disk.qcow2 --run 'nbdinfo --map $uri'",
         },
         Example {
+            shows: "let a guest try something: what it writes is gone at the end",
+            line: "-s disk.qcow2 --run 'nbdinfo $uri'",
+        },
+        Example {
             shows: "two exports for as long as a command runs, changes refused",
             line: "-r a=disk.qcow2 b=disk.raw --run 'nbdinfo --list $uri'",
         },
@@ -76,8 +90,8 @@ pub(super) const VERB: Verb = Verb {
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let asked = Asked::new(parsed)?;
     let exports = Arc::new(Exports::with_only_as_default());
-    for named in &asked.images {
-        let disk = opened(tool, named, parsed)?;
+    let disks = images::open_all(tool, &asked.images, parsed)?;
+    for (named, disk) in asked.images.iter().zip(disks) {
         exports.add(Export::new(&named.name, disk, asked.export.clone())?)?;
     }
     let options = ServerOptions { limits: asked.limits, ..ServerOptions::default() };
@@ -88,13 +102,6 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let closed = close_all(&exports);
     let code = served?;
     closed.map(|()| code)
-}
-
-fn opened(tool: &Tool, named: &Named, parsed: &Parsed) -> CliResult<ChainDisk> {
-    let request = asked::request(named, parsed)?;
-    let chain = open::open_for_content(tool, &request)?;
-    open::warn_of_guess(&request, &chain);
-    Ok(ChainDisk::new(chain))
 }
 
 /// Listens, and returns when it is time to end.

@@ -110,7 +110,8 @@ impl DiskSpec {
         disk(keys, name, 0)
     }
 
-    fn on(file: StorageSpec) -> Self {
+    /// Describes a disk on a storage whose content says the format.
+    pub(crate) fn on(file: StorageSpec) -> Self {
         Self {
             format: None,
             storage_name: None,
