@@ -7,13 +7,11 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use crate::run::{cargo, command, find, run, workspace};
+use crate::run::{cargo, command, run, workspace};
 use crate::{Outcome, figures, wipe, zeros};
 
 /// Names under which our binary is called.
-const OURS: [&str; 2] = ["qemu-img", "qemu-io"];
-/// Names that the suites look for and that we do not offer yet: the installed program.
-const STOCK: [&str; 1] = ["qemu-nbd"];
+const OURS: [&str; 3] = ["qemu-img", "qemu-io", "qemu-nbd"];
 
 /// Runs `bench --ours LINKS ARGUMENTS`; without arguments a quick round. With `--table` the cells
 /// that have a target, and prints how they did; with `--from FILE` that of a run from before.
@@ -123,9 +121,6 @@ impl Links {
         let links = Self { folder };
         for name in OURS {
             symlink(binary, links.folder.join(name))?;
-        }
-        for (name, stock) in STOCK.iter().filter_map(|name| Some((name, find(name)?))) {
-            symlink(stock, links.folder.join(name))?;
         }
         Ok(links)
     }

@@ -75,6 +75,11 @@ impl Parsed {
         self.all(long).last()
     }
 
+    /// Returns names and values of all options in order.
+    pub(crate) fn in_order(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.options.iter().map(|(name, value)| (*name, &**value))
+    }
+
     /// Returns all values in order.
     pub(crate) fn all<'a>(&'a self, long: &str) -> impl Iterator<Item = &'a str> {
         self.options.iter().filter(move |(name, _)| *name == long).map(|(_, value)| &**value)

@@ -6,7 +6,7 @@ use lacuna::ErrorKind;
 use serde_json::{Value, json};
 
 use crate::output;
-use crate::persona::Tool;
+use crate::persona::{Fault, Tool};
 
 /// The host's number for a file that would be too large.
 pub(crate) const EFBIG: i32 = 27;
@@ -160,8 +160,10 @@ impl CliError {
             true => output::tame_lines(&format!("{name}: {}\n", self.own_text())),
             false => format!("{name}: {}\n", self.text),
         };
-        if self.kind != Kind::Failure {
-            lines += &format!("Try '{} --help' for more info\n", tool.invocation(verb));
+        match self.kind {
+            Kind::Failure => {}
+            Kind::Option => lines += &tool.way_to_help(verb, Fault::Option),
+            Kind::Usage => lines += &tool.way_to_help(verb, Fault::Usage),
         }
         match &self.hint {
             Some(hint) if tool.is_own() => lines += &format!("hint: {hint}\n"),

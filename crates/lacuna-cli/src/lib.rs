@@ -18,6 +18,7 @@ mod options;
 mod output;
 mod persona;
 mod picture;
+mod qemu_nbd;
 mod size;
 mod verbs;
 

@@ -1,4 +1,4 @@
-//! The `lacuna` command; also `qemu-img` and `qemu-io` when called by those names.
+//! The `lacuna` command; also `qemu-img`, `qemu-io` and `qemu-nbd` when called by those names.
 
 use std::process::ExitCode;
 

@@ -4,6 +4,7 @@
 //! |---|---|---|---|---|
 //! | `qemu-img` | of that program | its verbs | no | QEMU's allocator |
 //! | `qemu-io` | of that program | is the verb `io` | no | QEMU's allocator |
+//! | `qemu-nbd` | of that program | is the verb `serve`, with that program's options | no | QEMU's allocator |
 //! | anything else | ours where it says more | all | yes | two cursors |
 
 use std::path::Path;
@@ -16,6 +17,16 @@ pub(crate) enum Persona {
     Lacuna,
     QemuImg,
     QemuIo,
+    QemuNbd,
+}
+
+/// What is wrong with a command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// An option that does not exist or lacks its value.
+    Option,
+    /// It makes no sense.
+    Usage,
 }
 
 /// The name the program was called by.
@@ -36,6 +47,7 @@ impl Tool {
         let persona = match name {
             "qemu-img" => Persona::QemuImg,
             "qemu-io" => Persona::QemuIo,
+            "qemu-nbd" => Persona::QemuNbd,
             _ => Persona::Lacuna,
         };
         Self { persona, name: name.to_owned(), path: argv0.to_owned() }
@@ -51,8 +63,22 @@ impl Tool {
         let program = if self.is_own() { &self.name } else { &self.path };
         match verb {
             "" => program.clone(),
-            _ if self.persona == Persona::QemuIo => program.clone(),
+            _ if [Persona::QemuIo, Persona::QemuNbd].contains(&self.persona) => program.clone(),
             verb => format!("{program} {verb}"),
+        }
+    }
+
+    /// Returns the line that follows a command line that was wrong.
+    pub(crate) fn way_to_help(&self, verb: &str, fault: Fault) -> String {
+        let call = self.invocation(verb);
+        match (self.persona, fault) {
+            (Persona::QemuNbd, Fault::Option) => {
+                format!("{}: Try `{call} --help' for more information.\n", self.name)
+            }
+            (Persona::QemuNbd, Fault::Usage) => {
+                format!("Try `{call} --help' for more information.\n")
+            }
+            _ => format!("Try '{call} --help' for more info\n"),
         }
     }
 
@@ -60,7 +86,7 @@ impl Tool {
     pub(crate) fn discard_unit(&self) -> DiscardUnit {
         match self.persona {
             Persona::Lacuna => DiscardUnit::Subcluster,
-            Persona::QemuImg | Persona::QemuIo => DiscardUnit::Cluster,
+            _ => DiscardUnit::Cluster,
         }
     }
 
@@ -68,7 +94,7 @@ impl Tool {
     pub(crate) fn placement(&self) -> Placement {
         match self.persona {
             Persona::Lacuna => Placement::TwoCursors,
-            Persona::QemuImg | Persona::QemuIo => Placement::QemuCompatible,
+            _ => Placement::QemuCompatible,
         }
     }
 }

@@ -82,16 +82,13 @@ impl Listener {
     /// A socket file that nobody listens on any more is replaced.
     ///
     /// # Errors
-    /// Where a socket cannot be made, with the address.
+    /// What the host says where a socket cannot be made.
     pub fn bind(address: &Address) -> io::Result<Vec<Self>> {
-        let bound = match address {
+        match address {
             Address::Unix(path) => Self::bind_unix(path).map(|listener| vec![listener]),
             Address::Tcp(host, port) => Self::bind_tcp(host, *port),
             Address::Vsock(cid, port) => Self::bind_vsock(*cid, *port).map(|it| vec![it]),
-        };
-        bound.map_err(|error| {
-            io::Error::new(error.kind(), format!("Listening on {address}: {error}"))
-        })
+        }
     }
 
     fn bind_unix(path: &Path) -> io::Result<Self> {

@@ -49,5 +49,5 @@ pub use disk::{DirtyRun, Plain, ServedDisk};
 pub use export::{Clients, Export, ExportOptions, Statistics};
 pub use exports::Exports;
 pub use facts::LayerBitmaps;
-pub use server::{AllLeft, Connection, Limits, Server, ServerOptions};
+pub use server::{AllLeft, Connection, Limits, Server, ServerOptions, WhenFull};
 pub use tls::Tls;

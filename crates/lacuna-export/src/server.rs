@@ -15,7 +15,7 @@ use std::time::{Duration, SystemTime};
 use lacuna_nbd::ExportName;
 use parking_lot::{Condvar, Mutex};
 use tokio::runtime::Builder;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::LocalSet;
 
 use crate::connection::{self, Scratch};
@@ -35,8 +35,10 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections at once; more are closed at once.
+    /// Connections at once.
     pub connections: usize,
+    /// What happens to more.
+    pub when_full: WhenFull,
     /// How long a handshake may take.
     pub handshake: Duration,
     /// Requests of one connection that run at once.
@@ -51,12 +53,26 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             connections: 4096,
+            when_full: WhenFull::Close,
             handshake: Duration::from_secs(10),
             requests: 128,
             bytes: 32 << 20,
             stop: Duration::from_secs(10),
         }
     }
+}
+
+/// What happens to a client that is one too many.
+///
+/// ```
+/// assert_eq!(lacuna_export::Limits::default().when_full, lacuna_export::WhenFull::Close);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenFull {
+    /// It sees the end of the stream at once.
+    Close,
+    /// It waits, unanswered, until another one leaves.
+    Wait,
 }
 
 /// How a server works.
@@ -122,10 +138,11 @@ pub struct Server<D: ServedDisk> {
 pub struct AllLeft<D>(Arc<Shared<D>>);
 
 impl<D> AllLeft<D> {
-    /// Waits until there was a client and none is left.
+    /// Waits until a client has used an export and none is left. Clients that only look around do
+    /// not count.
     pub fn wait(&self) {
         let mut population = self.0.population.lock();
-        while population.ever == 0 || !population.now.is_empty() {
+        while !population.was_used || !population.now.is_empty() {
             self.0.changed.wait(&mut population);
         }
     }
@@ -140,6 +157,8 @@ pub(crate) struct Shared<D> {
     stop: watch::Sender<bool>,
     population: Mutex<Population>,
     changed: Condvar,
+    /// Told when a place becomes free.
+    left: Notify,
 }
 
 /// A connection, for lists.
@@ -167,6 +186,8 @@ pub struct Connection {
 struct Population {
     now: BTreeMap<u64, Connection>,
     ever: u64,
+    /// Whether any of them has chosen an export.
+    was_used: bool,
 }
 
 struct Worker<D> {
@@ -194,6 +215,7 @@ impl<D: ServedDisk> Server<D> {
             stop: watch::Sender::new(false),
             population: Mutex::default(),
             changed: Condvar::new(),
+            left: Notify::new(),
         });
         let (workers, inboxes): (Vec<_>, Vec<_>) =
             (0..options.workers.max(1)).map(|_| Worker::new()).unzip();
@@ -265,6 +287,19 @@ impl<D> Shared<D> {
         Stopping { begun: self.stop.subscribe(), patience: self.limits.stop }
     }
 
+    /// Finds a place for a connection; where all are taken, in the way of [`WhenFull`].
+    async fn place(self: &Arc<Self>, peer: &str, worker: &Worker<D>) -> Option<Place<D>> {
+        loop {
+            // Made before the look, so that whoever leaves after it is heard.
+            let left = self.left.notified();
+            let place = self.enter(peer, worker);
+            if place.is_some() || self.limits.when_full == WhenFull::Close {
+                return place;
+            }
+            left.await;
+        }
+    }
+
     /// Counts a connection in, unless there are as many as there may be.
     fn enter(self: &Arc<Self>, peer: &str, worker: &Worker<D>) -> Option<Place<D>> {
         let mut population = self.population.lock();
@@ -333,7 +368,9 @@ impl<D> Place<D> {
 
     /// Notes what the client has chosen.
     pub(crate) fn chose(&self, export: &ExportName) {
-        if let Some(connection) = self.shared.population.lock().now.get_mut(&self.number) {
+        let mut population = self.shared.population.lock();
+        population.was_used = true;
+        if let Some(connection) = population.now.get_mut(&self.number) {
             connection.export = Some(export.as_str().to_owned());
         }
     }
@@ -344,6 +381,7 @@ impl<D> Drop for Place<D> {
         self.on_worker.fetch_sub(1, Ordering::SeqCst);
         self.shared.population.lock().now.remove(&self.number);
         self.shared.changed.notify_all();
+        self.shared.left.notify_waiters();
     }
 }
 
@@ -389,9 +427,12 @@ async fn accept<D: ServedDisk>(
         };
         let idlest = workers.iter().min_by_key(|it| it.connections.load(Ordering::SeqCst));
         match (accepted, idlest) {
-            // One too many sees the end of the stream.
             (Ok(socket), Some(worker)) => {
-                if let Some(place) = shared.enter(&socket.peer, worker) {
+                let place = tokio::select! {
+                    place = shared.place(&socket.peer, worker) => place,
+                    () = stopping.begun() => return,
+                };
+                if let Some(place) = place {
                     worker.send(Errand::Serve(socket, place));
                 }
             }

@@ -258,6 +258,9 @@ fn qemu_nbd_lists_and_refuses() {
     let all = Goal::ListContexts(Vec::new());
     let Ok(Event::Contexts(names)) = hear(with(all)) else { panic!("no contexts") };
     assert_eq!(names, [BASE_ALLOCATION, QEMU_ALLOCATION_DEPTH]);
+    let Ok(Event::DescribedAll(all)) = hear(with(Goal::DescribeAll)) else { panic!("no survey") };
+    assert_eq!((all.len(), &all[0].contexts), (1, &names));
+    assert_eq!(all[0].info.as_ref().unwrap().size_bytes, 4 << 20);
     let other = Wish::to_use(ExportName::new("other").unwrap());
     let error = hear(other).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Refused);

@@ -8,7 +8,7 @@ use lacuna_nbd::server::{
     self, Last, Replies, Request, StatusExtent, TlsMode, TransmissionEvent, WantedContexts,
 };
 use lacuna_nbd::wire::{CommandFlags, ErrorCode, InitState, TransmissionFlags};
-use lacuna_nbd::{ByteRange, Command, ContextId, Cookie, Error, ErrorKind, ExportName};
+use lacuna_nbd::{BlockSizes, ByteRange, Command, ContextId, Cookie, Error, ErrorKind, ExportName};
 use proptest::prelude::*;
 use talk::{SIZE_BYTES, find};
 
@@ -136,6 +136,12 @@ fn the_other_goals_end_with_what_was_asked() {
     let all = Goal::ListContexts(Vec::new());
     let client::Event::Contexts(names) = event(all, "disk") else { panic!() };
     assert_eq!(names.len(), 4);
+    let client::Event::DescribedAll(all) = event(Goal::DescribeAll, "") else { panic!() };
+    let names: Vec<&str> = all.iter().map(|export| export.listed.name.as_str()).collect();
+    let listed: Vec<&str> = exports.iter().map(|export| export.name.as_str()).collect();
+    assert_eq!(names, listed);
+    assert_eq!(all[0].info.as_ref().map(|info| info.size_bytes), Some(SIZE_BYTES));
+    assert_eq!((all[0].contexts.len(), all[0].block_sizes), (4, Some(BlockSizes::default())));
     let bitmaps = Goal::ListContexts(vec!["qemu:dirty-bitmap:".into()]);
     let client::Event::Contexts(names) = event(bitmaps, "disk") else { panic!() };
     assert_eq!(names, ["qemu:dirty-bitmap:b"]);

@@ -34,6 +34,7 @@ pub(crate) fn version(tool: &Tool) -> CliResult<u8> {
     let version = env!("CARGO_PKG_VERSION");
     let text = match tool.persona {
         Persona::Lacuna => format!("lacuna {version}\n"),
+        Persona::QemuNbd => format!("{} 10.0.2 (lacuna {version})\n", tool.invocation("")),
         _ => format!("{} version 10.0.2 (lacuna {version})\n", tool.name),
     };
     output::print(&text).map(|()| 0)
@@ -83,6 +84,11 @@ pub(super) fn overview(tool: &Tool) -> CliResult<u8> {
     // Scripts look for this line under the name qemu-img.
     text += "Supported image formats: qcow2 raw\n";
     output::print(&text).map(|()| 0)
+}
+
+/// Prints the options of a program that is no verb.
+pub(crate) fn options_help(usage: &str, summary: &str, flags: &[Flag]) -> CliResult<u8> {
+    output::print(&format!("{usage}\n{summary}\n\nOptions:\n{}", options(flags))).map(|()| 0)
 }
 
 /// Prints the options of a verb, its exit codes and examples.

@@ -24,11 +24,11 @@ mod progress;
 mod qemu_words;
 mod rebase;
 pub(crate) mod resize;
-mod serve;
+pub(crate) mod serve;
 mod snapshot;
 pub(crate) mod spec;
 
-pub(crate) use help::version;
+pub(crate) use help::{options_help, version};
 pub(crate) use info::{dump, specifics};
 pub(crate) use progress::Meter;
 
@@ -38,6 +38,7 @@ use crate::error::{CliError, CliResult};
 use crate::io;
 use crate::output;
 use crate::persona::{Persona, Tool};
+use crate::qemu_nbd;
 
 /// A verb of the program. Help, completions and man pages are made from this.
 pub(crate) struct Verb {
@@ -172,6 +173,7 @@ pub(crate) fn run(tool: &Tool, arguments: &[String]) -> u8 {
     output::set_error_form(if wish == Some("json") { Form::Json } else { Form::Human });
     let (verb, result) = match tool.persona {
         Persona::QemuIo => ("", run_verb(tool, &io::VERB, arguments)),
+        Persona::QemuNbd => ("", qemu_nbd::run(tool, arguments)),
         _ => run_leading(tool, arguments),
     };
     let (code, output) = match result {

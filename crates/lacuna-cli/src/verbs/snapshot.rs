@@ -12,7 +12,7 @@ use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::options::{self, Asked, Given};
 use crate::output;
-use crate::persona::Tool;
+use crate::persona::{Persona, Tool};
 
 /// What the verb can be asked to do.
 const ACTIONS: [&str; 4] = ["list", "apply", "create", "delete"];
@@ -94,7 +94,9 @@ pub(super) fn choice(tool: &Tool, text: &str) -> CliResult<SnapshotChoice> {
     let in_parsing = |error: CliError| match tool.is_own() {
         true => error,
         false => {
-            error.followed_by(format!("{}: Failed in parsing snapshot param '{text}'", tool.name))
+            let quote = if tool.persona == Persona::QemuNbd { '`' } else { '\'' };
+            let name = &tool.name;
+            error.followed_by(format!("{name}: Failed in parsing snapshot param {quote}{text}'"))
         }
     };
     let given = match options::parse([text].into_iter()).map_err(in_parsing)? {

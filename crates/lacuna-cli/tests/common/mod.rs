@@ -12,8 +12,8 @@ const STOCK: &str = "/usr/bin";
 /// What to do where they are missing.
 const INSTALL: &str = "the stock tools are missing: apt-get install qemu-utils";
 
-/// A folder to work in, with `qemu-img` and `qemu-io` of one make; `stock-img` and `stock-io` are
-/// the stock ones in any case, for preparations.
+/// A folder to work in, with `qemu-img`, `qemu-io` and `qemu-nbd` of one make; `stock-img`,
+/// `stock-io` and `stock-nbd` are the stock ones in any case, for preparations.
 pub(crate) struct Sandbox {
     folder: TempDir,
 }
@@ -43,13 +43,12 @@ impl Sandbox {
         let link = |target: &Path, name: &str| {
             std::os::unix::fs::symlink(target, bin.join(name)).unwrap();
         };
-        for (kind, name) in [("img", "qemu-img"), ("io", "qemu-io")] {
+        for (kind, name) in [("img", "qemu-img"), ("io", "qemu-io"), ("nbd", "qemu-nbd")] {
             let stock = Path::new(STOCK).join(name);
             assert!(stock.exists(), "{INSTALL}");
             link(&tool(name), name);
             link(&stock, &format!("stock-{kind}"));
         }
-        link(&Path::new(STOCK).join("qemu-nbd"), "stock-nbd");
         link(Path::new(env!("CARGO_BIN_EXE_lacuna")), "lacuna");
         std::fs::create_dir(folder.path().join("work")).unwrap();
         Self { folder }

@@ -35,6 +35,27 @@ pub struct ListedExport {
     pub description: String,
 }
 
+/// One export of a server, as [`Goal::DescribeAll`](super::Goal::DescribeAll) finds it.
+///
+/// ```
+/// use lacuna_nbd::client::DescribedExport;
+/// fn size(export: &DescribedExport) -> Option<u64> {
+///     export.info.as_ref().map(|info| info.size_bytes)
+/// }
+/// # let _ = size;
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DescribedExport {
+    /// Its line in the list.
+    pub listed: ListedExport,
+    /// What it is like; nothing where the server does not say.
+    pub info: Option<ExportInfo>,
+    /// The sizes to keep to, where the server names any.
+    pub block_sizes: Option<BlockSizes>,
+    /// The names of its meta contexts; none where replies cannot carry them.
+    pub contexts: Vec<String>,
+}
+
 /// Facts as they arrive.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Facts {
@@ -83,6 +104,11 @@ impl Facts {
         }
         self.export = Some((size_bytes, TransmissionFlags::from_bits_retain(flags)));
         Ok(())
+    }
+
+    /// Returns the sizes that the server named so far.
+    pub(super) const fn block_sizes(&self) -> Option<BlockSizes> {
+        self.block_sizes
     }
 
     /// Returns what is known at the end of the handshake.

@@ -9,7 +9,7 @@ use super::wish::{Goal, Headers, TlsWish};
 use crate::context::Context;
 use crate::text::quoted;
 use crate::wire::{InfoType, OptionCode, OptionHeader, ReplyCode};
-use crate::{ContextId, Error, Replies, Result};
+use crate::{ContextId, Error, ExportName, Replies, Result};
 
 /// What is always asked about an export. Servers ignore what they do not know.
 const WANTED: [InfoType; 4] =
@@ -40,23 +40,17 @@ impl Handshake {
         if self.wish.contexts.is_empty() || self.replies == Replies::Simple || !is_about_one {
             return self.ask_goal();
         }
-        let data = self.context_data(&self.wish.contexts);
+        let data = context_data(&self.wish.export, &self.wish.contexts);
         self.ask(OptionCode::SET_META_CONTEXT, &[&data]);
     }
 
     fn ask_goal(&mut self) {
-        let name = self.wish.export.as_str().as_bytes();
-        let mut data = Vec::new();
-        push_counted(&mut data, name);
-        // Four kinds of information.
-        data.extend_from_slice(&[0, 4]);
-        data.extend(WANTED.iter().flat_map(|kind| kind.0.to_be_bytes()));
         match &self.wish.goal {
-            Goal::Use => self.ask(OptionCode::GO, &[&data]),
-            Goal::Describe => self.ask(OptionCode::INFO, &[&data]),
-            Goal::ListExports => self.ask(OptionCode::LIST, &[]),
+            Goal::Use => self.ask(OptionCode::GO, &[&info_data(&self.wish.export)]),
+            Goal::Describe => self.ask(OptionCode::INFO, &[&info_data(&self.wish.export)]),
+            Goal::ListExports | Goal::DescribeAll => self.ask(OptionCode::LIST, &[]),
             Goal::ListContexts(queries) => {
-                let data = self.context_data(queries);
+                let data = context_data(&self.wish.export, queries);
                 self.ask(OptionCode::LIST_META_CONTEXT, &[&data]);
             }
         }
@@ -67,18 +61,6 @@ impl Handshake {
         let name = self.wish.export.as_str().to_owned();
         self.ask(OptionCode::EXPORT_NAME, &[name.as_bytes()]);
         self.state = State::Unheaded;
-    }
-
-    /// u32 length, name, u32 count, queries.
-    fn context_data(&self, queries: &[String]) -> Vec<u8> {
-        let mut data = Vec::new();
-        push_counted(&mut data, self.wish.export.as_str().as_bytes());
-        let count = u32::try_from(queries.len()).unwrap_or(u32::MAX);
-        data.extend_from_slice(&count.to_be_bytes());
-        for query in queries {
-            push_counted(&mut data, query.as_bytes());
-        }
-        data
     }
 
     /// Takes one answer to `option`.
@@ -122,6 +104,7 @@ impl Handshake {
             }
             OptionCode::SET_META_CONTEXT => self.ask_goal(),
             OptionCode::GO => return self.begin(),
+            _ if self.wish.goal == Goal::DescribeAll => return self.surveyed(option),
             OptionCode::INFO => {
                 let info = self.info()?;
                 self.leave(Event::Described(info));
@@ -139,7 +122,7 @@ impl Handshake {
     }
 
     /// Says goodbye.
-    fn leave(&mut self, event: Event) {
+    pub(super) fn leave(&mut self, event: Event) {
         self.ask(OptionCode::ABORT, &[]);
         self.state = State::Done(event);
     }
@@ -187,6 +170,11 @@ impl Handshake {
                 self.facts = super::export::Facts::default();
                 self.ask_by_name();
             }
+            OptionCode::INFO | OptionCode::LIST_META_CONTEXT
+                if self.wish.goal == Goal::DescribeAll && !needs_tls =>
+            {
+                self.passed_over(option);
+            }
             _ => return Err(self.give_up(option, kind, data)),
         }
         Ok(())
@@ -216,6 +204,28 @@ impl Handshake {
         }
         Error::refused(message)
     }
+}
+
+/// u32 length, name, u16 count, kinds of information.
+pub(super) fn info_data(export: &ExportName) -> Vec<u8> {
+    let mut data = Vec::new();
+    push_counted(&mut data, export.as_str().as_bytes());
+    // Four kinds of information.
+    data.extend_from_slice(&[0, 4]);
+    data.extend(WANTED.iter().flat_map(|kind| kind.0.to_be_bytes()));
+    data
+}
+
+/// u32 length, name, u32 count, queries.
+pub(super) fn context_data(export: &ExportName, queries: &[String]) -> Vec<u8> {
+    let mut data = Vec::new();
+    push_counted(&mut data, export.as_str().as_bytes());
+    let count = u32::try_from(queries.len()).unwrap_or(u32::MAX);
+    data.extend_from_slice(&count.to_be_bytes());
+    for query in queries {
+        push_counted(&mut data, query.as_bytes());
+    }
+    data
 }
 
 fn push_counted(data: &mut Vec<u8>, text: &[u8]) {

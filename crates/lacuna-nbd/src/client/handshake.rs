@@ -5,7 +5,7 @@
 //! * Never: goes on in plaintext where TLS is required (CVE-2019-14842), or believes what came in
 //!   plaintext after the server agreed to TLS.
 
-use super::export::{ExportInfo, Facts, ListedExport};
+use super::export::{DescribedExport, ExportInfo, Facts, ListedExport};
 use super::transmission::Transmission;
 use super::wish::{Goal, Headers, TlsWish, Wish};
 use crate::context::Context;
@@ -30,6 +30,8 @@ pub enum Event {
     Contexts(Vec<String>),
     /// What the export is like. Send the output and close.
     Described(ExportInfo),
+    /// What all exports are like. Send the output and close.
+    DescribedAll(Vec<DescribedExport>),
     /// The exports there are. Send the output and close.
     Exports(Vec<ListedExport>),
     /// Send the output, read more, and come again.
@@ -65,6 +67,8 @@ pub struct Handshake {
     pub(super) contexts: Vec<Context>,
     pub(super) names: Vec<String>,
     pub(super) exports: Vec<ListedExport>,
+    /// Those of them that were asked about.
+    pub(super) described: Vec<DescribedExport>,
     pub(super) state: State,
     pub(super) output: Vec<u8>,
     gather: Gather,
@@ -98,6 +102,7 @@ impl Handshake {
             contexts: Vec::new(),
             names: Vec::new(),
             exports: Vec::new(),
+            described: Vec::new(),
             state: State::Greeting,
             output: Vec::new(),
             gather: Gather::new(),

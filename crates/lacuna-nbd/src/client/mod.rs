@@ -2,7 +2,7 @@
 //!
 //! * `wish.rs`: what the caller wants; `export.rs`: what the server says there is
 //! * `handshake.rs`: the machine and its states; `haggle.rs`: what is asked next, and what an
-//!   answer means
+//!   answer means; `survey.rs`: the same, asked about every export of a list
 //! * `transmission.rs`: requests out; `receive.rs`: replies in; `check.rs`: what a reply must be;
 //!   `in_flight.rs`: what is owed to each request; `coverage.rs`: which bytes of a read are there
 //!
@@ -16,10 +16,11 @@ mod haggle;
 mod handshake;
 mod in_flight;
 mod receive;
+mod survey;
 mod transmission;
 mod wish;
 
-pub use export::{ExportInfo, ListedExport};
+pub use export::{DescribedExport, ExportInfo, ListedExport};
 pub use handshake::{Event, Handshake};
 pub use in_flight::Failure;
 pub use receive::TransmissionEvent;

@@ -7,6 +7,8 @@ use crate::ExportName;
 pub enum Goal {
     /// Learn what the export is like, and leave.
     Describe,
+    /// Learn which exports there are, what each is like and which meta contexts it has, and leave.
+    DescribeAll,
     /// Learn which meta contexts there are, and leave: those that match the queries, or all of them
     /// if there are none. A query that ends in a colon matches what begins with it.
     ListContexts(Vec<String>),

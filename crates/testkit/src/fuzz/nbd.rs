@@ -217,10 +217,11 @@ pub(super) fn wish(start: u8) -> Wish {
         [Headers::Extended, Headers::Structured, Headers::Simple][usize::from(start & 3) % 3];
     wish.contexts = vec![BASE_ALLOCATION.into(), LAYERS.into()];
     wish.tls = [TlsWish::Never, TlsWish::IfOffered][usize::from(start >> 6) % 2];
-    wish.goal = match start >> 2 & 3 {
+    wish.goal = match start >> 2 & 7 {
         0 => Goal::Describe,
         1 => Goal::ListExports,
         2 => Goal::ListContexts(vec!["base:".into()]),
+        4 => Goal::DescribeAll,
         _ => Goal::Use,
     };
     wish

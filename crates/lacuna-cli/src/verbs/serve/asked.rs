@@ -20,23 +20,36 @@ const PORT: u16 = 10809;
 const MOST: u64 = i32::MAX as u64;
 
 /// An image and the name of its export.
-pub(super) struct Named {
+pub(crate) struct Named {
     pub(super) name: String,
     file: String,
 }
 
-pub(super) struct Asked {
-    pub(super) images: Vec<Named>,
-    pub(super) address: Address,
-    pub(super) export: ExportOptions,
-    pub(super) limits: Limits,
-    pub(super) is_persistent: bool,
-    pub(super) pid_file: Option<PathBuf>,
-    pub(super) run: Option<String>,
-    has_address: bool,
+impl Named {
+    pub(crate) fn new(name: &str, file: &str) -> Self {
+        Self { name: name.to_owned(), file: file.to_owned() }
+    }
 }
 
-impl Asked {
+/// What is served, where, and until when, whatever the command line looked like.
+pub(crate) struct Serving {
+    pub(crate) images: Vec<Named>,
+    pub(crate) address: Address,
+    pub(crate) export: ExportOptions,
+    pub(crate) limits: Limits,
+    pub(crate) is_persistent: bool,
+    pub(crate) pid_file: Option<PathBuf>,
+    /// A command of the shell; serving ends with it.
+    pub(crate) run: Option<String>,
+    /// Whether an export that is alone answers to the empty name as well.
+    pub(crate) only_is_default: bool,
+    /// Whether the sockets are told on standard output.
+    pub(crate) says_where: bool,
+    /// Whether the address was asked for.
+    pub(crate) has_address: bool,
+}
+
+impl Serving {
     pub(super) fn new(parsed: &Parsed) -> CliResult<Self> {
         let has_address = ["socket", "bind", "port"].iter().any(|flag| parsed.has(flag));
         Ok(Self {
@@ -47,6 +60,8 @@ impl Asked {
             is_persistent: parsed.has("persistent"),
             pid_file: parsed.last("pid-file").map(PathBuf::from),
             run: parsed.last("run").map(str::to_owned),
+            only_is_default: true,
+            says_where: true,
             has_address,
         })
     }

@@ -43,9 +43,9 @@ pub(super) const LAYERS_BITMAP: Flag = Flag::valued(
 
 /// Which bitmaps the command line asks for.
 #[derive(Debug)]
-pub(super) struct Wish {
-    /// All that can be read without any.
-    named: Vec<String>,
+pub(crate) struct Wish {
+    /// All that can be read, where nothing is said.
+    named: Option<Vec<String>>,
     layers: LayerBitmaps,
 }
 
@@ -57,16 +57,21 @@ impl Wish {
                 named.push(name.to_owned());
             }
         }
-        Self { named, layers: layers(parsed) }
+        Self { named: Some(named).filter(|named| !named.is_empty()), layers: layers(parsed) }
+    }
+
+    /// Wants these and no other.
+    pub(crate) fn only(named: Vec<String>) -> Self {
+        Self { named: Some(named), layers: LayerBitmaps::default() }
     }
 
     /// Insists that what was named is there, in one of the images at least.
-    pub(super) fn check<'a>(
+    pub(crate) fn check<'a>(
         &self,
         images: impl Iterator<Item = &'a Bitmaps> + Clone,
     ) -> CliResult<()> {
         let is_somewhere = |has: &dyn Fn(&Bitmaps) -> bool| images.clone().any(has);
-        for name in &self.named {
+        for name in self.named.iter().flatten() {
             if !is_somewhere(&|image| image.offered.contains_key(name)) {
                 return Err(not_found(name));
             }
@@ -110,7 +115,7 @@ type Bitmap = DirtyBitmap<AnyStorage>;
 
 /// The bitmaps of a chain that clients may ask about.
 #[derive(Debug)]
-pub(super) struct Bitmaps {
+pub(crate) struct Bitmaps {
     /// The level of each name.
     offered: BTreeMap<String, usize>,
     /// In order.
@@ -134,19 +139,16 @@ impl Bitmaps {
             kept: Mutex::default(),
         };
         let all = unique(&listed);
-        if wish.named.is_empty() && all.len() > MOST_UNASKED {
+        if wish.named.is_none() && all.len() > MOST_UNASKED {
             output::warn(&format!(
                 "{}: of {} bitmaps the first {MOST_UNASKED} are offered; name others by --bitmap",
                 shown(chain, 0),
                 all.len()
             ));
         }
-        let wanted = match wish.named.is_empty() {
-            true => all.into_iter().take(MOST_UNASKED).collect(),
-            false => wish.named.clone(),
-        };
-        for name in wanted {
-            found.add(chain, &listed, name, !wish.named.is_empty())?;
+        let some = || all.into_iter().take(MOST_UNASKED).collect();
+        for name in wish.named.clone().unwrap_or_else(some) {
+            found.add(chain, &listed, name, wish.named.is_some())?;
         }
         Ok(found)
     }

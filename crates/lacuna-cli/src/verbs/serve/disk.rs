@@ -12,7 +12,7 @@ use super::bitmaps::Bitmaps;
 use crate::nodes::{FileChain, ToolDisk};
 
 /// A chain that is served.
-pub(super) struct ChainDisk {
+pub(crate) struct ChainDisk {
     chain: FileChain,
     bitmaps: Bitmaps,
     is_rotational: bool,
@@ -28,7 +28,7 @@ impl ChainDisk {
         self.chain.disk()
     }
 
-    pub(super) const fn own_bitmaps(&self) -> &Bitmaps {
+    pub(crate) const fn own_bitmaps(&self) -> &Bitmaps {
         &self.bitmaps
     }
 }

@@ -8,7 +8,8 @@ use lacuna::qcow2::Access;
 use super::asked::{self, Named};
 use super::bitmaps::{Bitmaps, Wish};
 use super::disk::ChainDisk;
-use super::{open, snapshot};
+use super::open::{self, Request};
+use super::snapshot;
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
@@ -32,6 +33,16 @@ pub(super) const OFFSET: Flag =
 pub(super) const SIZE: Flag =
     Flag::valued('\0', "size", "BYTES", "serve this much and no more").long_only();
 
+/// Which disk an image becomes.
+pub(crate) struct Becomes {
+    /// A part of it.
+    pub(crate) part: Option<Window>,
+    /// A temporary overlay on it.
+    pub(crate) is_overlay: bool,
+    /// An internal snapshot of it, in the words of the command line.
+    pub(crate) snapshot: Option<String>,
+}
+
 /// Opens all images, in order.
 pub(super) fn open_all(
     tool: &Tool,
@@ -39,15 +50,38 @@ pub(super) fn open_all(
     parsed: &Parsed,
 ) -> CliResult<Vec<ChainDisk>> {
     check(parsed)?;
-    let wish = Wish::of(parsed);
+    let (becomes, wish) = (Becomes::of(parsed)?, Wish::of(parsed));
     let opened = |named: &Named| {
-        let chain = chain(tool, named, parsed)?;
-        let bitmaps = Bitmaps::of(&chain, &wish)?;
-        Ok(ChainDisk::new(chain, bitmaps))
+        let request = asked::request(named, parsed)?;
+        let shown = request.image.shown.clone();
+        disk(tool, request, &becomes, &wish, |error| open::cannot_open(&shown, error))
     };
     let disks = images.iter().map(opened).collect::<CliResult<Vec<_>>>()?;
     wish.check(disks.iter().map(ChainDisk::own_bitmaps))?;
     Ok(disks)
+}
+
+/// Opens what an image becomes; `cannot` says of an error which image could not be opened.
+pub(crate) fn disk(
+    tool: &Tool,
+    request: Request,
+    becomes: &Becomes,
+    wish: &Wish,
+    cannot: impl Fn(CliError) -> CliError,
+) -> CliResult<ChainDisk> {
+    let chain = chain(tool, request, becomes, cannot)?;
+    let bitmaps = Bitmaps::of(&chain, wish)?;
+    Ok(ChainDisk::new(chain, bitmaps))
+}
+
+impl Becomes {
+    fn of(parsed: &Parsed) -> CliResult<Self> {
+        Ok(Self {
+            part: part(parsed)?,
+            is_overlay: parsed.has("snapshot"),
+            snapshot: parsed.last("load-snapshot").map(str::to_owned),
+        })
+    }
 }
 
 fn check(parsed: &Parsed) -> CliResult<()> {
@@ -62,35 +96,43 @@ fn check(parsed: &Parsed) -> CliResult<()> {
     }
 }
 
-fn chain(tool: &Tool, named: &Named, parsed: &Parsed) -> CliResult<FileChain> {
-    let mut request = asked::request(named, parsed)?;
-    if let Some(part) = part(parsed)? {
+fn chain(
+    tool: &Tool,
+    mut request: Request,
+    becomes: &Becomes,
+    cannot: impl Fn(CliError) -> CliError,
+) -> CliResult<FileChain> {
+    if let Some(part) = becomes.part {
         let format = request.image.format()?;
         request.image.disk = part_of(request.image.disk, format, part);
     }
-    let choice = parsed.last("load-snapshot").map(|text| snapshot::choice(tool, text));
+    let choice =
+        becomes.snapshot.as_deref().map(|text| snapshot::choice(tool, text)).transpose()?;
     if choice.is_some() {
         request.access = Access::ReadOnly;
     }
-    let chain = match parsed.has("snapshot") {
-        true => {
-            let overlay = overlay::make(tool, &request)
-                .map_err(|error| open::cannot_open(&request.image.shown, error))?;
-            let mut above = overlay.request(request.access);
-            let common = &mut above.image.disk.common;
-            common.discard = request.image.disk.common.discard;
-            common.detect_zeroes = request.image.disk.common.detect_zeroes;
-            open::open_for_content(tool, &above)?
-        }
-        false => open::open_for_content(tool, &request)?,
+    let chain = match becomes.is_overlay {
+        true => above(tool, &request),
+        false => open::open_bare_for_content(tool, &request),
     };
-    match choice.transpose()? {
+    let chain = chain.map_err(cannot)?;
+    match choice {
         Some(choice) => snapshot::at(tool, chain, &choice),
         None => {
             open::warn_of_guess(&request, &chain);
             Ok(chain)
         }
     }
+}
+
+/// Opens a temporary overlay on the image.
+fn above(tool: &Tool, request: &Request) -> CliResult<FileChain> {
+    let overlay = overlay::make(tool, request)?;
+    let mut above = overlay.request(request.access);
+    let common = &mut above.image.disk.common;
+    common.discard = request.image.disk.common.discard;
+    common.detect_zeroes = request.image.disk.common.detect_zeroes;
+    open::open_bare_for_content(tool, &above)
 }
 
 /// Reads which part of the disk is meant, if not all of it.

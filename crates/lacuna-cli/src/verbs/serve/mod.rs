@@ -13,6 +13,7 @@ mod disk;
 mod images;
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -24,8 +25,10 @@ use pollster::block_on;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use self::asked::Asked;
-use self::disk::ChainDisk;
+pub(crate) use self::asked::{Named, Serving};
+pub(crate) use self::bitmaps::Wish as BitmapWish;
+pub(crate) use self::disk::ChainDisk;
+pub(crate) use self::images::{Becomes, disk};
 use super::{Example, Task, Verb, common, open, snapshot};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
@@ -88,16 +91,24 @@ pub(super) const VERB: Verb = Verb {
 };
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
-    let asked = Asked::new(parsed)?;
-    let exports = Arc::new(Exports::with_only_as_default());
+    let asked = Serving::new(parsed)?;
     let disks = images::open_all(tool, &asked.images, parsed)?;
+    until_the_end(&asked, disks)
+}
+
+/// Serves the disks of the images, in their order, until it is time to end; returns the exit code.
+pub(crate) fn until_the_end(asked: &Serving, disks: Vec<ChainDisk>) -> CliResult<u8> {
+    let exports = Arc::new(match asked.only_is_default {
+        true => Exports::with_only_as_default(),
+        false => Exports::default(),
+    });
     for (named, disk) in asked.images.iter().zip(disks) {
         exports.add(Export::new(&named.name, disk, asked.export.clone())?)?;
     }
     let options = ServerOptions { limits: asked.limits, ..ServerOptions::default() };
     let server = Server::start(Arc::clone(&exports), options);
     let server = server.map_err(|error| lacuna::Error::io(error, "Starting the server"))?;
-    let served = serve(&server, &asked);
+    let served = serve(&server, asked);
     server.stop();
     let closed = close_all(&exports);
     let code = served?;
@@ -105,7 +116,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 }
 
 /// Listens, and returns when it is time to end.
-fn serve(server: &Server<ChainDisk>, asked: &Asked) -> CliResult<u8> {
+fn serve(server: &Server<ChainDisk>, asked: &Serving) -> CliResult<u8> {
     let scratch = asked.needs_own_socket().then(tempfile::tempdir).transpose();
     let scratch = scratch.map_err(|error| lacuna::Error::io(error, "Making a socket's folder"))?;
     let own = scratch.as_ref().map(|folder| Address::Unix(folder.path().join("nbd.sock")));
@@ -118,7 +129,9 @@ fn serve(server: &Server<ChainDisk>, asked: &Asked) -> CliResult<u8> {
     let code = match &asked.run {
         Some(command) => run_command(command, &asked.uri(address, &names)),
         None => {
-            say_where(&names)?;
+            if asked.says_where {
+                say_where(&names)?;
+            }
             if !asked.is_persistent {
                 watch_clients(server, end);
             }
@@ -134,11 +147,28 @@ fn serve(server: &Server<ChainDisk>, asked: &Asked) -> CliResult<u8> {
 
 /// Returns what clients call the sockets.
 fn listen(server: &Server<ChainDisk>, address: &Address) -> CliResult<Vec<String>> {
-    let listeners = Listener::bind(address)
-        .map_err(|error| CliError::from(lacuna::Error::io(error, "Cannot serve")))?;
+    let listeners = Listener::bind(address).map_err(|error| cannot_listen(address, error))?;
     let names = listeners.iter().map(Listener::name).collect();
     listeners.into_iter().for_each(|listener| server.listen(listener));
     Ok(names)
+}
+
+fn cannot_listen(address: &Address, error: io::Error) -> CliError {
+    const NO_ADDRESS: &str = "failed to lookup address information: ";
+    let words = open::of_host(&error);
+    let text = match (address, words.strip_prefix(NO_ADDRESS)) {
+        (Address::Unix(path), _) => format!("Failed to bind socket to {}: {words}", path.display()),
+        (Address::Tcp(host, port), Some(words)) => {
+            format!("address resolution failed for {host}:{port}: {words}")
+        }
+        _ if error.kind() == io::ErrorKind::AddrInUse => {
+            format!("Failed to find an available port: {words}")
+        }
+        _ => format!("Failed to bind socket: {words}"),
+    };
+    CliError::new(text)
+        .in_our_words(format!("Listening on {address}: {words}"))
+        .with_class(lacuna::Error::io(error, "").kind())
 }
 
 fn say_where(names: &[String]) -> CliResult<()> {
@@ -189,7 +219,12 @@ struct PidFile<'a>(&'a Path);
 impl<'a> PidFile<'a> {
     fn new(path: &'a Path) -> CliResult<Self> {
         let written = fs::write(path, format!("{}\n", std::process::id()));
-        written.map_err(|error| lacuna::Error::io(error, format!("Writing {}", path.display())))?;
+        written.map_err(|error| {
+            let (shown, words) = (path.display(), open::of_host(&error));
+            CliError::new(format!("Could not create '{shown}': {words}"))
+                .in_our_words(format!("Writing {shown}: {words}"))
+                .with_class(lacuna::Error::io(error, "").kind())
+        })?;
         Ok(Self(path))
     }
 }
