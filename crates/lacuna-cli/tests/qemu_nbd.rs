@@ -8,6 +8,7 @@ const IMAGES: &str = "
     set -e
     stock-img create -q -f qcow2 disk.qcow2 4M
     stock-io -f qcow2 -c 'write -P 5 1M 64k' disk.qcow2 >&2
+    cp disk.qcow2 plain.qcow2
     stock-img snapshot -c s1 disk.qcow2
     stock-img bitmap --add disk.qcow2 b0
     stock-img create -q -f raw disk.raw 1M
@@ -203,7 +204,7 @@ fn what_is_written_trimmed_and_zeroed_leaves_what_its_leaves() {
     let mut script = String::new();
     for mode in modes {
         script += &format!(
-            "cp disk.qcow2 w.qcow2; served {mode} -f qcow2 w.qcow2 -- '{write}'; \
+            "cp plain.qcow2 w.qcow2; served {mode} -f qcow2 w.qcow2 -- '{write}'; \
              stock-img map --output=json w.qcow2; stock-img check w.qcow2\n"
         );
     }

@@ -54,7 +54,7 @@ fn opened(tool: &Tool, image: &asked::Image) -> CliResult<ChainDisk> {
     let bitmaps = BitmapWish::only(image.export.bitmaps.clone().unwrap_or_default());
     let disk = serve::disk(tool, request, &image.becomes, &bitmaps, cannot)?;
     bitmaps.check(std::iter::once(disk.own_bitmaps()))?;
-    Ok(disk)
+    Ok(disk.silent_about_turning())
 }
 
 /// The kernel's own client is not driven.

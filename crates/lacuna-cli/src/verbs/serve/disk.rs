@@ -24,6 +24,11 @@ impl ChainDisk {
         Self { chain, bitmaps, is_rotational }
     }
 
+    /// Makes it one that does not tell whether it turns: qemu-nbd never does.
+    pub(crate) fn silent_about_turning(self) -> Self {
+        Self { is_rotational: false, ..self }
+    }
+
     pub(super) const fn disk(&self) -> &ToolDisk {
         self.chain.disk()
     }
