@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::run::{cargo, find, run};
-use crate::{Outcome, licences, setup, tidy};
+use crate::{Outcome, guest, licences, setup, tidy};
 
 /// A step and what it does.
 type Step = (&'static str, fn() -> Outcome);
@@ -17,7 +17,12 @@ const CHEAP: [Step; 3] =
     [("format", format), ("tidy", tidy::workspace), ("licences", licences::check)];
 const LINTS: [Step; 2] = [("clippy", clippy), ("docs", docs)];
 /// The corpus replay and seeded mutation of every fuzz target are plain tests among these.
-const TESTS: [Step; 3] = [("setup", setup::peers), ("tests", tests), ("doc examples", examples)];
+const TESTS: [Step; 4] = [
+    ("setup", setup::peers),
+    ("tests", tests),
+    ("doc examples", examples),
+    ("guest", guest::sample),
+];
 
 /// Runs everything that must pass.
 pub(crate) fn all() -> Outcome {

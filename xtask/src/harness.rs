@@ -7,7 +7,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-use crate::run::{cargo, command, run, workspace};
+use crate::run::{built, command, run};
 use crate::{Outcome, figures, wipe, zeros};
 
 /// Names under which our binary is called.
@@ -75,8 +75,16 @@ pub(crate) fn iotests(arguments: &[String]) -> Outcome {
 /// Finds the program in the harness folder, or in the one of its folders that is named after the
 /// suite; returns it with the arguments that are not ours.
 fn locate(name: &str, arguments: &[String]) -> Outcome<(PathBuf, Vec<String>)> {
+    locate_in(name.trim_start_matches("run-"), name, arguments)
+}
+
+/// As [`locate`], with the name of the suite's folder.
+pub(crate) fn locate_in(
+    suite: &str,
+    name: &str,
+    arguments: &[String],
+) -> Outcome<(PathBuf, Vec<String>)> {
     let (folder, rest) = split(arguments, std::env::var("LACUNA_HARNESS").ok())?;
-    let suite = name.trim_start_matches("run-");
     let places = [folder.join(name), folder.join(suite).join(name)];
     match places.into_iter().find(|place| place.is_file()) {
         Some(program) => Ok((program, rest)),
@@ -99,10 +107,7 @@ fn split(arguments: &[String], environment: Option<String>) -> Outcome<(PathBuf,
 
 /// Builds our binary as users have it; returns where it is.
 fn release_build() -> Outcome<PathBuf> {
-    run(cargo(&["build", "--release", "--locked", "--package", "lacuna-cli"]))?;
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
-    Ok(workspace().join(target).join("release/lacuna"))
+    built("release")
 }
 
 /// A scratch folder of links, removed at the end.

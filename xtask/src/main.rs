@@ -6,6 +6,7 @@
 //! * `licences.rs` — whether every dependency may be shipped
 //! * `harness.rs` — benchmarks and QEMU's iotests, which live outside of this repository
 //! * `figures.rs` — what a benchmark run reached, as a table
+//! * `guest.rs` — a guest that lives on a disk of ours
 //! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
 //! * `written.rs` — what the command writes of itself for packages
 //! * `run.rs` — starting programs
@@ -15,6 +16,7 @@
 mod ci;
 mod figures;
 mod fuzz;
+mod guest;
 mod harness;
 mod licences;
 mod run;
@@ -43,6 +45,8 @@ usage: cargo xtask VERB [ARGUMENTS]
            --zeros copies an empty disk of 8 TiB onto an empty image (needs no DIR, and a minute);
            --wipe wipes a full disk with zeros and counts what is written (no DIR, some minutes)
   iotests  [--harness DIR] [ARGUMENTS...]   QEMU's own tests (DIR/run-iotests)
+  guest    [--harness DIR] [FS...]          boots a guest on a served disk (DIR/guest): ext4, btrfs,
+           xfs; makes, fills, trims and checks a file system; the image must be clean and smaller
   fuzz     [--seconds N] [TARGET...]        cargo-fuzz on all targets, or on some
 
 LACUNA_HARNESS stands in for --harness.";
@@ -71,6 +75,7 @@ fn dispatch(verb: &str, rest: &[String]) -> Outcome {
         "man" | "completions" => written::by_the_command(verb),
         "licences" | "deny" => licences::check(),
         "bench" => harness::bench(rest),
+        "guest" => guest::boot(rest),
         "iotests" => harness::iotests(rest),
         "fuzz" => fuzz::targets(rest),
         "" | "help" | "--help" | "-h" => {

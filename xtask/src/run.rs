@@ -23,6 +23,16 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
     command(&std::env::var("CARGO").unwrap_or_else(|_| "cargo".into()), arguments)
 }
 
+/// Builds our binary in a profile of cargo's; returns where it is.
+pub(crate) fn built(profile: &str) -> Outcome<PathBuf> {
+    let package = ["--locked", "--package", "lacuna-cli"];
+    run(cargo(&[&["build", "--profile", profile][..], &package].concat()))?;
+    let target =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+    let folder = if profile == "dev" { "debug" } else { profile };
+    Ok(workspace().join(target).join(folder).join("lacuna"))
+}
+
 /// Shows and runs a command; anything but success is an error with the command in it.
 pub(crate) fn run(mut command: Command) -> Outcome {
     let line = shown(&command);

@@ -33,6 +33,12 @@ const TRACER: [Peer; 2] = [
     Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io", "qemu-nbd"] },
 ];
 
+/// What the harness that boots a guest calls on this machine.
+const GUEST: [Peer; 2] = [
+    Peer { package: "kmod", programs: &["depmod"] },
+    Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io", "qemu-nbd"] },
+];
+
 /// Installs what tests need and is missing.
 pub(crate) fn peers() -> Outcome {
     ensure(&PEERS)
@@ -41,6 +47,11 @@ pub(crate) fn peers() -> Outcome {
 /// Installs what the benchmark that counts system calls needs and is missing.
 pub(crate) fn tracer() -> Outcome {
     ensure(&TRACER)
+}
+
+/// Installs what booting a guest needs and is missing.
+pub(crate) fn guest() -> Outcome {
+    ensure(&GUEST)
 }
 
 fn ensure(peers: &[Peer]) -> Outcome {
