@@ -91,6 +91,18 @@ fn each_level_says_for_itself_what_is_dirty_and_what_is_there() {
 }
 
 #[test]
+fn each_export_has_the_levels_and_bitmaps_of_its_own_chain() {
+    let sandbox = chain();
+    let served = Served::start(&sandbox, "-r a=top b=base --layers-bitmap tuesday");
+    let layers = |export| {
+        Client::new(&served.socket(), export, &["x-lacuna:layers"]).status(range(2 * MIB, MIB))
+    };
+    let hidden = ZERO | allocated(0) | allocated(1);
+    assert_eq!(layers("a"), [(MIB, hidden | dirty(1))]);
+    assert_eq!(layers("b"), [(MIB, ZERO)]);
+}
+
+#[test]
 fn without_a_choice_nothing_is_dirty() {
     let sandbox = chain();
     let served = Served::start(&sandbox, "-r top");

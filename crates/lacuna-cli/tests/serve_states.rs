@@ -148,6 +148,35 @@ fn one_client_grows_the_disk_and_another_uses_it() {
 }
 
 #[test]
+fn bitmaps_of_a_disk_that_grows_cover_it() {
+    let sandbox = Sandbox::ours();
+    sandbox.prepare(
+        "stock-img create -q -f qcow2 disk 4M; stock-img bitmap --add disk b
+         stock-img create -q -f qcow2 other 4M; stock-img bitmap --add other b",
+    );
+    let served = Served::start(&sandbox, "--resize a=disk b=other");
+    let context = "qemu:dirty-bitmap:b";
+    let connect = |export| Client::new(&served.socket(), export, &[context]);
+    let (mut one, mut other) = (connect("a"), connect("b"));
+    assert_eq!(one.ask(Command::Resize, range(64 * MIB, 0)).error, None);
+    one.write(MIB, &[1; 512]);
+    let grain = 64 * KIB;
+    // What a disk grows by counts as changed.
+    let expected = [(MIB, 0), (grain, 1), (3 * MIB - grain, 0), (60 * MIB, 1)];
+    assert_eq!(one.status(range(0, 64 * MIB)), expected);
+    assert_eq!(other.status(range(0, 4 * MIB)), [(4 * MIB, 0)], "the other export is as it was");
+    assert_eq!(connect("b").info().size_bytes, 4 * MIB);
+    drop((one, other));
+    drop(served);
+    let told = sandbox.run(
+        "stock-nbd -k $PWD/s -r -f qcow2 -B b disk & while ! [ -S s ]; do sleep 0.01; done
+         nbdinfo --map=qemu:dirty-bitmap:b nbd+unix:///?socket=s; wait",
+    );
+    assert!(told.text.contains("   1048576       65536    1  dirty\n"), "{}", told.text);
+    assert!(told.text.contains("   4194304    62914560    1  dirty\n"), "{}", told.text);
+}
+
+#[test]
 fn sizes_stay_where_nobody_allowed_more() {
     let sandbox = Sandbox::ours();
     sandbox.prepare("stock-img create -q -f qcow2 disk 4M; stock-img create -q -f raw raw 4M");

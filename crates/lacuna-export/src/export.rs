@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use lacuna::Error;
 use lacuna::block::is_all_zeroes;
@@ -12,6 +13,9 @@ use lacuna_nbd::{BlockSizes, ContextId, ExportName};
 
 use crate::ServedDisk;
 use crate::facts::{Fact, LayerBitmaps, facts};
+
+/// How long a client waits for what is true at the start, if it asks for it.
+const LONGEST_WALK: Duration = Duration::from_secs(1);
 
 /// How a disk is served.
 ///
@@ -224,10 +228,12 @@ impl<D: ServedDisk> Export<D> {
         flags
     }
 
-    /// What is not known is not claimed: an error here says no more than "unknown".
+    /// What is not known is not claimed: an error here says no more than "unknown", nor does a
+    /// walk that takes long.
     async fn init_state(&self) -> InitState {
         let mut state = InitState::empty();
-        state.set(InitState::ZERO, is_all_zeroes(&self.disk).await.unwrap_or(false));
+        let walk = tokio::time::timeout(LONGEST_WALK, is_all_zeroes(&self.disk)).await;
+        state.set(InitState::ZERO, matches!(walk, Ok(Ok(true))));
         let extents = self.disk.extents(self.disk.whole()).await.unwrap_or_default();
         state.set(InitState::SPARSE, extents.iter().any(|extent| extent.status.is_hole));
         state

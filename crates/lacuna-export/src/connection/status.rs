@@ -22,6 +22,8 @@ use crate::{DirtyRun, Export, ServedDisk};
 
 /// Answers of the disk that go into one of ours.
 const MAX_ANSWERS: usize = 256;
+/// Answers after which other requests and connections are looked at.
+const ANSWERS_AT_ONCE: usize = 16;
 /// Extents after which an answer is long enough.
 const ENOUGH_EXTENTS: usize = 16 << 10;
 
@@ -85,7 +87,7 @@ async fn collect(
 ) -> Result<Vec<StatusExtent>> {
     let mut known: Vec<StatusExtent> = Vec::new();
     let mut rest = range;
-    for _ in 0..MAX_ANSWERS {
+    for round in 1..=MAX_ANSWERS {
         for extent in ask(rest).await? {
             rest = GuestRange::new(rest.start + extent.len, rest.len - extent.len);
             match known.last_mut() {
@@ -95,6 +97,10 @@ async fn collect(
         }
         if rest.is_empty() || wants_one && known.len() > 1 || known.len() >= ENOUGH_EXTENTS {
             break;
+        }
+        if round % ANSWERS_AT_ONCE == 0 {
+            // Others have their turn.
+            tokio::task::yield_now().await;
         }
     }
     Ok(known)

@@ -1,5 +1,8 @@
 //! What a layer knows about being all zeros, without looking (000-5), and finding it out (A.1.4).
 
+use std::future::poll_fn;
+use std::task::Poll;
+
 use super::Layer;
 use crate::Result;
 use crate::buffer::Buffer;
@@ -35,7 +38,8 @@ impl KnownZeroes {
 ///
 /// True is certain until the next write. False means that it does not, or that finding out would
 /// take too long: an answer that is short proves nothing (000-7), the walk goes on behind it, up
-/// to a bound.
+/// to a bound. Between answers it lets other futures of the thread run, and it can be dropped
+/// there at no loss.
 ///
 /// # Errors
 /// What the layer says when asked.
@@ -70,8 +74,23 @@ pub async fn is_all_zeroes<L: Layer>(layer: &L) -> Result<bool> {
             }
             at = extent.range.end();
         }
+        step_aside().await;
     }
     Ok(false)
+}
+
+/// Is pending once.
+async fn step_aside() {
+    let mut was_asked = false;
+    poll_fn(|context| {
+        if was_asked {
+            return Poll::Ready(());
+        }
+        was_asked = true;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 async fn reads_zero<L: Layer>(layer: &L, head_bytes: u64) -> Result<bool> {
@@ -80,4 +99,28 @@ async fn reads_zero<L: Layer>(layer: &L, head_bytes: u64) -> Result<bool> {
     }
     let (result, bytes) = layer.read(GuestOffset(0), Buffer::new(head_bytes as usize)).await;
     result.map(|()| super::is_zero(&bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    use super::*;
+    use crate::block::WriteFlags;
+    use crate::raw::Raw;
+    use crate::storage::MemoryStorage;
+
+    #[test]
+    fn a_walk_lets_others_run_between_answers() {
+        let disk = pollster::block_on(Raw::create(MemoryStorage::new(), 1 << 20)).unwrap();
+        // A head that is stored keeps it from being known.
+        let head = disk.write(GuestOffset(0), Buffer::zeroed(512), WriteFlags::empty());
+        pollster::block_on(head).0.unwrap();
+        let mut walk = pin!(is_all_zeroes(&disk));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(walk.as_mut().poll(&mut context).is_pending());
+        assert!(matches!(walk.as_mut().poll(&mut context), Poll::Ready(Ok(true))));
+    }
 }
