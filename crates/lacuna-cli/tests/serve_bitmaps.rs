@@ -77,6 +77,20 @@ fn all_are_offered_unless_some_are_named() {
 }
 
 #[test]
+fn of_very_many_the_first_are_offered_and_any_that_is_named() {
+    let sandbox = Sandbox::ours();
+    sandbox.prepare(
+        "set -e; stock-img create -q -f qcow2 disk 1M
+        for n in $(seq 66); do stock-img bitmap --add disk b$n; done",
+    );
+    let got = ours(&sandbox, "-r disk", "nbdinfo $uri | grep -c qemu:dirty");
+    assert!(got.text.contains("disk: of 66 bitmaps the first 64 are offered"), "{}", got.text);
+    assert!(got.text.ends_with("\n64\n"), "{}", got.text);
+    let got = ours(&sandbox, "-r -B b66 disk", "nbdinfo $uri | grep qemu:dirty");
+    assert_eq!(got.text.trim(), "qemu:dirty-bitmap:b66");
+}
+
+#[test]
 fn bitmaps_keep_up_with_what_clients_write() {
     let sandbox = chain();
     let ask = "stock-io -f raw -c \"write 5M 10k\" -c \"discard 1M 64k\" $uri >/dev/null

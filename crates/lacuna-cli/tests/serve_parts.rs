@@ -97,6 +97,17 @@ fn overlays_of_one_base_do_not_meet_and_none_outlives_a_kill() {
 }
 
 #[test]
+fn an_overlay_is_cached_also_over_an_image_that_is_not() {
+    let sandbox = with_snapshots();
+    let got = sandbox.run(
+        "TMPDIR=/dev/shm lacuna serve -s -T none disk.qcow2 --run '
+            stock-io -f raw -c \"write -P 8 1000 1M\" -c \"read -P 8 1000 1M\" \
+              -c \"read -P 3 0 1000\" $uri'",
+    );
+    assert!(got.code == Some(0) && !got.text.contains("failed"), "{}", got.text);
+}
+
+#[test]
 fn an_overlay_on_an_image_whose_folder_is_missing_says_what_to_do() {
     let sandbox = with_snapshots();
     let got = sandbox.run("TMPDIR=$PWD/none lacuna serve -s disk.qcow2 --run true");

@@ -3,6 +3,7 @@
 //! * Never has a name of its own, so that nothing is left behind whatever ends the process.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
 
 use lacuna::block::Layer;
 use lacuna::qcow2::{self, Access, BackingName, CreateOptions};
@@ -13,7 +14,7 @@ use crate::error::{CliError, CliResult};
 use crate::persona::Tool;
 use crate::verbs::open::{self, Request};
 use crate::verbs::spec::ImageSpec;
-use crate::verbs::spec::tree::BelowSpec;
+use crate::verbs::spec::tree::{BelowSpec, StorageSpec};
 
 /// Where the file goes unless `TMPDIR` says so: it may become large.
 const FOLDER: &str = "/var/tmp";
@@ -44,6 +45,8 @@ pub(crate) fn make(tool: &Tool, request: &Request) -> CliResult<Overlay> {
     block_on(qcow2::create(&file, &options))?;
     let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
     let mut image = ImageSpec::from_name(&path, Some("qcow2"))?;
+    // What is thrown away need not go past the page cache, and not every folder lets it.
+    image.disk.file = StorageSpec::buffered_file(Path::new(&path));
     image.disk.below = BelowSpec::on(&base.image.disk, format);
     Ok(Overlay { file, image, base })
 }

@@ -138,16 +138,7 @@ impl Bitmaps {
             levels: vec![Vec::new(); listed.len()],
             kept: Mutex::default(),
         };
-        let all = unique(&listed);
-        if wish.named.is_none() && all.len() > MOST_UNASKED {
-            output::warn(&format!(
-                "{}: of {} bitmaps the first {MOST_UNASKED} are offered; name others by --bitmap",
-                shown(chain, 0),
-                all.len()
-            ));
-        }
-        let some = || all.into_iter().take(MOST_UNASKED).collect();
-        for name in wish.named.clone().unwrap_or_else(some) {
+        for name in wanted(chain, &listed, wish) {
             found.add(chain, &listed, name, wish.named.is_some())?;
         }
         Ok(found)
@@ -162,31 +153,40 @@ impl Bitmaps {
     ) -> CliResult<()> {
         let mut with = (0..listed.len()).filter(|level| listed[*level].contains(&name));
         let Some(highest) = with.next() else { return Ok(()) };
-        if let Err(error) = self.open(chain, highest, &name) {
-            return match is_named {
-                true => Err(unusable(&name, &error)),
-                false => {
-                    warn_of_unusable(&shown(chain, highest), &error);
-                    Ok(())
-                }
-            };
-        }
-        let mut levels = vec![highest];
-        for level in with {
-            match self.open(chain, level, &name) {
-                Ok(_) => levels.push(level),
-                Err(error) => {
-                    // What it may miss must not look clean.
-                    warn_of_unusable(&shown(chain, level), &error);
-                    levels.clear();
-                    break;
-                }
+        match self.open(chain, highest, &name) {
+            Ok(_) => {}
+            Err(error) if is_named => return Err(unusable(&name, &error)),
+            Err(error) => {
+                warn_of_unusable(&shown(chain, highest), &error);
+                return Ok(());
             }
         }
-        levels.into_iter().for_each(|level| self.levels[level].push(name.clone()));
+        for level in self.readable(chain, highest, with, &name) {
+            self.levels[level].push(name.clone());
+        }
         self.offered.insert(name.clone(), highest);
         self.names.push(name);
         Ok(())
+    }
+
+    /// Returns the levels with a bitmap of this name, the highest of which can be read. None where
+    /// one of the lower ones cannot: what it may miss must not look clean.
+    fn readable(
+        &self,
+        chain: &FileChain,
+        highest: usize,
+        lower: impl Iterator<Item = usize>,
+        name: &str,
+    ) -> Vec<usize> {
+        let mut levels = vec![highest];
+        for level in lower {
+            if let Err(error) = self.open(chain, level, name) {
+                warn_of_unusable(&shown(chain, level), &error);
+                return Vec::new();
+            }
+            levels.push(level);
+        }
+        levels
     }
 
     /// Returns the names that stand for a bitmap of some level.
@@ -243,6 +243,8 @@ impl Bitmaps {
 
     fn keep(&self, level: usize, bitmap: Bitmap) -> Bitmap {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        // Somebody else may have opened it meanwhile.
+        kept.retain(|(of, known)| *of != level || known.name() != bitmap.name());
         kept.push((level, bitmap.clone()));
         let bytes = |kept: &[(usize, Bitmap)]| -> usize {
             kept.iter().map(|(_, bitmap)| bitmap.memory_bytes()).sum()
@@ -264,6 +266,23 @@ fn listed(chain: &FileChain, level: usize) -> Vec<String> {
     let name = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(str::to_owned);
     let names = facts.iter().filter_map(|facts| name(facts.name.as_bytes()));
     names.filter(|name| !name.is_empty() && !name.contains('\0')).collect()
+}
+
+/// Returns the names to be looked for.
+fn wanted(chain: &FileChain, listed: &[Vec<String>], wish: &Wish) -> Vec<String> {
+    if let Some(named) = &wish.named {
+        return named.clone();
+    }
+    let mut all = unique(listed);
+    if all.len() > MOST_UNASKED {
+        output::warn(&format!(
+            "{}: of {} bitmaps the first {MOST_UNASKED} are offered; name others by --bitmap",
+            shown(chain, 0),
+            all.len()
+        ));
+        all.truncate(MOST_UNASKED);
+    }
+    all
 }
 
 fn unique(listed: &[Vec<String>]) -> Vec<String> {

@@ -77,6 +77,13 @@ impl StorageSpec {
         Self::File(FileSpec { path, kind: FileKind::Regular, common })
     }
 
+    /// Describes a plain file that goes through the page cache, whatever else is asked for.
+    pub(crate) fn buffered_file(path: &Path) -> Self {
+        let mut common = Common::default();
+        common.direct = Some(false);
+        Self::File(FileSpec { path: path.to_owned(), kind: FileKind::Regular, common })
+    }
+
     /// Returns the file that all comes from, or a name for what comes from none.
     pub(crate) fn path(&self) -> &Path {
         match self {
