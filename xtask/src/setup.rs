@@ -19,9 +19,10 @@ struct Peer {
     programs: &'static [&'static str],
 }
 
-const PEERS: [Peer; 5] = [
+const PEERS: [Peer; 6] = [
     Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io", "qemu-nbd"] },
     Peer { package: "libnbd-bin", programs: &["nbdinfo", "nbdcopy"] },
+    Peer { package: "fio", programs: &["fio"] },
     Peer { package: "nbdkit", programs: &["nbdkit"] },
     Peer { package: "python3-libnbd", programs: &["nbdsh"] },
     Peer { package: "e2fsprogs", programs: &["mke2fs", "e2fsck", "debugfs"] },

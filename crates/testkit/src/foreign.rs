@@ -21,10 +21,14 @@ pub struct Tool {
     pub package: &'static str,
 }
 
+/// Puts loads on disks and verifies what it wrote.
+pub const FIO: Tool = Tool { name: "fio", package: "fio" };
 /// Copies from and to NBD servers.
 pub const NBDCOPY: Tool = Tool { name: "nbdcopy", package: "libnbd-bin" };
 /// Asks an NBD server.
 pub const NBDINFO: Tool = Tool { name: "nbdinfo", package: "libnbd-bin" };
+/// Talks to an NBD server in Python.
+pub const NBDSH: Tool = Tool { name: "nbdsh", package: "python3-libnbd" };
 /// Makes, checks and compares images.
 pub const QEMU_IMG: Tool = Tool { name: "qemu-img", package: "qemu-utils" };
 /// Reads and writes images by commands.
