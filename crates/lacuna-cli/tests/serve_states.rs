@@ -3,6 +3,9 @@
 mod client;
 mod common;
 
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+
 use client::{Client, Served, range};
 use common::Sandbox;
 use lacuna_nbd::Command;
@@ -39,6 +42,59 @@ fn a_new_disk_is_zeros_until_somebody_writes_and_again_when_it_is_zeroed() {
         assert_eq!(held.ask(Command::WriteZeroes, range(0, 8 * MIB)).error, None);
         assert_eq!(state(&served, ""), all, "{words}: zeroed");
     }
+}
+
+/// A handshake byte by byte: nobody's library is between.
+struct Haggler(UnixStream);
+
+impl Haggler {
+    const IHAVEOPT: &[u8] = b"IHAVEOPT";
+    const INFO: u32 = 6;
+
+    fn new(served: &Served<'_>) -> Self {
+        let mut socket = UnixStream::connect(served.socket()).unwrap();
+        let mut greeting = [0; 18];
+        socket.read_exact(&mut greeting).unwrap();
+        assert_eq!(greeting[..16], *b"NBDMAGICIHAVEOPT");
+        socket.write_all(&1_u32.to_be_bytes()).unwrap();
+        Self(socket)
+    }
+
+    /// Asks what the default export is like, and returns the payloads of the answers.
+    fn info(&mut self, wanted: &[u16]) -> Vec<Vec<u8>> {
+        let mut data = vec![0; 4];
+        data.extend(u16::try_from(wanted.len()).unwrap().to_be_bytes());
+        data.extend(wanted.iter().flat_map(|kind| kind.to_be_bytes()));
+        let header = [Self::INFO, u32::try_from(data.len()).unwrap()].map(u32::to_be_bytes);
+        self.0.write_all(&[Self::IHAVEOPT, &header.concat(), &data].concat()).unwrap();
+        let mut payloads = Vec::new();
+        loop {
+            let mut reply = [0; 20];
+            self.0.read_exact(&mut reply).unwrap();
+            let word = |at: usize| u32::from_be_bytes(reply[at..at + 4].try_into().unwrap());
+            let mut payload = vec![0; word(16) as usize];
+            self.0.read_exact(&mut payload).unwrap();
+            match word(12) {
+                1 => return payloads,
+                3 => payloads.push(payload),
+                other => panic!("reply {other:#x}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn on_the_wire_the_state_is_two_words_for_who_asks_and_never_stale() {
+    let sandbox = Sandbox::ours();
+    sandbox.prepare("stock-img create -q -f qcow2 new 8M");
+    let served = Served::start(&sandbox, "-f qcow2 new");
+    let mut haggler = Haggler::new(&served);
+    let is_state = |payload: &&Vec<u8>| payload[..2] == [0, 4];
+    let mut state = |wanted: &[u16]| haggler.info(wanted).iter().find(is_state).cloned();
+    assert_eq!(state(&[]), None);
+    assert_eq!(state(&[3, 4]), Some(vec![0, 4, 0, 0b11]));
+    Client::new(&served.socket(), "", &[]).write(MIB, &[1; 512]);
+    assert_eq!(state(&[4]), Some(vec![0, 4, 0, 0b01]), "somebody wrote in between");
 }
 
 #[test]
