@@ -44,7 +44,7 @@ pub(crate) fn run(ours: &Path) -> Outcome {
         for detection in DETECTION {
             let stock = Wiper::stock(way, detection);
             let ours = Wiper::ours(way, detection, ours);
-            let [stock, ours] = contest(&disk, &stock, ours.as_ref())?;
+            let [stock, ours] = contest(&disk, &[stock, ours])?;
             println!("{}", row(way, detection, &stock, &ours, disk.clusters()));
         }
     }
@@ -59,27 +59,22 @@ struct Side {
     host_bytes: u64,
 }
 
-/// Lets both sides wipe by turns; of one that is not there, nothing.
-fn contest(disk: &Disk, stock: &Wiper, ours: Option<&Wiper>) -> Outcome<[Option<Side>; 2]> {
-    let sides = [Some(stock), ours];
+/// Lets both sides wipe by turns.
+fn contest(disk: &Disk, sides: &[Wiper; 2]) -> Outcome<[Side; 2]> {
     let mut runs = [Vec::new(), Vec::new()];
     for _ in 0..RUNS {
-        for (side, runs) in sides.iter().zip(&mut runs) {
-            if let Some(wiper) = side {
-                let image = disk.fresh()?;
-                let spent = wiper.wipe(&image)?;
-                runs.push((spent, disk.judge(&image)?));
-            }
+        for (wiper, runs) in sides.iter().zip(&mut runs) {
+            let image = disk.fresh()?;
+            let spent = wiper.wipe(&image)?;
+            runs.push((spent, disk.judge(&image)?));
         }
     }
-    let mut results = [None, None];
-    for ((side, runs), result) in sides.iter().zip(&runs).zip(&mut results) {
-        if let Some(wiper) = side {
-            let image = disk.fresh()?;
-            let calls = wiper.traced(&image, disk)?;
-            disk.judge(&image)?;
-            *result = Some(summary(calls, runs));
-        }
+    let mut results = [Side::default(); 2];
+    for ((wiper, runs), result) in sides.iter().zip(&runs).zip(&mut results) {
+        let image = disk.fresh()?;
+        let calls = wiper.traced(&image, disk)?;
+        disk.judge(&image)?;
+        *result = summary(calls, runs);
     }
     Ok(results)
 }
@@ -96,20 +91,9 @@ fn summary(calls: Calls, runs: &[(Spent, u64)]) -> Side {
     Side { calls, spent, host_bytes }
 }
 
-fn row(
-    way: Way,
-    detection: &str,
-    stock: &Option<Side>,
-    ours: &Option<Side>,
-    clusters: u64,
-) -> String {
-    let pair = |of: &dyn Fn(&Side) -> String| {
-        [stock, ours].map(|side| side.as_ref().map_or_else(|| "–".to_owned(), of)).join(", ")
-    };
-    let verdict = match (stock, ours) {
-        (Some(stock), Some(ours)) => verdict(stock, ours, clusters),
-        _ => "ours does not serve yet".to_owned(),
-    };
+fn row(way: Way, detection: &str, stock: &Side, ours: &Side, clusters: u64) -> String {
+    let pair = |of: &dyn Fn(&Side) -> String| [stock, ours].map(of).join(", ");
+    let verdict = verdict(stock, ours, clusters);
     format!(
         "| {}, `detect-zeroes={detection}` | {} | {} | {} | {} | {} | {} | {verdict} |",
         way.words(),

@@ -55,12 +55,12 @@ impl Wiper {
         Self { way, program: way.words().into(), leading: &[], detection }
     }
 
-    /// Ours, where it goes that way: it does not serve yet.
-    pub(super) fn ours(way: Way, detection: &'static str, program: &Path) -> Option<Self> {
-        match way {
-            Way::Shell => Some(Self { way, program: program.into(), leading: &["io"], detection }),
-            Way::Server => None,
-        }
+    pub(super) fn ours(way: Way, detection: &'static str, program: &Path) -> Self {
+        let leading: &[&str] = match way {
+            Way::Shell => &["io"],
+            Way::Server => &["serve"],
+        };
+        Self { way, program: program.into(), leading, detection }
     }
 
     /// Wipes an image and says what that took.
