@@ -184,10 +184,37 @@ impl CliError {
             "verb": if verb.is_empty() { Value::Null } else { verb.into() },
             "exit_code": self.code,
         });
-        for (name, value) in &self.facts {
-            line[*name] = value.clone();
-        }
+        self.add_facts(&mut line);
         format!("{line}\n")
+    }
+
+    /// Returns it as a member of an answer, where no verb failed and nothing exits.
+    pub(crate) fn value(&self) -> Value {
+        let mut value = json!({
+            "error": self.class_word(),
+            "message": self.own_text(),
+            "hint": self.hint.as_deref(),
+        });
+        self.add_facts(&mut value);
+        value
+    }
+
+    /// Takes what [`value`](Self::value) made.
+    pub(crate) fn from_value(value: &Value) -> Self {
+        let text = |name: &str| value.get(name).and_then(Value::as_str);
+        let error = Self::new(text("message").unwrap_or("It failed without a word"));
+        let class = CLASSES.into_iter().find(|class| text("error") == Some(word(*class)));
+        let error = Self { class, ..error };
+        match text("hint") {
+            Some(hint) => error.with_hint(hint),
+            None => error,
+        }
+    }
+
+    fn add_facts(&self, value: &mut Value) {
+        for (name, fact) in &self.facts {
+            value[*name] = fact.clone();
+        }
     }
 
     fn own_text(&self) -> String {
@@ -217,6 +244,19 @@ fn without_echo(text: &str) -> String {
     }
     format!("{head}{rest}")
 }
+
+/// All classes that have a name.
+const CLASSES: [ErrorKind; 9] = [
+    ErrorKind::Io,
+    ErrorKind::Corrupt,
+    ErrorKind::Unsupported,
+    ErrorKind::OutOfBounds,
+    ErrorKind::NotFound,
+    ErrorKind::Busy,
+    ErrorKind::ReadOnly,
+    ErrorKind::NoSpace,
+    ErrorKind::InvalidRequest,
+];
 
 /// The name of a class in JSON.
 const fn word(class: ErrorKind) -> &'static str {

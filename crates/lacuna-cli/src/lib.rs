@@ -8,6 +8,7 @@
 //! * Never: a panic for anything on the command line or in an image.
 
 mod args;
+mod control;
 mod demo;
 mod error;
 mod format;

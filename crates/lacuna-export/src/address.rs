@@ -92,13 +92,8 @@ impl Listener {
     }
 
     fn bind_unix(path: &Path) -> io::Result<Self> {
-        let socket = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path) => {
-                fs::remove_file(path)?;
-                UnixListener::bind(path)?
-            }
-            bound => bound?,
-        };
+        remove_stale(path)?;
+        let socket = UnixListener::bind(path)?;
         Ok(Self { socket: Socket::Unix(socket), file: Some(path.to_owned()) })
     }
 
@@ -199,6 +194,22 @@ impl Drop for Listener {
 fn vsock(address: &SockAddr) -> String {
     let known = address.as_vsock_address();
     known.map_or_else(String::new, |(cid, port)| Address::Vsock(cid, port).to_string())
+}
+
+/// Removes a socket file that nobody listens on any more; leaves everything else alone.
+///
+/// ```
+/// let folder = tempfile::tempdir().unwrap();
+/// let path = folder.path().join("s");
+/// drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+/// lacuna_export::remove_stale(&path).unwrap();
+/// assert!(!path.exists());
+/// ```
+///
+/// # Errors
+/// Where the host does not remove it.
+pub fn remove_stale(path: &Path) -> io::Result<()> {
+    if is_stale(path) { fs::remove_file(path) } else { Ok(()) }
 }
 
 /// A socket file whose server is gone refuses connections.

@@ -1,8 +1,8 @@
 //! A disk under a name.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use lacuna::Error;
 use lacuna::block::is_all_zeroes;
@@ -10,12 +10,16 @@ use lacuna_nbd::context::Context;
 use lacuna_nbd::server::{Export as Description, Refusal};
 use lacuna_nbd::wire::{InitState, TransmissionFlags};
 use lacuna_nbd::{BlockSizes, ContextId, ExportName};
+use parking_lot::{Condvar, Mutex};
 
 use crate::ServedDisk;
 use crate::facts::{Fact, LayerBitmaps, facts};
 
 /// How long a client waits for what is true at the start, if it asks for it.
 const LONGEST_WALK: Duration = Duration::from_secs(1);
+
+/// Exports that were made in this process.
+static EXPORTS: AtomicU64 = AtomicU64::new(0);
 
 /// How a disk is served.
 ///
@@ -132,8 +136,10 @@ pub struct Export<D> {
     disk: D,
     options: ExportOptions,
     facts: Vec<(Context, Fact)>,
-    clients: AtomicUsize,
-    ever: AtomicU64,
+    /// One for each export of the process.
+    number: u64,
+    clients: Mutex<Crowd>,
+    changed: Condvar,
     pub(crate) counters: Counters,
 }
 
@@ -160,8 +166,16 @@ impl<D: ServedDisk> Export<D> {
             Error::invalid("The name of an export has at most 4096 bytes and no NUL")
         })?;
         let facts = facts(&disk, &options);
-        let (clients, ever) = (AtomicUsize::new(0), AtomicU64::new(0));
-        Ok(Self { name, disk, options, facts, clients, ever, counters: Counters::default() })
+        Ok(Self {
+            name,
+            disk,
+            options,
+            facts,
+            number: EXPORTS.fetch_add(1, Ordering::Relaxed),
+            clients: Mutex::default(),
+            changed: Condvar::new(),
+            counters: Counters::default(),
+        })
     }
 
     /// Returns the name.
@@ -186,8 +200,7 @@ impl<D: ServedDisk> Export<D> {
 
     /// Returns how many clients it has and had.
     pub fn clients(&self) -> Clients {
-        let now = self.clients.load(Ordering::SeqCst);
-        Clients { now, ever: self.ever.load(Ordering::SeqCst) }
+        self.clients.lock().clients
     }
 
     /// Says whether changes are refused.
@@ -242,17 +255,50 @@ impl<D: ServedDisk> Export<D> {
     /// Counts a client in, unless there are as many as there may be.
     pub(crate) fn admit(self: &Arc<Self>) -> Result<Guest<D>, Refusal> {
         let most = self.options.shared;
-        let admit = |now| (most == 0 || now < most).then_some(now + 1);
-        match self.clients.fetch_update(Ordering::SeqCst, Ordering::SeqCst, admit) {
-            Ok(_) => {
-                self.ever.fetch_add(1, Ordering::SeqCst);
-                Ok(Guest(Arc::clone(self)))
-            }
-            Err(_) => {
-                Err(Refusal::Policy(format!("Export {} has its {most} clients already", self.name)))
+        let mut crowd = self.clients.lock();
+        if crowd.is_retired {
+            return Err(Refusal::Unknown);
+        }
+        if most != 0 && crowd.clients.now >= most {
+            let text = format!("Export {} has its {most} clients already", self.name);
+            return Err(Refusal::Policy(text));
+        }
+        crowd.clients.now += 1;
+        crowd.clients.ever += 1;
+        Ok(Guest(Arc::clone(self)))
+    }
+
+    pub(crate) const fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Lets no client in any more. Those that are there stay.
+    pub fn retire(&self) {
+        self.clients.lock().is_retired = true;
+    }
+
+    /// Waits until no client is left, at most for so long; says whether it came to that.
+    pub fn wait_until_left(&self, patience: Duration) -> bool {
+        let deadline = Instant::now().checked_add(patience);
+        let mut crowd = self.clients.lock();
+        while crowd.clients.now > 0 {
+            match deadline {
+                None => self.changed.wait(&mut crowd),
+                Some(deadline) if self.changed.wait_until(&mut crowd, deadline).timed_out() => {
+                    return crowd.clients.now == 0;
+                }
+                Some(_) => {}
             }
         }
+        true
     }
+}
+
+/// How many clients there are, and whether more may come.
+#[derive(Debug, Default)]
+struct Crowd {
+    clients: Clients,
+    is_retired: bool,
 }
 
 /// A client's place at an export, given back when it leaves.
@@ -267,6 +313,7 @@ impl<D> Guest<D> {
 
 impl<D> Drop for Guest<D> {
     fn drop(&mut self) {
-        self.0.clients.fetch_sub(1, Ordering::SeqCst);
+        self.0.clients.lock().clients.now -= 1;
+        self.0.changed.notify_all();
     }
 }

@@ -21,6 +21,7 @@
 //! * `address.rs`, `stream.rs`: where clients come from, and their sockets
 //! * `tls.rs`: whether those are under TLS
 //! * `server.rs`: listeners, workers, and a stop that loses nothing
+//! * `population.rs`: who is connected
 //! * `connection/`: one client
 //!
 //! Always and never:
@@ -40,14 +41,16 @@ mod disk;
 mod export;
 mod exports;
 mod facts;
+mod population;
 mod server;
 mod stream;
 mod tls;
 
-pub use address::{Address, Listener};
+pub use address::{Address, Listener, remove_stale};
 pub use disk::{DirtyRun, Plain, ServedDisk};
 pub use export::{Clients, Export, ExportOptions, Statistics};
 pub use exports::Exports;
 pub use facts::LayerBitmaps;
-pub use server::{AllLeft, Connection, Limits, Server, ServerOptions, WhenFull};
+pub use population::Connection;
+pub use server::{AllLeft, Limits, Server, ServerOptions, WhenFull};
 pub use tls::Tls;

@@ -5,22 +5,21 @@
 //! * A stop lets no client in, rejects what is asked from then on, waits for what is in flight as
 //!   long as the limit says, and returns when all connections are over.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use lacuna_nbd::ExportName;
 use parking_lot::{Condvar, Mutex};
 use tokio::runtime::Builder;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::LocalSet;
 
 use crate::connection::{self, Scratch};
+use crate::population::{Connection, Place, Population, Stopping};
 use crate::stream::Accepted;
-use crate::{Exports, Listener, ServedDisk, Tls};
+use crate::{Export, Exports, Listener, ServedDisk, Tls};
 
 /// How long accepting rests where the host has no descriptors left.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -142,7 +141,7 @@ impl<D> AllLeft<D> {
     /// not count.
     pub fn wait(&self) {
         let mut population = self.0.population.lock();
-        while !population.was_used || !population.now.is_empty() {
+        while !population.is_over() {
             self.0.changed.wait(&mut population);
         }
     }
@@ -155,39 +154,10 @@ pub(crate) struct Shared<D> {
     tls: Tls,
     report: Option<fn(&str, &io::Error)>,
     stop: watch::Sender<bool>,
-    population: Mutex<Population>,
-    changed: Condvar,
+    pub(crate) population: Mutex<Population>,
+    pub(crate) changed: Condvar,
     /// Told when a place becomes free.
-    left: Notify,
-}
-
-/// A connection, for lists.
-///
-/// ```
-/// fn line(connection: &lacuna_export::Connection) -> String {
-///     format!("{} from {}", connection.number, connection.peer)
-/// }
-/// # let _ = line;
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Connection {
-    /// Counts from 1, in order of arrival.
-    pub number: u64,
-    /// Its address, or `unix`.
-    pub peer: String,
-    /// The export, once it is chosen.
-    pub export: Option<String>,
-    /// When it came.
-    pub since: SystemTime,
-}
-
-/// The connections there are, and how many there ever were.
-#[derive(Debug, Default)]
-struct Population {
-    now: BTreeMap<u64, Connection>,
-    ever: u64,
-    /// Whether any of them has chosen an export.
-    was_used: bool,
+    pub(crate) left: Notify,
 }
 
 struct Worker<D> {
@@ -245,7 +215,13 @@ impl<D: ServedDisk> Server<D> {
 
     /// Returns the connections there are, in order of arrival.
     pub fn connections(&self) -> Vec<Connection> {
-        self.shared.population.lock().now.values().cloned().collect()
+        self.shared.population.lock().list()
+    }
+
+    /// Ends the connections of an export as a stop would: what is in flight is finished. Returns
+    /// how many there are, which end soon afterwards.
+    pub fn disconnect(&self, export: &Arc<Export<D>>) -> usize {
+        self.shared.population.lock().end(export.number())
     }
 
     /// Returns what waits for the last client to leave, on any thread.
@@ -283,8 +259,8 @@ impl<D> Shared<D> {
         &self.exports
     }
 
-    fn stopping(&self) -> Stopping {
-        Stopping { begun: self.stop.subscribe(), patience: self.limits.stop }
+    pub(crate) fn stopping(&self) -> Stopping {
+        Stopping::new(&self.stop, self.limits.stop)
     }
 
     /// Finds a place for a connection; where all are taken, in the way of [`WhenFull`].
@@ -303,36 +279,11 @@ impl<D> Shared<D> {
     /// Counts a connection in, unless there are as many as there may be.
     fn enter(self: &Arc<Self>, peer: &str, worker: &Worker<D>) -> Option<Place<D>> {
         let mut population = self.population.lock();
-        if population.now.len() >= self.limits.connections {
+        if population.len() >= self.limits.connections {
             return None;
         }
-        population.ever += 1;
-        let number = population.ever;
-        let (peer, since) = (peer.to_owned(), SystemTime::now());
-        population.now.insert(number, Connection { number, peer, export: None, since });
-        let on_worker = Arc::clone(&worker.connections);
-        on_worker.fetch_add(1, Ordering::SeqCst);
-        Some(Place { shared: Arc::clone(self), number, on_worker })
-    }
-}
-
-/// The end of a server, as a connection sees it.
-#[derive(Clone, Debug)]
-pub(crate) struct Stopping {
-    begun: watch::Receiver<bool>,
-    patience: Duration,
-}
-
-impl Stopping {
-    /// Waits until the server stops.
-    pub(crate) async fn begun(&mut self) {
-        // An error means that the server is gone altogether.
-        drop(self.begun.wait_for(|stop| *stop).await);
-    }
-
-    /// Waits as long as a stopping server does.
-    pub(crate) async fn overdue(&mut self) {
-        tokio::time::sleep(self.patience).await;
+        let (number, seat) = population.enter(peer);
+        Some(Place::new(Arc::clone(self), number, seat, Arc::clone(&worker.connections)))
     }
 }
 
@@ -351,37 +302,6 @@ impl<D> Worker<D> {
     fn send(&self, errand: Errand<D>) {
         // A worker that is gone has stopped with the server: what it was given ends with it.
         drop(self.inbox.send(errand));
-    }
-}
-
-/// A place among the connections, given back when the connection is over.
-pub(crate) struct Place<D> {
-    shared: Arc<Shared<D>>,
-    number: u64,
-    on_worker: Arc<AtomicUsize>,
-}
-
-impl<D> Place<D> {
-    pub(crate) const fn shared(&self) -> &Arc<Shared<D>> {
-        &self.shared
-    }
-
-    /// Notes what the client has chosen.
-    pub(crate) fn chose(&self, export: &ExportName) {
-        let mut population = self.shared.population.lock();
-        population.was_used = true;
-        if let Some(connection) = population.now.get_mut(&self.number) {
-            connection.export = Some(export.as_str().to_owned());
-        }
-    }
-}
-
-impl<D> Drop for Place<D> {
-    fn drop(&mut self) {
-        self.on_worker.fetch_sub(1, Ordering::SeqCst);
-        self.shared.population.lock().now.remove(&self.number);
-        self.shared.changed.notify_all();
-        self.shared.left.notify_waiters();
     }
 }
 
@@ -444,7 +364,7 @@ async fn accept<D: ServedDisk>(
 
 /// Serves one client; what it did wrong ends its own connection only.
 async fn serve<D: ServedDisk>(socket: Accepted, place: Place<D>, scratch: Scratch) {
-    let stopping = place.shared().stopping();
+    let stopping = place.stopping();
     let peer = socket.peer.clone();
     let served = match socket.register() {
         Ok(stream) => connection::serve(stream, &place, stopping, scratch).await,

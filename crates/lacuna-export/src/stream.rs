@@ -78,6 +78,10 @@ impl Stream {
         }
     }
 
+    pub(crate) const fn is_secure(&self) -> bool {
+        matches!(self, Self::Tls(_))
+    }
+
     /// Says that nothing more comes, where a client could not tell that from a cut wire; does not
     /// wait for a client that takes nothing.
     pub(crate) fn poll_farewell(&mut self, cx: &mut Context<'_>) -> Poll<()> {

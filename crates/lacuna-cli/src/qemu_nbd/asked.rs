@@ -110,6 +110,7 @@ impl Asked {
             limits: self.limits,
             is_persistent: self.is_persistent,
             pid_file: self.pid_file.clone(),
+            control: None,
             run: None,
             only_is_default: false,
             says_where: false,

@@ -34,7 +34,7 @@ pub(crate) fn run(tool: &Tool, arguments: &[String]) -> CliResult<u8> {
         Mode::Device(device) => Err(no_device(device)),
         Mode::Serve(image) => {
             let disk = opened(tool, image)?;
-            serve::until_the_end(&asked.serving(image), vec![disk])
+            serve::until_the_end(tool, &asked.serving(image), vec![disk])
         }
     }
 }

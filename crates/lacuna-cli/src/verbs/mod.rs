@@ -12,6 +12,7 @@ mod compare;
 mod completions;
 mod convert;
 pub(crate) mod create;
+mod ctl;
 mod dd;
 mod help;
 mod info;
@@ -86,7 +87,7 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 19] = [
+const VERBS: [&Verb; 20] = [
     &amend::VERB,
     &bench::VERB,
     &check::VERB,
@@ -94,6 +95,7 @@ const VERBS: [&Verb; 19] = [
     &completions::VERB,
     &convert::VERB,
     &create::VERB,
+    &ctl::VERB,
     &dd::VERB,
     &demo::VERB,
     &help::VERB,
@@ -126,8 +128,9 @@ const ERROR_FORMAT: Flag =
         .own();
 
 /// Verbs that only we have.
-const OWN: [&str; 6] = [
+const OWN: [&str; 7] = [
     completions::VERB.name,
+    ctl::VERB.name,
     demo::VERB.name,
     help::VERB.name,
     io::VERB.name,

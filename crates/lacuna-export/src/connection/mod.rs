@@ -17,9 +17,10 @@ mod transmit;
 use std::cell::RefCell;
 use std::io;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::ServedDisk;
-use crate::server::{Place, Stopping};
+use crate::population::{Place, Stopping};
 use crate::stream::Stream;
 
 /// Memory that all connections of a worker receive into, one at a time.
@@ -54,8 +55,10 @@ pub(crate) async fn serve<D: ServedDisk>(
     };
     match shaken? {
         Some(ready) => {
-            place.chose(ready.transmission.export_name());
-            transmit::until_the_end(ready, limits, stopping, scratch).await
+            let export = ready.guest.export();
+            place.chose(export.name(), export.number(), ready.stream.is_secure());
+            let traffic = Arc::clone(place.traffic());
+            transmit::until_the_end(ready, limits, stopping, scratch, traffic).await
         }
         None => Ok(()),
     }

@@ -23,7 +23,8 @@ use super::reply::{Part, Reply};
 use super::shake::Ready;
 use super::status::Wanted;
 use crate::export::Guest;
-use crate::server::{Limits, Stopping};
+use crate::population::{Stopping, Traffic};
+use crate::server::Limits;
 use crate::stream::Stream;
 use crate::{Export, ServedDisk};
 
@@ -36,6 +37,7 @@ pub(super) async fn until_the_end<D: ServedDisk>(
     limits: Limits,
     mut stopping: Stopping,
     scratch: Scratch,
+    traffic: Arc<Traffic>,
 ) -> io::Result<()> {
     let Ready { stream, transmission, guest, early } = ready;
     let (replies, export) = (transmission.replies(), Arc::clone(guest.export()));
@@ -52,6 +54,7 @@ pub(super) async fn until_the_end<D: ServedDisk>(
         unread: early,
         payload: None,
         is_ending: false,
+        traffic,
     };
     connection.run_until(&mut stopping).await?;
     poll_fn(|cx| connection.stream.poll_farewell(cx)).await;
@@ -73,6 +76,7 @@ struct Connection<D, F, S> {
     payload: Option<Payload>,
     /// Nothing more is received.
     is_ending: bool,
+    traffic: Arc<Traffic>,
 }
 
 /// A write whose bytes are arriving.
@@ -116,7 +120,10 @@ where
             while let Some(reply) = self.in_flight.poll_next(cx) {
                 self.answer(reply);
             }
+            let waiting = self.output.bytes();
             let sent = self.output.poll_send(&mut self.stream, cx)?;
+            self.traffic.sent_bytes.add((waiting - self.output.bytes()) as usize);
+            self.traffic.in_flight.set(self.in_flight.len() as u64);
             if self.is_ending && self.in_flight.len() == 0 && sent.is_ready() {
                 return Poll::Ready(Ok(()));
             }
@@ -173,6 +180,7 @@ where
         if piece.filled().is_empty() {
             self.is_ending = true;
         }
+        self.traffic.received_bytes.add(piece.filled().len());
         self.take(piece.filled(), cx)?;
         Ok(Received::Something)
     }
@@ -186,6 +194,7 @@ where
         }
         let len = piece.filled().len();
         payload.filled += len;
+        self.traffic.received_bytes.add(len);
         self.transmission.payload_taken(len as u64);
         self.is_ending = len == 0;
         self.write_if_whole(cx);
@@ -204,6 +213,7 @@ where
                 TransmissionEvent::NeedInput => break,
                 TransmissionEvent::Disconnect => self.is_ending = true,
                 TransmissionEvent::Rejected(rejection) => {
+                    self.traffic.requests.add(1);
                     let mut text = Vec::new();
                     replies.rejection(&rejection, &mut text);
                     self.output.push(Part::Text(text));
@@ -243,6 +253,7 @@ where
     }
 
     fn begin(&mut self, job: Job, cx: &mut Context<'_>) {
+        self.traffic.requests.add(1);
         let weight = job.weight();
         if let Some(reply) = self.in_flight.start((self.start)(job), weight, cx) {
             self.answer(reply);

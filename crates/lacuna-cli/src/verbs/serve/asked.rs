@@ -39,6 +39,8 @@ pub(crate) struct Serving {
     pub(crate) limits: Limits,
     pub(crate) is_persistent: bool,
     pub(crate) pid_file: Option<PathBuf>,
+    /// The socket file for `lacuna ctl`.
+    pub(crate) control: Option<PathBuf>,
     /// A command of the shell; serving ends with it.
     pub(crate) run: Option<String>,
     /// Whether an export that is alone answers to the empty name as well.
@@ -59,6 +61,7 @@ impl Serving {
             limits: limits(parsed)?,
             is_persistent: parsed.has("persistent"),
             pid_file: parsed.last("pid-file").map(PathBuf::from),
+            control: parsed.last("control").map(PathBuf::from),
             run: parsed.last("run").map(str::to_owned),
             only_is_default: true,
             says_where: true,
@@ -135,7 +138,7 @@ fn address(parsed: &Parsed) -> CliResult<Address> {
     }
 }
 
-fn export(parsed: &Parsed) -> CliResult<ExportOptions> {
+pub(super) fn export(parsed: &Parsed) -> CliResult<ExportOptions> {
     Ok(ExportOptions {
         description: parsed.last("description").map(str::to_owned),
         read_only: parsed.has("read-only"),

@@ -29,7 +29,7 @@ impl ChainDisk {
         Self { is_rotational: false, ..self }
     }
 
-    pub(super) const fn disk(&self) -> &ToolDisk {
+    pub(crate) const fn disk(&self) -> &ToolDisk {
         self.chain.disk()
     }
 

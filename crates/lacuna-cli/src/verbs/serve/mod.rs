@@ -14,7 +14,7 @@ mod images;
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -31,6 +31,7 @@ pub(crate) use self::disk::ChainDisk;
 pub(crate) use self::images::{Becomes, disk};
 use super::{Example, Task, Verb, common, open, snapshot};
 use crate::args::{Flag, Parsed};
+use crate::control::{self, Control};
 use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::Tool;
@@ -39,7 +40,7 @@ use crate::persona::Tool;
 pub(super) const VERB: Verb = Verb {
     name: "serve",
     task: Task::Serve,
-    summary: "Serve disks to NBD clients",
+    summary: "Serve disks to NBD clients; ctl talks to the server",
     operands: "[NAME=]FILENAME...",
     flags: &[
         Flag::valued('k', "socket", "PATH", "listen on a socket file"),
@@ -47,7 +48,7 @@ pub(super) const VERB: Verb = Verb {
         Flag::valued('p', "port", "PORT", "listen on this TCP port (10809)"),
         common::FORMAT,
         common::IMAGE_OPTS,
-        Flag::switch('r', "read-only", "refuse changes"),
+        READ_ONLY,
         images::LOAD_SNAPSHOT,
         images::SNAPSHOT,
         images::OFFSET,
@@ -55,12 +56,13 @@ pub(super) const VERB: Verb = Verb {
         bitmaps::BITMAP,
         bitmaps::LAYERS_BITMAP,
         Flag::switch('t', "persistent", "go on when the last client has left"),
-        Flag::valued('e', "shared", "NUM", "clients of an export at once (0: any number)"),
-        Flag::valued('D', "description", "TEXT", "a text about the exports, for people"),
-        Flag::valued('T', "cache", "MODE", "cache mode of the host (writeback)"),
-        Flag::valued('\0', "discard", "MODE", "ignore or unmap (unmap)").long_only(),
-        Flag::valued('\0', "detect-zeroes", "MODE", "off, on, unmap or thorough (off)").long_only(),
-        Flag::switch('\0', "resize", "let clients change the size").long_only(),
+        SHARED,
+        DESCRIPTION,
+        CACHE,
+        DISCARD,
+        DETECT_ZEROES,
+        RESIZE,
+        CONTROL,
         Flag::valued('\0', "pid-file", "PATH", "holds the process id while clients can come")
             .long_only(),
         Flag::valued('\0', "max-connections", "NUM", "connections at once (4096)").long_only(),
@@ -82,6 +84,10 @@ pub(super) const VERB: Verb = Verb {
             line: "-s disk.qcow2 --run 'nbdinfo $uri'",
         },
         Example {
+            shows: "more of the server while it runs",
+            line: "disk.qcow2 --control c --run 'lacuna ctl --control c connections'",
+        },
+        Example {
             shows: "two exports for as long as a command runs, changes refused",
             line: "-r a=disk.qcow2 b=disk.raw --run 'nbdinfo --list $uri'",
         },
@@ -90,14 +96,61 @@ pub(super) const VERB: Verb = Verb {
     run,
 };
 
+const READ_ONLY: Flag = Flag::switch('r', "read-only", "refuse changes");
+const SHARED: Flag =
+    Flag::valued('e', "shared", "NUM", "clients of an export at once (0: any number)");
+const DESCRIPTION: Flag =
+    Flag::valued('D', "description", "TEXT", "a text about the exports, for people");
+const CACHE: Flag = Flag::valued('T', "cache", "MODE", "cache mode of the host (writeback)");
+const DISCARD: Flag = Flag::valued('\0', "discard", "MODE", "ignore or unmap (unmap)").long_only();
+const DETECT_ZEROES: Flag =
+    Flag::valued('\0', "detect-zeroes", "MODE", "off, on, unmap or thorough (off)").long_only();
+const RESIZE: Flag = Flag::switch('\0', "resize", "let clients change the size").long_only();
+const CONTROL: Flag =
+    Flag::valued('\0', "control", "PATH", "listen for `lacuna ctl` on a socket file").long_only();
+
+/// The options that are about an export, not about the server.
+pub(crate) const OF_EXPORTS: [Flag; 17] = [
+    common::FORMAT,
+    common::IMAGE_OPTS,
+    READ_ONLY,
+    images::LOAD_SNAPSHOT,
+    images::SNAPSHOT,
+    images::OFFSET,
+    images::SIZE,
+    bitmaps::BITMAP,
+    bitmaps::LAYERS_BITMAP,
+    SHARED,
+    DESCRIPTION,
+    CACHE,
+    DISCARD,
+    DETECT_ZEROES,
+    RESIZE,
+    common::FORCE_SHARE,
+    common::PROBE_BACKING,
+];
+
+/// Opens one more image and names it, as [`OF_EXPORTS`] say.
+pub(crate) fn export(
+    tool: &Tool,
+    name: &str,
+    file: &str,
+    parsed: &Parsed,
+) -> CliResult<Export<ChainDisk>> {
+    let options = asked::export(parsed)?;
+    let disks = images::open_all(tool, &[Named::new(name, file)], parsed)?;
+    let disk = disks.into_iter().next().ok_or_else(|| CliError::new("No image was opened"))?;
+    Ok(Export::new(name, disk, options)?)
+}
+
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let asked = Serving::new(parsed)?;
     let disks = images::open_all(tool, &asked.images, parsed)?;
-    until_the_end(&asked, disks)
+    until_the_end(tool, &asked, disks)
 }
 
 /// Serves the disks of the images, in their order, until it is time to end; returns the exit code.
-pub(crate) fn until_the_end(asked: &Serving, disks: Vec<ChainDisk>) -> CliResult<u8> {
+pub(crate) fn until_the_end(tool: &Tool, asked: &Serving, disks: Vec<ChainDisk>) -> CliResult<u8> {
     let exports = Arc::new(match asked.only_is_default {
         true => Exports::with_only_as_default(),
         false => Exports::default(),
@@ -108,21 +161,33 @@ pub(crate) fn until_the_end(asked: &Serving, disks: Vec<ChainDisk>) -> CliResult
     let options = ServerOptions { limits: asked.limits, ..ServerOptions::default() };
     let server = Server::start(Arc::clone(&exports), options);
     let server = server.map_err(|error| lacuna::Error::io(error, "Starting the server"))?;
-    let served = serve(&server, asked);
+    let server = Arc::new(server);
+    let (end, ended) = mpsc::channel();
+    let stop = asked.run.is_none().then(|| end.clone());
+    let control = Control::new(tool, Arc::clone(&server), stop);
+    let served = serve(&server, asked, &control, end, &ended);
     server.stop();
-    let closed = close_all(&exports);
+    let removed = control.shut_down();
+    let closed = close_all(&exports).and(removed);
     let code = served?;
     closed.map(|()| code)
 }
 
 /// Listens, and returns when it is time to end.
-fn serve(server: &Server<ChainDisk>, asked: &Serving) -> CliResult<u8> {
+fn serve(
+    server: &Server<ChainDisk>,
+    asked: &Serving,
+    control: &Arc<Control>,
+    end: mpsc::Sender<()>,
+    ended: &mpsc::Receiver<()>,
+) -> CliResult<u8> {
     let scratch = asked.needs_own_socket().then(tempfile::tempdir).transpose();
     let scratch = scratch.map_err(|error| lacuna::Error::io(error, "Making a socket's folder"))?;
     let own = scratch.as_ref().map(|folder| Address::Unix(folder.path().join("nbd.sock")));
     // Signals count from here on: whoever sees the socket may end the server.
-    let (end, ended) = mpsc::channel();
     let signals = watch_signals(end.clone())?;
+    let listen_for = |path: &PathBuf| control::Socket::listen(Arc::clone(control), path);
+    let control_socket = asked.control.as_ref().map(listen_for).transpose()?;
     let address = own.as_ref().unwrap_or(&asked.address);
     let names = listen(server, address)?;
     let pid_file = asked.pid_file.as_deref().map(PidFile::new).transpose()?;
@@ -141,7 +206,7 @@ fn serve(server: &Server<ChainDisk>, asked: &Serving) -> CliResult<u8> {
         }
     };
     signals.close();
-    drop(pid_file);
+    drop((pid_file, control_socket));
     code
 }
 
