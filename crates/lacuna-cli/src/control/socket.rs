@@ -1,6 +1,5 @@
 //! The socket file: only its owner's, and a thread for each of a few clients.
 
-use std::fs;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -16,7 +15,7 @@ use rustix::net::{
 
 use super::{Control, session};
 use crate::error::CliResult;
-use crate::output;
+use crate::verbs::serve::remove_own;
 
 /// Clients at once; more are told so.
 const MOST_CLIENTS: usize = 16;
@@ -40,9 +39,7 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.0) {
-            output::warn(&format!("{} could not be removed: {error}", self.0.display()));
-        }
+        remove_own(&self.0);
     }
 }
 

@@ -296,8 +296,16 @@ impl<'a> PidFile<'a> {
 
 impl Drop for PidFile<'_> {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(self.0) {
-            output::warn(&format!("{} could not be removed: {error}", self.0.display()));
+        remove_own(self.0);
+    }
+}
+
+/// Removes a file that we made; somebody who ends us may have been faster.
+pub(crate) fn remove_own(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            output::warn(&format!("{} could not be removed: {error}", path.display()));
         }
+        _ => {}
     }
 }
