@@ -1,13 +1,18 @@
 //! The server against stock clients.
 
-use std::path::PathBuf;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use lacuna::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, create};
 use lacuna::raw::Raw;
 use lacuna::storage::MemoryStorage;
 use lacuna_export::{
-    Address, Export, ExportOptions, Exports, Listener, Plain, ServedDisk, Server, ServerOptions,
+    Address, Export, ExportOptions, Exports, Limits, Listener, Plain, ServedDisk, Server,
+    ServerOptions, WhenFull,
 };
 use pollster::block_on;
 use tempfile::TempDir;
@@ -21,9 +26,14 @@ struct Served<D: ServedDisk> {
 
 impl<D: ServedDisk> Served<D> {
     fn start(disk: D, options: ExportOptions) -> Self {
+        Self::start_within(disk, options, Limits::default())
+    }
+
+    fn start_within(disk: D, options: ExportOptions, limits: Limits) -> Self {
         let exports = Arc::new(Exports::default());
         exports.add(Export::new("", disk, options).unwrap()).unwrap();
-        let server = Server::start(exports, ServerOptions::default()).unwrap();
+        let server = Server::start(exports, ServerOptions { limits, ..ServerOptions::default() });
+        let server = server.unwrap();
         let folder = tempfile::tempdir().unwrap();
         for listener in Listener::bind(&Address::Unix(folder.path().join("sock"))).unwrap() {
             server.listen(listener);
@@ -105,10 +115,67 @@ fn nbdinfo_shows_flags_contexts_and_the_map() {
 fn a_server_that_stops_ends_idle_connections_and_removes_its_socket() {
     let served = Served::start(raw(1 << 20), ExportOptions::default());
     let path = served.file("sock");
-    let idle: Vec<_> =
-        (0..50).map(|_| std::os::unix::net::UnixStream::connect(&path).unwrap()).collect();
+    let idle: Vec<_> = (0..50).map(|_| UnixStream::connect(&path).unwrap()).collect();
     served.server.stop();
     assert!(served.server.connections().is_empty());
     assert!(!path.exists());
     drop(idle);
+}
+
+/// Connects and waits for the greeting.
+fn greeted(path: &Path) -> UnixStream {
+    let mut socket = UnixStream::connect(path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    socket.read_exact(&mut [0; 18]).unwrap();
+    socket
+}
+
+#[test]
+fn who_is_one_too_many_waits_where_that_is_wished() {
+    let limits = Limits { connections: 1, when_full: WhenFull::Wait, ..Limits::default() };
+    let served = Served::start_within(raw(1 << 20), ExportOptions::default(), limits);
+    let path = served.file("sock");
+    let first = greeted(&path);
+    let second = {
+        let path = path.clone();
+        thread::spawn(move || greeted(&path))
+    };
+    assert_eq!(served.server.connections().len(), 1);
+    drop(first);
+    // The first is gone, so this one is greeted.
+    let second = second.join().unwrap();
+    let numbers: Vec<u64> = served.server.connections().iter().map(|it| it.number).collect();
+    assert_eq!(numbers, [2]);
+    drop(second);
+    served.server.stop();
+}
+
+#[test]
+fn an_export_that_retires_lets_nobody_in_and_its_clients_can_be_sent_away() {
+    let served = Served::start(qcow2(64 << 20), ExportOptions::default());
+    let export = served.server.exports().all().remove(0);
+    assert!(export.wait_until_left(Duration::ZERO));
+    let mut client = greeted(&served.file("sock"));
+    // Client flags, then GO for the default export, asking for no information.
+    let go = b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0";
+    client.write_all(go).unwrap();
+    // A flush: who answers it is in the transmission phase.
+    client.write_all(&[&b"\x25\x60\x95\x13\0\0\0\x03"[..], &[0; 20]].concat()).unwrap();
+    let mut told = Vec::new();
+    while !told.ends_with(b"\x67\x44\x66\x98\0\0\0\0\0\0\0\0\0\0\0\0") {
+        let mut byte = [0];
+        client.read_exact(&mut byte).unwrap();
+        told.extend(byte);
+    }
+    let one = served.server.connections().remove(0);
+    assert_eq!((one.export.as_deref(), one.requests, one.received_bytes), (Some(""), 1, 28));
+    assert_eq!((one.in_flight, one.is_tls), (0, false));
+    export.retire();
+    assert!(!export.wait_until_left(Duration::ZERO));
+    let other = QEMU_IO.run(["-f", "raw", "-c", "read 0 512", &served.uri()]);
+    assert!(other.stderr.contains("can't open"), "{}", other.stderr);
+    assert_eq!(served.server.disconnect(&export), 1);
+    assert_eq!(client.read(&mut [0; 1]).unwrap(), 0, "the end of the stream");
+    assert!(export.wait_until_left(Duration::from_secs(20)));
+    served.server.stop();
 }

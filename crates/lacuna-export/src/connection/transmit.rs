@@ -41,6 +41,7 @@ pub(super) async fn until_the_end<D: ServedDisk>(
 ) -> io::Result<()> {
     let Ready { stream, transmission, guest, early } = ready;
     let (replies, export) = (transmission.replies(), Arc::clone(guest.export()));
+    traffic.received_bytes.add(early.len());
     let start = move |job| execute(Arc::clone(&export), replies, job);
     let mut connection = Connection {
         stream,
@@ -120,10 +121,10 @@ where
             while let Some(reply) = self.in_flight.poll_next(cx) {
                 self.answer(reply);
             }
+            self.traffic.in_flight.set(self.in_flight.len() as u64);
             let waiting = self.output.bytes();
             let sent = self.output.poll_send(&mut self.stream, cx)?;
             self.traffic.sent_bytes.add((waiting - self.output.bytes()) as usize);
-            self.traffic.in_flight.set(self.in_flight.len() as u64);
             if self.is_ending && self.in_flight.len() == 0 && sent.is_ready() {
                 return Poll::Ready(Ok(()));
             }
