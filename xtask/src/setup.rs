@@ -26,6 +26,7 @@ const PEERS: [Peer; 6] = [
     Peer { package: "nbdkit", programs: &["nbdkit"] },
     Peer { package: "python3-libnbd", programs: &["nbdsh"] },
     Peer { package: "e2fsprogs", programs: &["mke2fs", "e2fsck", "debugfs"] },
+    Peer { package: "systemd", programs: &["systemd-socket-activate"] },
 ];
 
 /// What counts system calls in a benchmark; tests do without.

@@ -15,6 +15,7 @@ mod format;
 mod interrupt;
 mod io;
 mod nodes;
+mod objects;
 mod options;
 mod output;
 mod persona;

@@ -2,7 +2,10 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::Sandbox;
+use testkit::certificates::{Authority, LOCAL};
 
 /// Lines and columns of a terminal that nobody has made larger.
 const SCREEN: (usize, usize) = (24, 80);
@@ -16,6 +19,15 @@ const CAST: &str = "
     cp disk.qcow2 snapshots.qcow2; stock-img snapshot -c monday snapshots.qcow2
     stock-img create -q -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
     stock-io -f qcow2 -c 'write -P 8 2M 64k' overlay.qcow2 >&2";
+
+/// A folder of certificates for both ends of TLS.
+fn certificates(folder: &Path) {
+    std::fs::create_dir(folder).unwrap();
+    let authority = Authority::new("cast");
+    authority.trusted_in(folder);
+    authority.server_in(folder, &LOCAL);
+    authority.client_in(folder);
+}
 
 /// The verbs, as the overview lists them: a title or nothing, the name, what it does.
 fn verbs(sandbox: &Sandbox) -> Vec<String> {
@@ -77,6 +89,7 @@ fn every_example_of_every_verb_works() {
         for line in examples.into_iter().filter(|_| verb != "demo") {
             let sandbox = Sandbox::ours();
             sandbox.prepare(&format!("set -e; {CAST}"));
+            certificates(&sandbox.path("pki"));
             // What talks to a server needs one.
             let run = match verb == "ctl" {
                 true => format!("lacuna serve --control ctl.sock disk.qcow2 --run '{line}'"),

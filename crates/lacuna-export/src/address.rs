@@ -244,3 +244,53 @@ impl Acceptor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    /// Few machines have a loopback for sockets of virtual machines: a socket file stands in, which
+    /// the host accepts from, reads and writes in the same way.
+    #[test]
+    fn a_listener_that_is_watched_by_hand_lets_clients_in() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("sock");
+        let socket = OwnedFd::from(UnixListener::bind(&path).unwrap()).into();
+        let listener = Listener { socket: Socket::Vsock(socket), file: None };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let acceptor = listener.register().unwrap();
+            for _ in 0..3 {
+                // The first one waits before anybody comes.
+                let comes = async {
+                    tokio::task::yield_now().await;
+                    UnixStream::connect(&path).unwrap().write_all(b"hello").unwrap();
+                };
+                let (accepted, ()) = tokio::join!(acceptor.accept(), comes);
+                let mut text = String::new();
+                let mut stream = accepted.unwrap().register().unwrap();
+                stream.read_to_string(&mut text).await.unwrap();
+                assert_eq!(text, "hello");
+            }
+        });
+    }
+
+    #[test]
+    fn what_was_inherited_is_known_by_its_family() {
+        let tcp = TcpListener::bind("[::1]:0").unwrap();
+        let name = tcp.local_addr().unwrap().to_string();
+        assert_eq!(Listener::inherited(tcp.into()).unwrap().name(), name);
+        let folder = tempfile::tempdir().unwrap();
+        let unix = UnixListener::bind(folder.path().join("sock")).unwrap();
+        assert!(Listener::inherited(unix.into()).unwrap().name().ends_with("/sock"));
+        let (connected, _other) = UnixStream::pair().unwrap();
+        let error = Listener::inherited(connected.into()).unwrap_err();
+        assert!(error.to_string().contains("does not listen"), "{error}");
+        assert!(Listener::inherited(fs::File::open("/dev/null").unwrap().into()).is_err());
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Shorthand for a result with an [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -28,7 +28,7 @@ pub enum ErrorKind {
 /// Why settings cannot be made: a sentence that names the file and what would have been right.
 ///
 /// ```
-/// use std::path::Path;
+/// use std::path::{Path, PathBuf};
 /// use lacuna_tls::{ErrorKind, ServerTls, VerifyPeer};
 /// let error = ServerTls::from_folder(Path::new("/nowhere"), VerifyPeer::On).unwrap_err();
 /// assert_eq!(error.kind(), ErrorKind::NotFound);
@@ -38,11 +38,12 @@ pub enum ErrorKind {
 pub struct Error {
     kind: ErrorKind,
     text: String,
+    path: Option<PathBuf>,
 }
 
 impl Error {
     pub(crate) fn new(kind: ErrorKind, text: impl Into<String>) -> Self {
-        Self { kind, text: text.into() }
+        Self { kind, text: text.into(), path: None }
     }
 
     pub(crate) fn invalid(text: impl Into<String>) -> Self {
@@ -54,6 +55,15 @@ impl Error {
         let words = error.to_string();
         let end = words.rfind(" (os error").unwrap_or(words.len());
         Self::new(ErrorKind::Io, format!("Reading {}: {}", path.display(), &words[..end]))
+    }
+
+    pub(crate) fn missing(path: PathBuf, text: String) -> Self {
+        Self { path: Some(path), ..Self::new(ErrorKind::NotFound, text) }
+    }
+
+    /// Returns the file that is missing, if that is it.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 
     /// Returns what kind of failure it is.

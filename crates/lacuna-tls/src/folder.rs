@@ -9,7 +9,7 @@ use rustls::sign::CertifiedKey;
 use rustls_pki_types::CertificateRevocationListDer;
 
 use crate::pem::PemFile;
-use crate::{Error, ErrorKind, Result, VerifyPeer, own};
+use crate::{Error, Result, VerifyPeer, own};
 
 const AUTHORITIES: &str = "ca-cert.pem";
 const REVOCATIONS: &str = "ca-crl.pem";
@@ -115,6 +115,6 @@ impl Folder<'_> {
             true => format!("There is no {name} in {place}: it holds {what}"),
             false => format!("{place} is no folder; {name} in it would hold {what}"),
         };
-        Error::new(ErrorKind::NotFound, text)
+        Error::missing(self.path.join(name), text)
     }
 }

@@ -11,7 +11,11 @@ use lacuna_export::{Address, ExportOptions, Limits, WhenFull};
 
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
+use crate::objects::Objects;
 use crate::verbs::open::{self, Request};
+use crate::verbs::serve::fork::Ready;
+use crate::verbs::serve::sockets::{self, AlsoGiven};
+use crate::verbs::serve::tls::{Secured, no_authorization};
 use crate::verbs::serve::{Becomes, Named, Serving};
 use crate::verbs::spec::ImageSpec;
 use crate::verbs::spec::runtime::zero_detection;
@@ -55,6 +59,7 @@ pub(super) struct Asked {
     limits: Limits,
     is_persistent: bool,
     pid_file: Option<PathBuf>,
+    secured: Secured,
 }
 
 /// The image, how it is opened, and how it is served.
@@ -84,8 +89,9 @@ impl Asked {
         check_values(parsed)?;
         check_count(parsed)?;
         let shared = shared(parsed)?;
+        check_activation(parsed)?;
         let address = address(parsed)?;
-        check_tls(parsed)?;
+        let secured = secured(parsed)?;
         let limits = limits(parsed, shared)?;
         let mode = match (parsed.operands.first(), parsed.last("connect")) {
             (Some(device), _) if parsed.has("disconnect") => Mode::Device(device.clone()),
@@ -98,12 +104,12 @@ impl Asked {
         };
         let is_persistent = parsed.has("persistent");
         let pid_file = parsed.last("pid-file").map(PathBuf::from);
-        Ok(Self { mode, address, limits, is_persistent, pid_file })
+        Ok(Self { mode, address, limits, is_persistent, pid_file, secured })
     }
 
     /// Says how the image is served.
-    pub(super) fn serving(&self, image: &Image) -> Serving {
-        Serving {
+    pub(super) fn serving(&self, image: &Image, ready: Option<Ready>) -> CliResult<Serving> {
+        Ok(Serving {
             images: vec![Named::new(&image.name, &image.file)],
             address: self.address.clone(),
             export: image.export.clone(),
@@ -115,7 +121,10 @@ impl Asked {
             only_is_default: false,
             says_where: false,
             has_address: true,
-        }
+            secured: self.secured.clone(),
+            inherited: sockets::inherited()?,
+            ready,
+        })
     }
 }
 
@@ -249,16 +258,7 @@ fn check_values(parsed: &Parsed) -> CliResult<()> {
             return Err(CliError::new(format!("export {shown} '{text}' too long")));
         }
     }
-    if let Some(object) = parsed.last("object") {
-        return Err(unknown_object(object));
-    }
-    Ok(())
-}
-
-fn unknown_object(object: &str) -> CliError {
-    let kind = object.split(',').next().unwrap_or_default();
-    let kind = kind.strip_prefix("qom-type=").unwrap_or(kind);
-    CliError::new(format!("Parameter 'qom-type' does not accept value '{kind}'"))
+    Objects::read(parsed.all("object")).map(drop)
 }
 
 /// One image, or none with `-L`.
@@ -275,6 +275,8 @@ fn check_count(parsed: &Parsed) -> CliResult<()> {
         "per-device settings"
     } else if parsed.has("fork") {
         "forking"
+    } else if sockets::activated() > 0 {
+        "socket activation"
     } else {
         return Ok(());
     };
@@ -306,6 +308,21 @@ fn limits(parsed: &Parsed, shared: u32) -> CliResult<Limits> {
     Ok(Limits { connections, when_full: WhenFull::Wait, handshake, ..usual })
 }
 
+/// One socket that systemd opened, and nothing that contradicts it.
+fn check_activation(parsed: &Parsed) -> CliResult<()> {
+    let count = sockets::activated();
+    if count == 0 {
+        return Ok(());
+    }
+    let (socket, bind) = (parsed.has("socket"), parsed.has("bind"));
+    let also = AlsoGiven { socket, bind, port: parsed.has("port"), ..AlsoGiven::default() };
+    also.refuse_beside_activation()?;
+    match count {
+        1 => Ok(()),
+        _ => Err(CliError::new("qemu-nbd does not support socket activation with LISTEN_FDS > 1")),
+    }
+}
+
 fn address(parsed: &Parsed) -> CliResult<Address> {
     if let Some(path) = parsed.last("socket") {
         return Ok(Address::Unix(PathBuf::from(path)));
@@ -320,20 +337,21 @@ fn address(parsed: &Parsed) -> CliResult<Address> {
     Ok(Address::Tcp(host.to_owned(), number))
 }
 
-fn check_tls(parsed: &Parsed) -> CliResult<()> {
+fn secured(parsed: &Parsed) -> CliResult<Secured> {
     let (is_list, has_authz) = (parsed.has("list"), parsed.has("tls-authz"));
     let has_hostname = parsed.has("tls-hostname");
     let text = match parsed.last("tls-creds") {
         Some(_) if parsed.has("connect") => "TLS is not supported with a host device",
         Some(_) if has_authz && is_list => "TLS authorization is incompatible with export list",
         Some(_) if has_hostname && !is_list => "TLS hostname is only supported with export list",
+        Some(_) if is_list => "TLS is not supported with export list",
+        Some(_) if has_authz => return Err(no_authorization()),
         Some(id) => {
-            let text = format!("Failed to get TLS creds: No TLS credentials with id '{id}'");
-            return Err(CliError::new(text));
+            return Secured::of_object(&Objects::read(parsed.all("object"))?, id, false);
         }
         None if has_authz => "--tls-authz is not permitted without --tls-creds",
         None if has_hostname => "--tls-hostname is not permitted without --tls-creds",
-        None if !parsed.has("selinux-label") => return Ok(()),
+        None if !parsed.has("selinux-label") => return Ok(Secured::default()),
         None if !parsed.has("socket") => "--selinux-label is not permitted without --socket",
         None => "SELinux support not enabled in this build",
     };
@@ -346,7 +364,6 @@ fn check_unsupported(parsed: &Parsed) -> CliResult<()> {
         () if parsed.has("image-opts") && parsed.has("format") => {
             "--image-opts and -f are mutually exclusive"
         }
-        () if parsed.has("fork") => "--fork is not supported",
         () => return Ok(()),
     };
     Err(CliError::new(text))

@@ -16,6 +16,7 @@ use crate::args;
 use crate::error::{CliError, CliResult};
 use crate::persona::Tool;
 use crate::verbs::open;
+use crate::verbs::serve::fork::{self, Role};
 use crate::verbs::serve::{self, BitmapWish, ChainDisk};
 use crate::verbs::{options_help, version};
 
@@ -33,8 +34,14 @@ pub(crate) fn run(tool: &Tool, arguments: &[String]) -> CliResult<u8> {
         Mode::List(address) => list::run(address),
         Mode::Device(device) => Err(no_device(device)),
         Mode::Serve(image) => {
+            let ready = match parsed.has("fork").then(fork::role).transpose()? {
+                Some(Role::Caller(code)) => return Ok(code),
+                Some(Role::Child(ready)) => Some(ready),
+                None => None,
+            };
+            let serving = asked.serving(image, ready)?;
             let disk = opened(tool, image)?;
-            serve::until_the_end(tool, &asked.serving(image), vec![disk])
+            serve::until_the_end(tool, serving, vec![disk])
         }
     }
 }

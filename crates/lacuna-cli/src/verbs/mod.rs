@@ -37,6 +37,7 @@ use crate::args::{self, Flag, Parsed};
 use crate::demo;
 use crate::error::{CliError, CliResult};
 use crate::io;
+use crate::objects::Objects;
 use crate::output;
 use crate::persona::{Persona, Tool};
 use crate::qemu_nbd;
@@ -156,7 +157,7 @@ pub(crate) mod common {
     pub(crate) const FORCE_SHARE: Flag =
         Flag::switch('U', "force-share", "open even if somebody else writes to it");
     pub(crate) const OBJECT: Flag =
-        Flag::valued('\0', "object", "OBJDEF", "not supported").long_only();
+        Flag::valued('\0', "object", "OBJDEF", "certificates for TLS").long_only();
     pub(crate) const OUTPUT: Flag =
         Flag::valued('\0', "output", "human|json", "form of the output").long_only();
     pub(crate) const PROBE_BACKING: Flag =
@@ -278,9 +279,8 @@ fn run_verb(tool: &Tool, verb: &Verb, arguments: &[String]) -> CliResult<u8> {
     if parsed.has("help") {
         return help::verb(tool, verb);
     }
-    if parsed.has("object") {
-        return Err(CliError::new("--object is not supported: no verb needs a secret yet"));
-    }
+    // What nobody uses is refused all the same where it makes no sense.
+    Objects::read(parsed.all("object"))?;
     (verb.run)(tool, &parsed)
 }
 

@@ -1,14 +1,17 @@
 //! What the command line of `serve` says.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use lacuna::block::ZeroDetection;
 use lacuna::qcow2::Access;
-use lacuna_export::{Address, ExportOptions, Limits};
+use lacuna_export::{Address, ExportOptions, Limits, Listener};
 
 use super::bitmaps;
+use super::fork::Ready;
 use super::open::{self, Request};
+use super::sockets::{self, AlsoGiven};
+use super::tls::Secured;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
 use crate::size::within;
@@ -18,6 +21,9 @@ use crate::verbs::spec::runtime::zero_detection;
 const PORT: u16 = 10809;
 /// The largest number that options take.
 const MOST: u64 = i32::MAX as u64;
+
+/// This machine, for sockets of virtual machines.
+const LOOPBACK_CID: u32 = 1;
 
 /// An image and the name of its export.
 pub(crate) struct Named {
@@ -49,11 +55,19 @@ pub(crate) struct Serving {
     pub(crate) says_where: bool,
     /// Whether the address was asked for.
     pub(crate) has_address: bool,
+    pub(crate) secured: Secured,
+    /// Sockets that somebody else opened, in place of the address.
+    pub(crate) inherited: Option<Vec<Listener>>,
+    /// Who waits to hear that clients can come.
+    pub(crate) ready: Option<Ready>,
 }
 
 impl Serving {
-    pub(super) fn new(parsed: &Parsed) -> CliResult<Self> {
-        let has_address = ["socket", "bind", "port"].iter().any(|flag| parsed.has(flag));
+    pub(super) fn new(parsed: &Parsed, ready: Option<Ready>) -> CliResult<Self> {
+        let has_address = ["socket", "bind", "port", "vsock"].iter().any(|flag| parsed.has(flag));
+        if ready.is_some() && parsed.has("run") {
+            return Err(CliError::new("--fork and --run are mutually exclusive"));
+        }
         Ok(Self {
             images: images(parsed)?,
             address: address(parsed)?,
@@ -65,6 +79,9 @@ impl Serving {
             run: parsed.last("run").map(str::to_owned),
             only_is_default: true,
             says_where: true,
+            secured: Secured::new(parsed)?,
+            inherited: inherited(parsed)?,
+            ready,
             has_address,
         })
     }
@@ -80,15 +97,35 @@ impl Serving {
             [only] => escaped(&only.name),
             _ => String::new(),
         };
+        let s = self.secured.scheme_end();
+        let of_path = |path: &Path| escaped(&path.display().to_string());
+        let certificates =
+            self.secured.folder().map(|folder| format!("tls-certificates={}", of_path(folder)));
+        let beside =
+            |sign| certificates.as_ref().map_or_else(String::new, |it| format!("{sign}{it}"));
         match (address, names.first()) {
             (Address::Unix(path), _) => {
-                format!("nbd+unix:///{export}?socket={}", escaped(&path.display().to_string()))
+                let path = of_path(path);
+                format!("nbd{s}+unix:///{export}?socket={path}{}", beside('&'))
             }
-            (Address::Tcp(..), Some(name)) => format!("nbd://{name}/{export}"),
-            (Address::Tcp(..), None) => format!("nbd://{address}/{export}"),
-            (Address::Vsock(cid, port), _) => format!("nbd+vsock://{cid}:{port}/{export}"),
+            (Address::Tcp(..), Some(name)) => {
+                let name = reachable(name);
+                format!("nbd{s}://{name}/{export}{}", beside('?'))
+            }
+            (Address::Tcp(..), None) => format!("nbd{s}://{address}/{export}{}", beside('?')),
+            (Address::Vsock(cid, port), _) => {
+                // A client on this machine finds us at the loopback's number.
+                let cid = if *cid == Address::ANY_CID { LOOPBACK_CID } else { *cid };
+                format!("nbd{s}+vsock://{cid}:{port}/{export}{}", beside('?'))
+            }
         }
     }
+}
+
+/// Names this machine where all of its addresses are meant: a certificate has no such name.
+fn reachable(name: &str) -> String {
+    let port = ["[::]:", "0.0.0.0:"].iter().find_map(|all| name.strip_prefix(all));
+    port.map_or_else(|| name.to_owned(), |port| format!("localhost:{port}"))
 }
 
 /// Spells out what has a meaning in a URI.
@@ -123,14 +160,37 @@ fn images(parsed: &Parsed) -> CliResult<Vec<Named>> {
     Ok(images)
 }
 
+/// Takes sockets that somebody else opened, unless the command line contradicts.
+fn inherited(parsed: &Parsed) -> CliResult<Option<Vec<Listener>>> {
+    if sockets::activated() > 0 {
+        let also = AlsoGiven {
+            socket: parsed.has("socket"),
+            bind: parsed.has("bind"),
+            port: parsed.has("port"),
+            vsock: parsed.has("vsock"),
+            run: parsed.has("run"),
+        };
+        also.refuse_beside_activation()?;
+    }
+    sockets::inherited()
+}
+
 fn address(parsed: &Parsed) -> CliResult<Address> {
-    let port = parsed.last("port").map(|text| within("port", text, 0, u16::MAX.into()));
-    match parsed.last("socket") {
-        Some(_) if port.is_some() || parsed.has("bind") => {
-            Err(CliError::new("--socket and --bind or --port are mutually exclusive"))
-        }
-        Some(path) => Ok(Address::Unix(PathBuf::from(path))),
-        None => {
+    let kinds = [
+        ("--socket", parsed.has("socket")),
+        ("--vsock", parsed.has("vsock")),
+        ("--bind or --port", parsed.has("bind") || parsed.has("port")),
+    ];
+    let given: Vec<&str> =
+        kinds.iter().filter(|(_, given)| *given).map(|(kind, _)| *kind).collect();
+    if let [one, other, ..] = given[..] {
+        return Err(CliError::new(format!("{one} and {other} are mutually exclusive")));
+    }
+    match (parsed.last("socket"), parsed.last("vsock")) {
+        (Some(path), _) => Ok(Address::Unix(PathBuf::from(path))),
+        (None, Some(text)) => sockets::vsock(text),
+        (None, None) => {
+            let port = parsed.last("port").map(|text| within("port", text, 0, u16::MAX.into()));
             let port = port.transpose()?.and_then(|port| u16::try_from(port).ok());
             let host = parsed.last("bind").unwrap_or("::").trim_matches(['[', ']']);
             Ok(Address::Tcp(host.to_owned(), port.unwrap_or(PORT)))

@@ -4,13 +4,19 @@
 //! * `images.rs`: what each image becomes: all of it, a snapshot, a part, an overlay on it
 //! * `bitmaps.rs`: which dirty bitmaps are offered
 //! * `disk.rs`: an opened chain as a server sees it
+//! * `sockets.rs`: sockets that systemd opened, or that virtual machines reach
+//! * `tls.rs`: certificates, and who must have one
+//! * `fork.rs`: serving in the background
 //!
 //! Exit codes: 0 ended as asked, with everything written; that of the command with `--run`.
 
 mod asked;
 mod bitmaps;
 mod disk;
+pub(crate) mod fork;
 mod images;
+pub(crate) mod sockets;
+pub(crate) mod tls;
 
 use std::fs;
 use std::io;
@@ -28,6 +34,7 @@ use signal_hook::iterator::Signals;
 pub(crate) use self::asked::{Named, Serving};
 pub(crate) use self::bitmaps::Wish as BitmapWish;
 pub(crate) use self::disk::ChainDisk;
+use self::fork::Role;
 pub(crate) use self::images::{Becomes, disk};
 use super::{Example, Task, Verb, common, open, snapshot};
 use crate::args::{Flag, Parsed};
@@ -46,6 +53,7 @@ pub(super) const VERB: Verb = Verb {
         Flag::valued('k', "socket", "PATH", "listen on a socket file"),
         Flag::valued('b', "bind", "ADDRESS", "listen on this address (all)"),
         Flag::valued('p', "port", "PORT", "listen on this TCP port (10809)"),
+        sockets::VSOCK,
         common::FORMAT,
         common::IMAGE_OPTS,
         READ_ONLY,
@@ -68,6 +76,12 @@ pub(super) const VERB: Verb = Verb {
         Flag::valued('\0', "max-connections", "NUM", "connections at once (4096)").long_only(),
         Flag::valued('\0', "handshake-timeout", "SECONDS", "how long a handshake may take (10)")
             .long_only(),
+        tls::TLS,
+        tls::TLS_VERIFY_PEER,
+        tls::TLS_OPTIONAL,
+        tls::TLS_CREDS,
+        tls::TLS_AUTHZ,
+        fork::FORK,
         Flag::valued('\0', "run", "COMMAND", "serve only while a shell runs it; $uri is where")
             .long_only(),
         common::FORCE_SHARE,
@@ -90,6 +104,10 @@ pub(super) const VERB: Verb = Verb {
         Example {
             shows: "two exports for as long as a command runs, changes refused",
             line: "-r a=disk.qcow2 b=disk.raw --run 'nbdinfo --list $uri'",
+        },
+        Example {
+            shows: "encrypted, for clients with a certificate of the same authority",
+            line: "--tls pki --tls-verify-peer disk.qcow2 --run 'nbdinfo $uri'",
         },
     ],
     codes: &[],
@@ -144,13 +162,18 @@ pub(crate) fn export(
 }
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
-    let asked = Serving::new(parsed)?;
+    let ready = match parsed.has(fork::FORK.long).then(fork::role).transpose()? {
+        Some(Role::Caller(code)) => return Ok(code),
+        Some(Role::Child(ready)) => Some(ready),
+        None => None,
+    };
+    let asked = Serving::new(parsed, ready)?;
     let disks = images::open_all(tool, &asked.images, parsed)?;
-    until_the_end(tool, &asked, disks)
+    until_the_end(tool, asked, disks)
 }
 
 /// Serves the disks of the images, in their order, until it is time to end; returns the exit code.
-pub(crate) fn until_the_end(tool: &Tool, asked: &Serving, disks: Vec<ChainDisk>) -> CliResult<u8> {
+pub(crate) fn until_the_end(tool: &Tool, asked: Serving, disks: Vec<ChainDisk>) -> CliResult<u8> {
     let exports = Arc::new(match asked.only_is_default {
         true => Exports::with_only_as_default(),
         false => Exports::default(),
@@ -158,7 +181,12 @@ pub(crate) fn until_the_end(tool: &Tool, asked: &Serving, disks: Vec<ChainDisk>)
     for (named, disk) in asked.images.iter().zip(disks) {
         exports.add(Export::new(&named.name, disk, asked.export.clone())?)?;
     }
-    let options = ServerOptions { limits: asked.limits, ..ServerOptions::default() };
+    let options = ServerOptions {
+        limits: asked.limits,
+        tls: asked.secured.tls.clone(),
+        report: Some(tls::report),
+        ..ServerOptions::default()
+    };
     let server = Server::start(Arc::clone(&exports), options);
     let server = server.map_err(|error| lacuna::Error::io(error, "Starting the server"))?;
     let server = Arc::new(server);
@@ -176,7 +204,7 @@ pub(crate) fn until_the_end(tool: &Tool, asked: &Serving, disks: Vec<ChainDisk>)
 /// Listens, and returns when it is time to end.
 fn serve(
     server: &Server<ChainDisk>,
-    asked: &Serving,
+    mut asked: Serving,
     control: &Arc<Control>,
     end: mpsc::Sender<()>,
     ended: &mpsc::Receiver<()>,
@@ -189,7 +217,11 @@ fn serve(
     let listen_for = |path: &PathBuf| control::Socket::listen(Arc::clone(control), path);
     let control_socket = asked.control.as_ref().map(listen_for).transpose()?;
     let address = own.as_ref().unwrap_or(&asked.address);
-    let names = listen(server, address)?;
+    let listeners = match asked.inherited.take() {
+        Some(listeners) => listeners,
+        None => bound(address)?,
+    };
+    let names = listen(server, listeners);
     let pid_file = asked.pid_file.as_deref().map(PidFile::new).transpose()?;
     let code = match &asked.run {
         Some(command) => run_command(command, &asked.uri(address, &names)),
@@ -197,6 +229,7 @@ fn serve(
             if asked.says_where {
                 say_where(&names)?;
             }
+            asked.ready.as_ref().map_or(Ok(()), fork::Ready::tell)?;
             if !asked.is_persistent {
                 watch_clients(server, end);
             }
@@ -210,12 +243,15 @@ fn serve(
     code
 }
 
+fn bound(address: &Address) -> CliResult<Vec<Listener>> {
+    Listener::bind(address).map_err(|error| cannot_listen(address, error))
+}
+
 /// Returns what clients call the sockets.
-fn listen(server: &Server<ChainDisk>, address: &Address) -> CliResult<Vec<String>> {
-    let listeners = Listener::bind(address).map_err(|error| cannot_listen(address, error))?;
+fn listen(server: &Server<ChainDisk>, listeners: Vec<Listener>) -> Vec<String> {
     let names = listeners.iter().map(Listener::name).collect();
     listeners.into_iter().for_each(|listener| server.listen(listener));
-    Ok(names)
+    names
 }
 
 fn cannot_listen(address: &Address, error: io::Error) -> CliError {

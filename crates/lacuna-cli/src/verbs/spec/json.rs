@@ -6,7 +6,7 @@ use super::keys::{Keys, Scalar};
 use crate::error::{CliError, CliResult};
 
 /// Reads `{"driver": "qcow2", "file": {"filename": "a"}}` as `driver` and `file.filename`.
-pub(super) fn keys(json: &str) -> CliResult<Keys> {
+pub(crate) fn keys(json: &str) -> CliResult<Keys> {
     let value: Value =
         serde_json::from_str(&with_double_quotes(json)).map_err(|error| wrong(json, &error))?;
     let Value::Object(_) = value else { return Err(CliError::new("Invalid JSON object given")) };

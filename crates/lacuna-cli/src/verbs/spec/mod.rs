@@ -18,6 +18,7 @@ use crate::options::{self, Asked};
 use keys::{Keys, Scalar};
 use tree::DiskSpec;
 
+pub(crate) use json::keys as object_keys;
 pub(crate) use tree::split_protocol;
 
 /// Which image is meant.
