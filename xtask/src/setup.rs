@@ -19,7 +19,7 @@ struct Peer {
     programs: &'static [&'static str],
 }
 
-const PEERS: [Peer; 6] = [
+const PEERS: [Peer; 7] = [
     Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io", "qemu-nbd"] },
     Peer { package: "libnbd-bin", programs: &["nbdinfo", "nbdcopy"] },
     Peer { package: "fio", programs: &["fio"] },
