@@ -5,7 +5,7 @@
 //! * `tidy/` — the rules of the house that a program can check
 //! * `licences.rs` — whether every dependency may be shipped
 //! * `harness.rs` — benchmarks and QEMU's iotests, which live outside of this repository
-//! * `figures.rs` — what a benchmark run reached, as a table
+//! * `figures/` — what a benchmark run reached, as a table
 //! * `guest.rs` — a guest that lives on a disk of ours
 //! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
 //! * `written.rs` — what the command writes of itself for packages

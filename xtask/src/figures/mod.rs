@@ -2,6 +2,10 @@
 //!
 //! A ratio says how many times less CPU time ours takes than the peer. Judged is the ratio of the best
 //! runs: noise only ever adds time. The median of the pairs stands beside it.
+//!
+//! `served.rs` has the cells of servers, whose figures are for each operation, with two more peers.
+
+mod served;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,6 +30,7 @@ const TARGETS: &[Target] = &[
     against(&["c-map-*"], 8.0, Some(5.0)),
     against(&["c-measure-*"], 15.0, Some(8.0)),
     against(&["c-info-*"], 2.0, None),
+    against(&["c-nbdmap-1t"], 8.0, Some(5.0)),
     against(&["a-raw-qcow2", "a-raw-qcow2-W"], 1.0, None),
     against(&["a-qcow2-raw", "a-qcow2-raw-W", "a-qcow2-qcow2", "a-qcow2-qcow2-W"], 1.5, None),
     against(&["a-zlib*"], 1.5, None),
@@ -41,8 +46,8 @@ const fn against(cells: &'static [&'static str], stock: f64, tuned: Option<f64>)
 
 /// Returns the cells that have a target, as the benchmark's `--cells` wants them.
 pub(crate) fn cells() -> String {
-    let all: Vec<&str> = TARGETS.iter().flat_map(|target| target.cells).copied().collect();
-    all.join(",")
+    let cells = TARGETS.iter().flat_map(|target| target.cells).copied();
+    cells.chain(served::cells()).collect::<Vec<_>>().join(",")
 }
 
 /// Prints the table of the runs in a file of the benchmark's `--json`; of two runs of a cell the later.
@@ -60,37 +65,56 @@ fn table(text: &str) -> Outcome<String> {
             .map_err(|error| format!("no result of the benchmark: {error}: {line}"))?;
         cells.insert(cell["cell"].as_str().unwrap_or_default().to_owned(), cell);
     }
-    let mut lines = vec![
-        "| cell | CPU, ours | stock ÷ ours: best (median) | target | tuned ÷ ours: best (median) \
-         | target | peak memory: ours, stock, tuned | |"
-            .to_owned(),
-        "|---|---|---|---|---|---|---|---|".to_owned(),
-    ];
-    for target in TARGETS {
-        let ours = cells.iter().filter(|(name, _)| target.is_for(name));
-        lines.extend(ours.map(|(name, cell)| target.row(name, cell)));
-    }
+    let mut lines = rows(&cells);
+    lines.extend(served::rows(&cells));
     let loads = cells.values().filter_map(|cell| cell["load"].as_f64());
     let (least, most) = loads.fold((f64::MAX, 0.0_f64), |(a, b), load| (a.min(load), b.max(load)));
     lines.push(format!("\n{}; load {least:.1} to {most:.1}.", machine()));
     Ok(lines.join("\n"))
 }
 
-impl Target {
-    fn is_for(&self, cell: &str) -> bool {
-        self.cells.iter().any(|pattern| match pattern.strip_suffix('*') {
-            Some(start) => cell.starts_with(start),
-            None => *pattern == cell,
-        })
-    }
+const HEADER: &str = "\
+| cell | CPU, ours | stock ÷ ours: best (median) | target | tuned ÷ ours: best (median) | target | \
+peak memory: ours, stock, tuned | |
+|---|---|---|---|---|---|---|---|";
 
+/// Returns the table of what the tools took; nothing where no such cell ran.
+fn rows(cells: &BTreeMap<String, Value>) -> Vec<String> {
+    let of = |target: &'static Target| {
+        let ours = cells.iter().filter(|(name, _)| is_one_of(target.cells, name));
+        ours.map(|(name, cell)| target.row(name, cell))
+    };
+    under(HEADER, TARGETS.iter().flat_map(of).collect())
+}
+
+/// Puts a header over rows, if there are any.
+fn under(header: &str, rows: Vec<String>) -> Vec<String> {
+    match rows.is_empty() {
+        true => rows,
+        false => std::iter::once(header.to_owned()).chain(rows).collect(),
+    }
+}
+
+/// Says whether a cell's name is among names that may end in a star.
+fn is_one_of(patterns: &[&str], cell: &str) -> bool {
+    patterns.iter().any(|pattern| match pattern.strip_suffix('*') {
+        Some(start) => cell.starts_with(start),
+        None => *pattern == cell,
+    })
+}
+
+/// Says why a cell of ours did not run.
+fn not_run(cell: &Value) -> String {
+    let why = cell["failed"].as_object().and_then(|failed| failed.values().next());
+    why.and_then(Value::as_str).unwrap_or("no run").replace('|', "/")
+}
+
+impl Target {
     fn row(&self, name: &str, cell: &Value) -> String {
-        let ours = Runs::of(cell, "ours");
-        let (stock, tuned) = (Runs::of(cell, "peer"), Runs::of(cell, "tuned"));
+        let runs = |side| Runs::of(cell, side, "cpu s", "rss MiB");
+        let (ours, stock, tuned) = (runs("ours"), runs("peer"), runs("tuned"));
         if ours.cpu.is_empty() {
-            let why = cell["failed"].as_object().and_then(|failed| failed.values().next());
-            let why = why.and_then(Value::as_str).unwrap_or("no run");
-            return format!("| {name} | not run: {} ||||||| ", why.replace('|', "/"));
+            return format!("| {name} | not run: {} ||||||| ", not_run(cell));
         }
         let memory = [&ours, &stock, &tuned].map(|runs| shown(runs.memory, 0));
         let memory = memory.iter().filter(|text| *text != "–").cloned().collect::<Vec<_>>();
@@ -116,13 +140,13 @@ struct Runs {
 }
 
 impl Runs {
-    fn of(cell: &Value, side: &str) -> Self {
+    fn of(cell: &Value, side: &str, cpu: &str, memory: &str) -> Self {
         let runs = cell["runs"][side].as_array().cloned().unwrap_or_default();
         let of = |metric: &str| -> Vec<f64> {
             runs.iter().filter_map(|run| run[metric][0].as_f64()).collect()
         };
-        let mut memory = of("rss MiB");
-        Self { cpu: of("cpu s"), memory: median(&mut memory) }
+        let mut memory = of(memory);
+        Self { cpu: of(cpu), memory: median(&mut memory) }
     }
 
     fn best(&self, peer: &Self) -> Option<f64> {
