@@ -5,7 +5,9 @@
 //! * Whatever must outlive the I/O as well (the range lock of the request) rides in the buffer as
 //!   its [`Hold`].
 //! * Memory is aligned to [`ALIGNMENT`] at the start of a block, always initialised, and returns
-//!   to its pool with the last part of it.
+//!   to its pool with the last part of it; each thread keeps up to 256 KiB of it at hand.
+
+mod near;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
@@ -125,13 +127,22 @@ impl Buffer {
     /// Returns `len` bytes of unspecified (but initialised) content from the common pool.
     #[must_use]
     pub fn new(len: usize) -> Self {
-        COMMON.take(len)
+        match near::take(len) {
+            Some(block) => Self::whole(block, len),
+            None => COMMON.take(len),
+        }
+    }
+
+    /// Makes a buffer of an unused block.
+    fn whole(mut block: Box<Block>, len: usize) -> Self {
+        *block.parts.get_mut() = 1;
+        Self { block: NonNull::from(Box::leak(block)), start: 0, len, hold: Hold::none() }
     }
 
     /// Returns `len` zero bytes from the common pool.
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
-        let mut buffer = COMMON.take(len);
+        let mut buffer = Self::new(len);
         buffer.fill(0);
         buffer
     }
@@ -227,8 +238,10 @@ impl Drop for Buffer {
         }
         fence(Ordering::Acquire);
         // SAFETY: this was the last part, so the block is ours alone; it came from `Box::leak`.
-        let mut block = unsafe { Box::from_raw(self.block.as_ptr()) };
-        if let Some(pool) = block.pool.take() {
+        let block = unsafe { Box::from_raw(self.block.as_ptr()) };
+        if let Some(mut block) = near::keep(block)
+            && let Some(pool) = block.pool.take()
+        {
             pool.put_back(block);
         }
     }
@@ -283,7 +296,7 @@ impl BufferPool {
     pub fn take(&self, len: usize) -> Buffer {
         let capacity = len.max(ALIGNMENT).next_power_of_two();
         let block = self.0.take(capacity).unwrap_or_else(|| self.0.make(capacity));
-        Buffer { block: NonNull::from(Box::leak(block)), start: 0, len, hold: Hold::none() }
+        Buffer::whole(block, len)
     }
 }
 
@@ -298,7 +311,6 @@ impl Shelves {
         let mut kept = self.kept.lock();
         let mut block = kept.by_size.get_mut(shelf(capacity))?.pop()?;
         kept.bytes -= capacity;
-        *block.parts.get_mut() = 1;
         block.pool = Some(Arc::clone(self));
         Some(block)
     }

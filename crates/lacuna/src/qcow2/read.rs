@@ -5,6 +5,7 @@ use super::format::CompressedRun;
 use super::image::Image;
 use super::in_flight::{Token, Touch};
 use super::mapping::{Mapping, Run};
+use super::meta::Meta;
 use super::view::View;
 use crate::buffer::Buffer;
 use crate::storage::{Event, Storage, Transfer};
@@ -14,11 +15,7 @@ use crate::{Error, Result};
 impl<S: Storage> Image<S> {
     /// Enters a read that lies within the disk.
     pub(super) fn begin_read(&self, view: View<'_>, range: GuestRange) -> Result<Token> {
-        let mut meta = self.0.meta.lock();
-        meta.check_bounds_in(view, range)?;
-        meta.in_flight
-            .begin(Touch::Read, range)
-            .map_err(|_| Error::invalid("A read had to wait, which no read ever has to"))
+        begin(&mut self.0.meta.lock(), view, range)
     }
 
     pub(super) async fn read_guest(
@@ -28,10 +25,15 @@ impl<S: Storage> Image<S> {
         buffer: Buffer,
     ) -> Transfer {
         let range = GuestRange::new(offset, buffer.len() as u64);
-        match self.begin_read(view, range) {
-            Ok(token) => {
+        // Under one lock, since most reads need no more than this.
+        let begun = {
+            let mut meta = self.0.meta.lock();
+            begin(&mut meta, view, range).map(|token| (token, first_run(&mut meta, view, range)))
+        };
+        match begun {
+            Ok((token, first)) => {
                 let _hold = self.hold(token);
-                self.read_mapped(view, offset, buffer).await
+                self.read_runs(view, offset, buffer, first).await
             }
             Err(error) => (Err(error), buffer),
         }
@@ -44,6 +46,17 @@ impl<S: Storage> Image<S> {
         offset: GuestOffset,
         buffer: Buffer,
     ) -> Transfer {
+        self.read_runs(view, offset, buffer, None).await
+    }
+
+    /// As [`read_mapped`](Self::read_mapped), where the first run may be known already.
+    async fn read_runs(
+        &self,
+        view: View<'_>,
+        offset: GuestOffset,
+        buffer: Buffer,
+        mut first: Option<Run>,
+    ) -> Transfer {
         let mut rest = buffer;
         let mut done: Option<Buffer> = None;
         let mut at = offset;
@@ -52,9 +65,12 @@ impl<S: Storage> Image<S> {
             if range.is_empty() {
                 return (Ok(()), join(done, rest));
             }
-            let run = match self.plan(|meta| meta.run_in(view, range)).await {
-                Ok(run) => run,
-                Err(error) => return (Err(error), join(done, rest)),
+            let run = match first.take() {
+                Some(run) => run,
+                None => match self.plan(|meta| meta.run_in(view, range)).await {
+                    Ok(run) => run,
+                    Err(error) => return (Err(error), join(done, rest)),
+                },
             };
             if run.len == range.len {
                 let (result, last) = self.fill(run, at, rest).await;
@@ -125,6 +141,18 @@ impl<S: Storage> Image<S> {
         })?;
         Ok(cluster)
     }
+}
+
+fn begin(meta: &mut Meta, view: View<'_>, range: GuestRange) -> Result<Token> {
+    meta.check_bounds_in(view, range)?;
+    meta.in_flight
+        .begin(Touch::Read, range)
+        .map_err(|_| Error::invalid("A read had to wait, which no read ever has to"))
+}
+
+/// Looks up what a range begins with; nothing where that takes more than a look at cached tables.
+fn first_run(meta: &mut Meta, view: View<'_>, range: GuestRange) -> Option<Run> {
+    if range.is_empty() { None } else { meta.run_in(view, range).ok() }
 }
 
 /// Joins a part that is done with the part behind it.
