@@ -143,3 +143,29 @@ fn qemu_nbd_serves_under_tls() {
          kill $(cat pid)",
     );
 }
+
+#[test]
+fn exports_are_listed_under_tls_as_by_the_stock_program() {
+    let lists = "
+        qemu-nbd -L -k $PWD/s >/dev/null 2>&1; echo $?
+        qemu-nbd -L -k $PWD/s --object tls-creds-x509,id=t,endpoint=client,dir=pki --tls-creds t
+        qemu-nbd -L -k $PWD/s --object tls-creds-x509,id=t,endpoint=client,dir=pki --tls-creds t \
+            --tls-hostname localhost
+        qemu-nbd -L -k $PWD/s --object tls-creds-x509,id=t,endpoint=client,dir=pki --tls-creds t \
+            --tls-hostname other.invalid >/dev/null 2>&1; echo $?
+        qemu-nbd -L -k $PWD/s --object tls-creds-x509,id=t,endpoint=server,dir=pki --tls-creds t \
+            --tls-hostname localhost
+        qemu-nbd -L -k $PWD/s --tls-creds t";
+    let told = |sandbox: Sandbox| {
+        let sandbox = prepared_with(sandbox);
+        let got = sandbox.run(&format!(
+            "stock-nbd --fork -t -k $PWD/s --pid-file pid --object \
+             tls-creds-x509,id=t,endpoint=server,dir=pki --tls-creds t -f qcow2 disk.qcow2; {lists}
+             kill $(cat pid)"
+        ));
+        got.text
+    };
+    let (expected, got) = (told(Sandbox::stock()), told(Sandbox::ours()));
+    assert!(expected.contains("exports available: 1\n"), "{expected}");
+    assert_eq!(got, expected);
+}

@@ -9,6 +9,7 @@ use lacuna::qcow2::Access;
 use lacuna::storage::CacheMode;
 use lacuna_export::{Address, ExportOptions, Limits, WhenFull};
 
+use super::list::Listing;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
 use crate::objects::Objects;
@@ -47,8 +48,8 @@ const ABOUT_AN_IMAGE: [&str; 14] = [
 pub(super) enum Mode {
     /// Drive a device of the kernel, which we cannot.
     Device(String),
-    /// Ask the server at this address what it has.
-    List(Address),
+    /// Ask a server what it has.
+    List(Listing),
     /// Serve an image.
     Serve(Box<Image>),
 }
@@ -100,7 +101,7 @@ impl Asked {
                 check_unsupported(parsed)?;
                 Mode::Serve(Box::new(Image::new(parsed, file, disk, shared)?))
             }
-            (None, None) => Mode::List(address.clone()),
+            (None, None) => Mode::List(Listing::new(parsed, address.clone())?),
         };
         let is_persistent = parsed.has("persistent");
         let pid_file = parsed.last("pid-file").map(PathBuf::from);
@@ -344,7 +345,7 @@ fn secured(parsed: &Parsed) -> CliResult<Secured> {
         Some(_) if parsed.has("connect") => "TLS is not supported with a host device",
         Some(_) if has_authz && is_list => "TLS authorization is incompatible with export list",
         Some(_) if has_hostname && !is_list => "TLS hostname is only supported with export list",
-        Some(_) if is_list => "TLS is not supported with export list",
+        Some(_) if is_list => return Ok(Secured::default()),
         Some(_) if has_authz => return Err(no_authorization()),
         Some(id) => {
             return Secured::of_object(&Objects::read(parsed.all("object"))?, id, false);

@@ -31,7 +31,7 @@ pub(crate) fn run(tool: &Tool, arguments: &[String]) -> CliResult<u8> {
     }
     let asked = Asked::new(&parsed)?;
     match &asked.mode {
-        Mode::List(address) => list::run(address),
+        Mode::List(listing) => list::run(listing),
         Mode::Device(device) => Err(no_device(device)),
         Mode::Serve(image) => {
             let ready = match parsed.has("fork").then(fork::role).transpose()? {

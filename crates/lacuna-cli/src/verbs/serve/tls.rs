@@ -94,7 +94,7 @@ pub(crate) fn no_authorization() -> CliError {
         .with_hint("an authority of its own for the clients of this server does the same")
 }
 
-fn refused(error: lacuna_tls::Error) -> CliError {
+pub(crate) fn refused(error: lacuna_tls::Error) -> CliError {
     let class = match error.kind() {
         lacuna_tls::ErrorKind::Io => ErrorKind::Io,
         lacuna_tls::ErrorKind::NotFound => ErrorKind::NotFound,
