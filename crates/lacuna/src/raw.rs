@@ -154,14 +154,14 @@ impl<S: Storage> Layer for Raw<S> {
         // Where the file ends in the midst of a sector, zeros follow.
         let there = self.storage.len().await?.min(self.size_bytes);
         let whole = HostRange::new(HostOffset(0), there);
-        // A file; what a block device held before nobody knows.
+        // A file; what a device or an export held before nobody knows.
         let is_file = self.storage.capabilities().set_len != Capability::Unsupported;
-        if !is_file || whole.is_empty() {
-            return Ok(KnownZeroes { create: is_file, truncate: is_file, open: whole.is_empty() });
+        if whole.is_empty() {
+            return Ok(KnownZeroes { create: is_file, truncate: is_file, open: true });
         }
         let first = self.storage.status_at(whole).await?;
         let open = first.status == HostStatus::Hole && first.len == whole.len;
-        Ok(KnownZeroes { create: true, truncate: true, open })
+        Ok(KnownZeroes { create: is_file, truncate: is_file, open })
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
@@ -208,7 +208,7 @@ impl<S: Storage> Layer for Raw<S> {
 
     async fn discard(&self, range: GuestRange, _: DiscardMode) -> Result<()> {
         let range = self.check(range)?;
-        match self.storage.punch_hole_at(range, Hold::none()).await {
+        match self.storage.discard_at(range, Hold::none()).await {
             // A discard is a hint; a host that cannot take it loses nothing.
             Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
             result => result,
@@ -223,16 +223,18 @@ impl<S: Storage> Layer for Raw<S> {
         let host = self.check(range)?;
         let (mut builder, mut at) = (ExtentBuilder::default(), host.start);
         while at < host.end() && builder.len() < EXTENTS_AT_ONCE {
-            let found = self.storage.status_at(HostRange::new(at, host.end() - at)).await?;
-            let status = ExtentStatus {
-                depth: AllocationDepth::TOP,
-                reads_zero: found.status.reads_zero(),
-                is_hole: found.status == HostStatus::Hole,
-                is_compressed: false,
-                host: Some(at),
-            };
-            builder.push(Extent { range: GuestRange::new(GuestOffset(at.0), found.len), status });
-            at = at + found.len;
+            for found in self.storage.extents_at(HostRange::new(at, host.end() - at)).await? {
+                let status = ExtentStatus {
+                    depth: AllocationDepth::TOP,
+                    reads_zero: found.status.reads_zero(),
+                    is_hole: found.status.is_hole(),
+                    is_compressed: false,
+                    host: Some(at),
+                };
+                let range = GuestRange::new(GuestOffset(at.0), found.len);
+                builder.push(Extent { range, status });
+                at = at + found.len;
+            }
         }
         Ok(builder.finish())
     }

@@ -13,7 +13,7 @@ use super::open::{Chain, LevelFacts};
 use crate::Result;
 use crate::block::{AllocationDepth, Extent, ExtentStatus, Layer, no_status};
 use crate::qcow2::HostStatuses;
-use crate::storage::{HostStatus, Storage};
+use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange, HostRange};
 
 /// A run of a chain that one level decides.
@@ -141,7 +141,7 @@ impl<S: Storage> Map<'_, S> {
         let found = host.first(disk.data_storage(), HostRange::new(at, run.range.len)).await?;
         let (part, rest) = run.cut(found.len);
         let never_written = found.status.reads_zero();
-        let is_hole = found.status == HostStatus::Hole;
+        let is_hole = found.status.is_hole();
         let status = ExtentStatus { reads_zero: never_written, is_hole, ..part.status };
         push(&mut self.known, MapRun { status, never_written, ..part });
         if !rest.range.is_empty() {

@@ -7,6 +7,7 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+use super::opener::Opener;
 use crate::{Error, Result};
 
 /// How much of a name an error quotes.
@@ -16,8 +17,14 @@ const QUOTED_BYTES: usize = 80;
 ///
 /// # Errors
 /// `Corrupt` for what cannot name a file, `Unsupported` for what names something else than a
-/// local file.
-pub(super) fn resolve(name: &[u8], image: &Path) -> Result<PathBuf> {
+/// local file or what `opener` knows of elsewhere.
+pub(super) fn resolve<O: Opener>(name: &[u8], image: &Path, opener: &O) -> Result<PathBuf> {
+    if name.contains(&0) {
+        return Err(Error::corrupt(format!("The name {} has a zero byte in it", quoted(name))));
+    }
+    if opener.is_remote(name) {
+        return as_path(name).map(Path::to_owned);
+    }
     let plain = match name.strip_prefix(b"file:") {
         Some(plain) => plain,
         None => refuse_protocol(name)?,
@@ -25,10 +32,14 @@ pub(super) fn resolve(name: &[u8], image: &Path) -> Result<PathBuf> {
     if plain.is_empty() {
         return Err(Error::corrupt("The name is empty; the name of a local file would be right"));
     }
-    if plain.contains(&0) {
-        return Err(Error::corrupt(format!("The name {} has a zero byte in it", quoted(plain))));
-    }
     let plain = as_path(plain)?;
+    if plain.is_relative() && opener.is_remote(image.as_os_str().as_encoded_bytes()) {
+        return Err(Error::unsupported(format!(
+            "The name {} starts from the folder of its image, but the image is on a server, which \
+             has no folders",
+            quoted(name)
+        )));
+    }
     Ok(match image.parent() {
         Some(directory) => directory.join(plain),
         None => plain.to_owned(),
@@ -73,6 +84,7 @@ fn as_path(name: &[u8]) -> Result<&Path> {
 mod tests {
     use super::*;
     use crate::ErrorKind;
+    use crate::chain::MemoryOpener;
 
     #[test]
     fn plain_names_start_from_the_directory_of_the_image() {
@@ -87,7 +99,7 @@ mod tests {
             (b"file:json:{}", "/vm/top.img", "/vm/json:{}"),
         ];
         for (name, image, path) in table {
-            let found = resolve(name, Path::new(image)).unwrap();
+            let found = resolve(name, Path::new(image), &MemoryOpener::default()).unwrap();
             assert_eq!(found, Path::new(path), "{}", quoted(name));
         }
     }
@@ -111,7 +123,8 @@ mod tests {
             (b"File:x", ErrorKind::Unsupported),
         ];
         for (name, kind) in table {
-            let error = resolve(name, Path::new("/vm/top.img")).unwrap_err();
+            let error =
+                resolve(name, Path::new("/vm/top.img"), &MemoryOpener::default()).unwrap_err();
             assert_eq!(error.kind(), kind, "{}: {error}", quoted(name));
         }
     }
@@ -120,7 +133,8 @@ mod tests {
     fn errors_quote_little_and_nothing_that_moves_a_terminal() {
         let mut name = b"\x1b[31m:".to_vec();
         name.resize(1 << 20, b'x');
-        let error = resolve(&name, Path::new("top.img")).unwrap_err().to_string();
+        let error =
+            resolve(&name, Path::new("top.img"), &MemoryOpener::default()).unwrap_err().to_string();
         assert!(error.len() < 500 && !error.contains('\x1b'), "{error}");
     }
 }

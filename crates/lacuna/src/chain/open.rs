@@ -184,7 +184,7 @@ async fn build_level<O: Opener>(
     options: &ChainOptions,
     given_data: Option<&PathBuf>,
 ) -> Result<(LevelFacts, Disk<O::Storage>)> {
-    let data_path = data_path(&level, options, given_data)?;
+    let data_path = data_path(opener, &level, options, given_data)?;
     let disk = match level.format {
         Format::Raw => Disk::Raw(RawDisk::open(level.storage, level.access, level.origin).await?),
         Format::Qcow2 => {

@@ -66,6 +66,15 @@ pub trait Opener: Send + Sync {
         claim: Claim,
     ) -> impl Future<Output = Result<()>> + Send;
 
+    /// Says whether a name that an image has, or a path that this opener was given, leads to
+    /// something that is elsewhere, by the word in front of its colon. All else is a local file.
+    ///
+    /// Such a name is followed as it is, where the caller allows that; it has no folder from which
+    /// others could start, and the format of what is there is never guessed.
+    fn is_remote(&self, _: &[u8]) -> bool {
+        false
+    }
+
     /// Says what `path` leads to, so that a chain that bites its tail is noticed.
     fn identify(&self, path: &Path) -> impl Future<Output = Result<Identity>> + Send;
 }

@@ -94,7 +94,7 @@ pub(super) async fn walk<O: Opener>(
             Reach::Top => None,
             Reach::Bottom => {
                 let instead = options.instead.get(levels.len());
-                below(&level, options, instead).map_err(|error| in_image(error, &name))?
+                below(opener, &level, options, instead).map_err(|error| in_image(error, &name))?
             }
         };
         levels.push(level);
@@ -144,8 +144,9 @@ async fn open_level<O: Opener>(
 }
 
 /// What comes below an image: what the caller says, else what the image names.
-fn below<S>(
-    level: &Level<S>,
+fn below<O: Opener>(
+    opener: &O,
+    level: &Level<O::Storage>,
     options: &ChainOptions,
     instead: Option<&Instead>,
 ) -> Result<Option<Step>> {
@@ -154,7 +155,7 @@ fn below<S>(
     let Some(header) = &level.header else { return Ok(None) };
     let path = match &instead.backing {
         StandIn::At(path) => path.clone(),
-        StandIn::Named => match named_below(level, header, options)? {
+        StandIn::Named => match named_below(opener, level, header, options)? {
             Some(path) => path,
             None => return Ok(None),
         },
@@ -166,17 +167,22 @@ fn below<S>(
         (None, StandIn::At(_)) => unnamed_format(options)?,
         (None, _) => backing_format(header, options)?,
     };
+    let is_remote = opener.is_remote(path.as_os_str().as_encoded_bytes());
+    if is_remote && format == FormatChoice::Probe && instead.backing == StandIn::Named {
+        return unguessed().map(Some);
+    }
     Ok(Some(Step { path, format, access: Access::ReadOnly }))
 }
 
 /// What the image names as its backing file, where it may be opened.
-fn named_below<S>(
-    level: &Level<S>,
+fn named_below<O: Opener>(
+    opener: &O,
+    level: &Level<O::Storage>,
     header: &Header,
     options: &ChainOptions,
 ) -> Result<Option<PathBuf>> {
     let Some(name) = &header.backing_name else { return Ok(None) };
-    let path = resolve(name.as_bytes(), &level.path)
+    let path = resolve(name.as_bytes(), &level.path, opener)
         .map_err(|error| error.context("Backing file name"))?;
     options.backing.check(&Reference { role: Role::Backing, image: &level.path, path: &path })?;
     Ok(Some(path))
@@ -204,24 +210,33 @@ fn unnamed_format(options: &ChainOptions) -> Result<FormatChoice> {
     }
 }
 
+/// Whoever is on the way to a server chooses what a probe finds.
+fn unguessed<T>() -> Result<T> {
+    Err(Error::invalid(
+        "The image does not say of which format its backing file is, and that of an export is \
+         never guessed; storing the format in the image (qemu-img rebase -u -F) makes it known",
+    ))
+}
+
 /// Where the external data file of the image lies, if it has one and it may be opened.
 ///
 /// `given` is the file that the caller chose instead.
-pub(super) fn data_path<S>(
-    level: &Level<S>,
+pub(super) fn data_path<O: Opener>(
+    opener: &O,
+    level: &Level<O::Storage>,
     options: &ChainOptions,
     given: Option<&PathBuf>,
 ) -> Result<Option<PathBuf>> {
     if given.is_some() && level.has_data_file() {
         return Ok(given.cloned());
     }
-    let Some(path) = named_data_path(level)? else { return Ok(None) };
+    let Some(path) = named_data_path(opener, level)? else { return Ok(None) };
     let reference = Reference { role: Role::Data, image: &level.path, path: &path };
     options.data_file.check(&reference)?;
     Ok(Some(path))
 }
 
-fn named_data_path<S>(level: &Level<S>) -> Result<Option<PathBuf>> {
+fn named_data_path<O: Opener>(opener: &O, level: &Level<O::Storage>) -> Result<Option<PathBuf>> {
     let Some(header) = level.header.as_ref().filter(|_| level.has_data_file()) else {
         return Ok(None);
     };
@@ -230,5 +245,6 @@ fn named_data_path<S>(level: &Level<S>) -> Result<Option<PathBuf>> {
             "Guest data lies in an external data file, but the image does not name it",
         ));
     };
-    resolve(name.as_bytes(), &level.path).map(Some).map_err(|error| error.context("Data file name"))
+    let path = resolve(name.as_bytes(), &level.path, opener);
+    path.map(Some).map_err(|error| error.context("Data file name"))
 }

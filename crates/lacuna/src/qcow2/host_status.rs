@@ -6,9 +6,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::Result;
 use crate::storage::{HostExtent, HostStatus, Storage};
 use crate::units::{HostOffset, HostRange};
+use crate::{Error, Result};
 
 /// A question of this size is not made larger.
 const LARGE_BYTES: u64 = 64 << 20;
@@ -35,12 +35,17 @@ impl HostStatuses {
         if let Some(known) = self.known(range) {
             return Ok(known);
         }
-        let found = storage.status_at(self.question(range)).await?;
+        let found = storage.extents_at(self.question(range)).await?;
         if self.known.len() >= MOST_ANSWERS {
             self.known.clear();
         }
-        self.known.insert(range.start, (range.start + found.len, found.status));
-        Ok(HostExtent { len: found.len.min(range.len), ..found })
+        let mut start = range.start;
+        for run in &found {
+            self.known.insert(start, (start + run.len, run.status));
+            start = start + run.len;
+        }
+        let first = found.first().ok_or_else(|| Error::corrupt("A storage without status"))?;
+        Ok(HostExtent { len: first.len.min(range.len), ..*first })
     }
 
     /// As [`first`](Self::first), where no question is needed.

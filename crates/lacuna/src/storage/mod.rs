@@ -93,6 +93,9 @@ pub enum HostStatus {
     Hole,
     /// Space is reserved but was never written: reads as zeros.
     Unwritten,
+    /// No space is reserved, and the content is unknown: some devices, and servers in front of
+    /// them, do not say what a discarded range reads as.
+    Vacant,
 }
 
 impl HostStatus {
@@ -100,6 +103,12 @@ impl HostStatus {
     #[must_use]
     pub const fn reads_zero(self) -> bool {
         matches!(self, Self::Hole | Self::Unwritten)
+    }
+
+    /// Says whether no space is reserved, whatever the bytes are.
+    #[must_use]
+    pub const fn is_hole(self) -> bool {
+        matches!(self, Self::Hole | Self::Vacant)
     }
 }
 
@@ -206,6 +215,12 @@ pub trait Storage: Send + Sync + 'static {
         hold: Hold,
     ) -> impl Future<Output = Result<()>> + Send;
 
+    /// Says that the content of the range is not needed any more: it reads as what was there or as
+    /// zeros from now on, in any mixture. `Unsupported` where that is of no use to anybody.
+    fn discard_at(&self, range: HostRange, hold: Hold) -> impl Future<Output = Result<()>> + Send {
+        self.punch_hole_at(range, hold)
+    }
+
     /// Returns the range as something that the host can copy from, where it is part of a file.
     fn host_source(&self, _: HostRange) -> Option<HostSource> {
         None
@@ -252,6 +267,12 @@ pub trait Storage: Send + Sync + 'static {
     /// Zero is claimed only where it is certain, also for writes not yet flushed; past the end
     /// everything is [`HostStatus::Hole`].
     fn status_at(&self, range: HostRange) -> impl Future<Output = Result<HostExtent>> + Send;
+
+    /// Returns the statuses of the first runs of `range`, at least of one, as
+    /// [`status_at`](Self::status_at) does: as many as one question to the host answers.
+    fn extents_at(&self, range: HostRange) -> impl Future<Output = Result<Vec<HostExtent>>> + Send {
+        async move { Ok(vec![self.status_at(range).await?]) }
+    }
 
     /// Is told what comes next. Only test drivers care: they may make the next call fail, or wait.
     ///

@@ -58,6 +58,14 @@ impl<S: Storage> Storage for Arc<S> {
         S::set_len(self, len, hold)
     }
 
+    fn discard_at(&self, range: HostRange, hold: Hold) -> impl Future<Output = Result<()>> + Send {
+        S::discard_at(self, range, hold)
+    }
+
+    fn extents_at(&self, range: HostRange) -> impl Future<Output = Result<Vec<HostExtent>>> + Send {
+        S::extents_at(self, range)
+    }
+
     fn host_source(&self, range: HostRange) -> Option<HostSource> {
         S::host_source(self, range)
     }
