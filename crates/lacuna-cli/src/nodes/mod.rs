@@ -18,4 +18,4 @@ pub(crate) use any::AnyStorage;
 pub(crate) use chain::{FileChain, FileMap};
 pub(crate) use debug::{Found, Rules, is_by_rule};
 pub(crate) use disk::ToolDisk;
-pub(crate) use opener::{Base, Opening};
+pub(crate) use opener::{Base, Opening, open_export};

@@ -111,7 +111,8 @@ impl Storage for Nested {
         let extents = self.0.extents(within).await?;
         let first = extents.first().ok_or_else(|| Error::corrupt("A disk without extents"))?;
         let status = match (first.status.reads_zero, first.status.is_hole) {
-            (false, _) => HostStatus::Data,
+            (false, false) => HostStatus::Data,
+            (false, true) => HostStatus::Vacant,
             (true, true) => HostStatus::Hole,
             (true, false) => HostStatus::Unwritten,
         };

@@ -1,14 +1,13 @@
 //! From a description to an opened disk.
 //!
-//! * What an image names is a plain file, whatever its name looks like; only what the command line
-//!   describes becomes anything else.
+//! * What an image names is a plain file or, by its URI, an export of a server; only what the
+//!   command line describes becomes anything else.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use lacuna::Result;
 use lacuna::block::{BoxFuture, ZeroDetection};
 use lacuna::chain::{
     self, ChainOptions, Disk, FileOpener, FormatChoice, Identity, Instead, LevelInfo, Levels,
@@ -16,6 +15,9 @@ use lacuna::chain::{
 };
 use lacuna::qcow2::{Access, DiscardPolicy, GuestDiscard, OpenOptions};
 use lacuna::storage::{CacheMode, Claim, FileAccess, FileOptions, FileStorage, Locking};
+use lacuna::{Error, Result};
+
+use lacuna_remote::NbdStorage;
 
 use super::any::AnyStorage;
 use super::chain::FileChain;
@@ -26,6 +28,7 @@ use super::null::Null;
 use super::window::Window;
 use crate::format::Format;
 use crate::verbs::spec::debug::DebugSpec;
+use crate::verbs::spec::nbd::NbdSpec;
 use crate::verbs::spec::runtime::Locking as Locked;
 use crate::verbs::spec::tree::{
     BelowSpec, DiskSpec, FileKind, FileSpec, StorageSpec, TopSpec, Window as Part,
@@ -192,7 +195,7 @@ impl SpecOpener {
     /// Remembers a part of a storage, and returns its path; `role` tells those without one apart.
     fn add(&mut self, spec: &StorageSpec, part: Part, role: &str) -> PathBuf {
         let mut path = spec.path().to_owned();
-        if spec.files().is_none() {
+        if !spec.has_path() {
             path.push(role);
         }
         self.specs.insert(path.clone(), (spec.clone(), part));
@@ -217,6 +220,7 @@ impl SpecOpener {
             StorageSpec::Debug(debug) => Box::pin(self.open_debug(&debug.0, &debug.1, access)),
             StorageSpec::Disk(disk) => Box::pin(self.open_disk(disk, access)),
             StorageSpec::File(file) => Box::pin(std::future::ready(self.open_file(file, access))),
+            StorageSpec::Nbd(nbd) => Box::pin(open_export(nbd, access)),
             StorageSpec::Null(null) => {
                 let null = AnyStorage::other(Null { len: null.size_bytes() });
                 Box::pin(std::future::ready(Ok(null)))
@@ -270,8 +274,25 @@ impl SpecOpener {
     }
 }
 
+/// Opens an export of a server.
+pub(crate) async fn open_export(nbd: &NbdSpec, access: Access) -> Result<AnyStorage> {
+    let options = nbd.options(access == Access::ReadWrite);
+    NbdStorage::open(&nbd.uri, &options).await.map(AnyStorage::export)
+}
+
+/// Opens what an image names by a URI.
+async fn open_named(path: &Path, access: Access) -> Result<AnyStorage> {
+    let name = path.to_string_lossy();
+    let nbd = NbdSpec::from_name(&name).map_err(|error| Error::invalid(error.text()))?;
+    open_export(&nbd, access).await
+}
+
 impl Opener for SpecOpener {
     type Storage = AnyStorage;
+
+    fn is_remote(&self, name: &[u8]) -> bool {
+        std::str::from_utf8(name).is_ok_and(NbdSpec::is_name)
+    }
 
     async fn open(&self, path: &Path, access: Access) -> Result<AnyStorage> {
         match self.specs.get(path) {
@@ -286,6 +307,9 @@ impl Opener for SpecOpener {
                     }
                 }
             }
+            None if self.is_remote(path.as_os_str().as_encoded_bytes()) => {
+                open_named(path, access).await
+            }
             None => FileOpener::new(self.base.files).open(path, access).await.map(AnyStorage::File),
         }
     }
@@ -297,6 +321,9 @@ impl Opener for SpecOpener {
     async fn identify(&self, path: &Path) -> Result<Identity> {
         match self.specs.get(path) {
             Some((spec, _)) if spec.files().is_none() => Ok(Identity::Path(path.to_owned())),
+            None if self.is_remote(path.as_os_str().as_encoded_bytes()) => {
+                Ok(Identity::Path(path.to_owned()))
+            }
             _ => FileOpener::new(self.base.files).identify(path).await,
         }
     }

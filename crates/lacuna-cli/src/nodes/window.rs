@@ -93,6 +93,17 @@ impl Storage for Window {
         self.below.punch_hole_at(self.changed(range)?, hold).await
     }
 
+    async fn discard_at(&self, range: HostRange, hold: Hold) -> Result<()> {
+        self.below.discard_at(self.changed(range)?, hold).await
+    }
+
+    async fn extents_at(&self, range: HostRange) -> Result<Vec<HostExtent>> {
+        match self.within(range.start, range.len) {
+            0 => Ok(vec![HostExtent { len: range.len, status: HostStatus::Hole }]),
+            len => self.below.extents_at(HostRange::new(self.shifted(range.start)?, len)).await,
+        }
+    }
+
     async fn allocate_at(&self, range: HostRange) -> Result<()> {
         self.below.allocate_at(self.changed(range)?).await
     }

@@ -8,13 +8,13 @@ use lacuna::chain::{Sharing, UnnamedFormat};
 use lacuna::qcow2::format::{CompressionType, EntryWidth, Version};
 use lacuna::qcow2::{self, Access, BackingName, CreateOptions, DataFileName, PreallocationLayout};
 use lacuna::raw::Raw;
-use lacuna::storage::{CacheMode, Claim, FileOptions, FileStorage, LockConflict, Locking};
+use lacuna::storage::{CacheMode, Claim, FileOptions, FileStorage, LockConflict, Locking, Storage};
 use pollster::block_on;
 
 use super::busy;
 use super::open::{self, Request};
 use super::spec::{self, ImageSpec};
-use super::{Example, Task, Verb, advice, common};
+use super::{Example, Task, Verb, advice, common, create_export};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult, EFBIG, FILE_LIMITS, MAKE_ROOM, host_words, sentence};
 use crate::format::{Format, is_known};
@@ -161,6 +161,9 @@ impl Plan {
 
     /// Refuses names that lead to no file: those with a protocol, and `json:`.
     fn check_name(&self) -> CliResult<()> {
+        if create_export::is_export(&self.shown) {
+            return Ok(());
+        }
         match spec::split_protocol(&self.shown)? {
             (Some(driver @ ("null-co" | "null-aio")), _) => Err(CliError::new(format!(
                 "Protocol driver '{driver}' does not support image creation"
@@ -209,6 +212,9 @@ impl Plan {
         let size = self.size_bytes().checked_next_multiple_of(512);
         let size =
             size.filter(|size| i64::try_from(*size).is_ok()).ok_or_else(|| self.too_large())?;
+        if create_export::is_export(&self.shown) {
+            return create_export::make_raw(&self.shown, size);
+        }
         let storage = self.replace(&self.file)?;
         let _watch = self.watch();
         let grown = block_on(Raw::grow(storage, size, mode));
@@ -235,12 +241,15 @@ impl Plan {
 
     fn make_qcow2(&self) -> CliResult<()> {
         let options = self.create_options()?;
+        if create_export::is_export(&self.shown) {
+            return self.fill_qcow2(&create_export::open(&self.shown)?, &options);
+        }
         let storage = self.replace(&self.file)?;
         let _watch = self.watch();
         self.fill_qcow2(&storage, &options).map_err(|error| self.half_made(error))
     }
 
-    fn fill_qcow2(&self, storage: &FileStorage, options: &CreateOptions) -> CliResult<()> {
+    fn fill_qcow2<S: Storage>(&self, storage: &S, options: &CreateOptions) -> CliResult<()> {
         if let Some(data) = &options.data_file {
             self.make_data_file(data, options)?;
         }

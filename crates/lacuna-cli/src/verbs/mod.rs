@@ -12,6 +12,7 @@ mod compare;
 mod completions;
 mod convert;
 pub(crate) mod create;
+mod create_export;
 mod ctl;
 mod dd;
 mod help;

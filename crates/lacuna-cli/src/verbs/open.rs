@@ -15,6 +15,7 @@ use pollster::block_on;
 
 use super::qemu_words;
 use super::spec::ImageSpec;
+use super::spec::nbd::NbdSpec;
 use super::spec::tree::{BelowSpec, FileKind, FileSpec};
 use super::{advice, busy};
 use crate::args::Parsed;
@@ -335,14 +336,26 @@ fn text_before(text: &str) -> &str {
     text.split_once(';').map_or(text, |(before, _)| before)
 }
 
+/// Turns the error of opening an export that is no image yet into ours.
+pub(crate) fn of_export(error: &Error) -> CliError {
+    let text = match error.raw_os_error() {
+        Some(code) => file_words("", error.message(), code),
+        None => sentence(error),
+    };
+    CliError::new(text).with_class(error.kind())
+}
+
 /// Says which file of a chain the host did not give: the image, its data file, or one below.
 fn file_words(file: &str, message: &str, code: i32) -> String {
     let words = host_words(code);
     let own = message.strip_prefix(&format!("Image {file}: "));
     let doing = own.unwrap_or(message).rsplit(": ").next().unwrap_or_default();
     let path = ["Opening ", "Looking for "].iter().find_map(|verb| doing.strip_prefix(verb));
+    if let Some(place) = doing.strip_prefix("Connecting to ") {
+        return format!("Failed to connect to '{place}': {words}");
+    }
     match path {
-        None => format!("{message}: {words}"),
+        None => format!("{}: {words}", own.unwrap_or(message)),
         Some(path) if own.is_some() || path == file => format!("Could not open '{path}': {words}"),
         Some(path) => format!("Could not open backing file: Could not open '{path}': {words}"),
     }
@@ -379,7 +392,12 @@ pub(crate) fn same_file(first: &Path, second: &Path) -> bool {
 
 /// Says whether `file` is one of the files that a chain consists of.
 pub(crate) fn is_part_of(file: &Path, chain: &FileChain) -> bool {
+    let export = file.to_str().filter(|name| NbdSpec::is_name(name));
+    let export = export.and_then(|name| NbdSpec::from_name(name).ok());
     chain.levels().iter().any(|level| {
+        if let Some(export) = &export {
+            return level.path == export.path();
+        }
         let data = level.data_path.as_deref();
         same_file(file, &level.path) || data.is_some_and(|data| same_file(file, data))
     })

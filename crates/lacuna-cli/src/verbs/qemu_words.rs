@@ -2,7 +2,16 @@
 
 /// Returns what QEMU says where the engine says `message`, where the two differ.
 pub(super) fn of_opening(message: &str) -> Option<String> {
-    features(message).or_else(|| size(message)).or_else(|| header(message))
+    let known = [export, features, size, header];
+    known.iter().find_map(|words| words(message))
+}
+
+/// What a server says of an export that it does not have.
+fn export(message: &str) -> Option<String> {
+    let (_, said) = message.split_once(": there is no such export")?;
+    let said = said.strip_prefix("; it says '").and_then(|said| said.strip_suffix('\''));
+    let reported = said.map_or_else(String::new, |said| format!("\nserver reported: {said}"));
+    Some(format!("Requested export not available{reported}"))
 }
 
 /// What of the header is wrong, by how the engine begins to say it and what else it names.

@@ -155,9 +155,16 @@ impl Change {
             None if self.mode == Preallocation::Metadata => {
                 Err(CliError::new("Unsupported preallocation mode: metadata"))
             }
+            None if self.is_of_server(chain) => Err(CliError::new("Cannot resize NBD nodes")
+                .in_our_words("The size of an export is its server's to change")),
             None => block_on(raw::resize(chain.disk().storage(), self.new, self.mode))
                 .map_err(|error| create::no_room(&error, self.mode)),
         }
+    }
+
+    /// Says whether another size is asked for than the one that a server gives.
+    fn is_of_server(self, chain: &FileChain) -> bool {
+        chain.disk().storage().is_export() && self.new != chain.disk().size_bytes()
     }
 
     fn resize_image(self, image: &Image<AnyStorage>) -> CliResult<()> {

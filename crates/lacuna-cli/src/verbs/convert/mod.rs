@@ -16,6 +16,7 @@ use super::busy;
 use super::open::{self, FileChain, Request};
 use super::progress::Meter;
 use super::spec::ImageSpec;
+use super::spec::nbd::NbdSpec;
 use super::{Example, Task, Verb, advice, common, create, snapshot};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
@@ -105,7 +106,8 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         })
     };
     // Half a copy looks like a whole one. QEMU's programs leave it, and scripts know that.
-    match wish.creates && tool.is_own() {
+    // What was on an export before is gone already, and the export is not ours to remove.
+    match wish.creates && tool.is_own() && !wish.is_export() {
         true => whole_or_gone(&wish.target_name, copy)?,
         false => copy()?,
     }
@@ -334,13 +336,23 @@ impl Wish {
         Ok(())
     }
 
+    fn is_export(&self) -> bool {
+        NbdSpec::is_name(&self.target_name)
+    }
+
+    /// Says whether making the target leaves zeros; a raw disk keeps what its export had.
+    fn creates_zeros(&self) -> bool {
+        let is_raw = self.target_format.unwrap_or(Format::Raw) == Format::Raw;
+        self.creates && !(is_raw && self.is_export())
+    }
+
     /// Says what is known of the target's content.
     fn content(&self, sources: &[FileChain], target: &FileChain) -> TargetContent {
         let below = |chain: &FileChain| chain.levels().get(1).map_or(0, |level| level.size_bytes);
         if self.creates && self.backing.is_some() {
             let source_bytes = sources.first().map_or(0, below);
             TargetContent::Backing { source_bytes, target_bytes: below(target) }
-        } else if self.is_zero || (self.creates && target.levels().len() == 1) {
+        } else if self.is_zero || (self.creates_zeros() && target.levels().len() == 1) {
             TargetContent::Zero
         } else {
             TargetContent::Unknown

@@ -19,6 +19,7 @@ use part::Part;
 use super::open::{self, FileChain, Request};
 use super::progress::Meter;
 use super::spec::ImageSpec;
+use super::spec::nbd::NbdSpec;
 use super::{Example, Task, Verb, common, create};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
@@ -85,7 +86,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         copy(tool, parsed, &source, target, range)
     };
     // As for `convert`: half a copy looks like a whole one.
-    match tool.is_own() {
+    match tool.is_own() && !NbdSpec::is_name(&wish.target) {
         true => whole_or_gone(&wish.target, fill)?,
         false => fill()?,
     }
@@ -183,7 +184,12 @@ fn copy(
     target: FileChain,
     range: Range,
 ) -> CliResult<()> {
-    let mut options = ConvertOptions { content: TargetContent::Zero, ..ConvertOptions::default() };
+    let content = match target.disk().storage().is_export() && target.disk().as_qcow2().is_none() {
+        // A raw disk keeps what its export had.
+        true => TargetContent::Unknown,
+        false => TargetContent::Zero,
+    };
+    let mut options = ConvertOptions { content, ..ConvertOptions::default() };
     if !tool.is_own() {
         options.sparse_bytes = 0;
     }

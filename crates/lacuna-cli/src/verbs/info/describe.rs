@@ -26,7 +26,7 @@ const MOST_BYTES: u64 = 64 << 20;
 /// Describes one level of a chain; `spec` is what the command line says of it.
 pub(super) fn node(level: &LevelInfo<AnyStorage>, spec: Option<&DiskSpec>) -> CliResult<Value> {
     let file = spec.map_or_else(|| level.path.display().to_string(), DiskSpec::shown);
-    let named = StorageSpec::file(&level.path);
+    let named = StorageSpec::named(&level.path)?;
     let storage = spec.map_or(&named, |spec| &spec.file);
     let whole = spec.is_none_or(|spec| spec.window == Window::default());
     let len = if whole { Some(block_on(level.storage.len())?) } else { None };
@@ -62,7 +62,10 @@ pub(super) fn node(level: &LevelInfo<AnyStorage>, spec: Option<&DiskSpec>) -> Cl
         members.insert("format-specific".into(), json!({"type": "qcow2", "data": data}));
         names(&mut members, header, &level.path);
     }
-    members.insert("dirty-flag".into(), header.is_some_and(is_dirty).into());
+    // Nobody asks a server whether it is in order.
+    if header.is_some() || !matches!(storage, StorageSpec::Nbd(_)) {
+        members.insert("dirty-flag".into(), header.is_some_and(is_dirty).into());
+    }
     Ok(Value::Object(members))
 }
 
@@ -70,7 +73,7 @@ pub(super) fn node(level: &LevelInfo<AnyStorage>, spec: Option<&DiskSpec>) -> Cl
 fn actual_bytes(storage: &StorageSpec) -> CliResult<Option<u64>> {
     match storage {
         // Nobody asks a test driver.
-        StorageSpec::Debug(_) => Ok(None),
+        StorageSpec::Debug(_) | StorageSpec::Nbd(_) => Ok(None),
         StorageSpec::Disk(disk) => actual_bytes(&disk.file),
         StorageSpec::File(file) => facts(&file.path).map(|facts| Some(facts.blocks() * 512)),
         StorageSpec::Null(_) => Ok(Some(0)),
@@ -111,6 +114,12 @@ fn storage_info(storage: &StorageSpec, len: Option<u64>) -> CliResult<Value> {
                 "dirty-flag": false,
             })
         }
+        StorageSpec::Nbd(_) => json!({
+            "children": [],
+            "virtual-size": len.map(|len| len.next_multiple_of(512)),
+            "filename": storage.shown(),
+            "format": "nbd",
+        }),
         StorageSpec::Null(empty) => json!({
             "children": [],
             "virtual-size": empty.size_bytes(),

@@ -6,6 +6,7 @@ pub(crate) mod change;
 pub(crate) mod debug;
 mod json;
 pub(crate) mod keys;
+pub(crate) mod nbd;
 pub(crate) mod runtime;
 mod storage;
 pub(crate) mod tree;
@@ -109,7 +110,9 @@ impl ImageSpec {
 
 /// Names that stand for a storage where a format is expected.
 fn is_storage(name: &str) -> bool {
-    matches!(name, "blkdebug" | "compress" | "copy-on-read" | "host_cdrom" | "null-co" | "null-aio")
+    let known =
+        ["blkdebug", "compress", "copy-on-read", "host_cdrom", "nbd", "null-co", "null-aio"];
+    known.contains(&name)
 }
 
 /// For the fuzzer: what is accepted names a file.

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::debug::DebugSpec;
 use super::keys::{Keys, Scalar};
+use super::nbd::NbdSpec;
 use super::runtime::Common;
 use super::tree::{DiskSpec, MAX_DEPTH, disk, format_of, spaced, too_deep};
 use crate::error::{CliError, CliResult};
@@ -18,6 +19,8 @@ pub(crate) enum StorageSpec {
     /// A disk whose guest bytes are what is seen.
     Disk(Box<DiskSpec>),
     File(FileSpec),
+    /// An export of a server.
+    Nbd(Box<NbdSpec>),
     /// No bytes at all: reads as zeros, writes go nowhere.
     Null(NullSpec),
 }
@@ -84,13 +87,32 @@ impl StorageSpec {
         Self::File(FileSpec { path: path.to_owned(), kind: FileKind::Regular, common })
     }
 
+    /// Makes the description of what an image names.
+    pub(crate) fn named(path: &Path) -> CliResult<Self> {
+        match path.to_str().filter(|name| NbdSpec::is_name(name)) {
+            Some(name) => Ok(Self::Nbd(Box::new(NbdSpec::from_name(name)?))),
+            None => Ok(Self::file(path)),
+        }
+    }
+
     /// Returns the file that all comes from, or a name for what comes from none.
     pub(crate) fn path(&self) -> &Path {
         match self {
             Self::Debug(debug) => debug.1.path(),
             Self::Disk(disk) => disk.file.path(),
             Self::File(file) => &file.path,
+            Self::Nbd(nbd) => nbd.path(),
             Self::Null(_) => Path::new("null-co://"),
+        }
+    }
+
+    /// Says whether it has a path of its own, by which it can be told from others.
+    pub(crate) fn has_path(&self) -> bool {
+        match self {
+            Self::Debug(debug) => debug.1.has_path(),
+            Self::Disk(disk) => disk.file.has_path(),
+            Self::File(_) | Self::Nbd(_) => true,
+            Self::Null(_) => false,
         }
     }
 
@@ -100,7 +122,7 @@ impl StorageSpec {
             Self::Debug(debug) => debug.1.files(),
             Self::Disk(disk) => disk.file.files(),
             Self::File(file) => Some(file),
-            Self::Null(_) => None,
+            Self::Nbd(_) | Self::Null(_) => None,
         }
     }
 }
@@ -113,6 +135,7 @@ impl StorageSpec {
                 format!("blkdebug:{}:{}", debug.0.config, debug.1.path().display())
             }
             Self::File(file) => file.path.display().to_string(),
+            Self::Nbd(nbd) => nbd.path().display().to_string(),
             Self::Null(null) => null.shown(),
             _ => format!("json:{}", spaced(&self.json())),
         }
@@ -125,6 +148,7 @@ impl StorageSpec {
             Self::File(file) => {
                 json!({"driver": file.kind.name(), "filename": file.path.to_string_lossy()})
             }
+            Self::Nbd(nbd) => nbd.json(),
             Self::Null(NullSpec { name, size: Some(size) }) => {
                 json!({"driver": name, "size": size})
             }
@@ -180,7 +204,16 @@ pub(super) fn storage(mut keys: Keys, name: Option<&str>, depth: usize) -> CliRe
         keys.take("driver");
         return debugged(keys, name, depth);
     }
-    let named = name.map(split_protocol).transpose()?;
+    let is_export = name.or_else(|| keys.text("filename")).is_some_and(NbdSpec::is_name);
+    if is_export && keys.text("driver").is_none_or(|driver| driver == "nbd") {
+        keys.take("driver");
+        return Ok(StorageSpec::Nbd(Box::new(NbdSpec::read(keys, name)?)));
+    }
+    let named = match name {
+        // What a format on a format stands on is told when its own storage is read.
+        Some(name) if is_export => Some((None, name.to_owned())),
+        name => name.map(split_protocol).transpose()?,
+    };
     let driver = keys.take_text("driver");
     let driver = driver.as_deref().or_else(|| named.as_ref().and_then(|(driver, _)| *driver));
     let plain = named.map(|(_, plain)| plain);
@@ -188,6 +221,7 @@ pub(super) fn storage(mut keys: Keys, name: Option<&str>, depth: usize) -> CliRe
         None | Some("file") => file(FileKind::Regular, keys, plain, driver.is_some()),
         Some("host_device") => file(FileKind::Device, keys, plain, true),
         Some("host_cdrom") => file(FileKind::CdRom, keys, plain, true),
+        Some("nbd") => Ok(StorageSpec::Nbd(Box::new(NbdSpec::read(keys, name)?))),
         Some("null-co") => null("null-co", keys),
         Some("null-aio") => null("null-aio", keys),
         Some(driver) if format_of(driver).is_some() => {

@@ -131,6 +131,7 @@ impl DiskSpec {
         match &self.file {
             StorageSpec::File(file) if is_whole => file.path.display().to_string(),
             StorageSpec::Debug(debug) if is_whole && debug.0.has_only_config() => self.file.shown(),
+            StorageSpec::Nbd(_) if is_whole => self.file.shown(),
             StorageSpec::Null(null) if is_whole && null.size.is_none() => null.shown(),
             _ => format!("json:{}", spaced(&self.json())),
         }
@@ -294,6 +295,7 @@ fn bare(driver: &str, mut keys: Keys, name: Option<&str>, depth: usize) -> CliRe
     let file = storage(keys, name, depth)?;
     let storage_name = match &file {
         StorageSpec::File(file) => Some(file.kind.name()),
+        StorageSpec::Nbd(_) => Some("nbd"),
         StorageSpec::Null(null) => Some(null.name),
         StorageSpec::Debug(_) | StorageSpec::Disk(_) => None,
     };
