@@ -250,3 +250,13 @@ fn a_server_that_never_answers_can_be_left() {
     sandbox.prepare(&format!("kill -INT {}", client.id()));
     assert!(!client.wait().unwrap().success());
 }
+
+#[test]
+fn an_image_elsewhere_may_stand_on_an_export() {
+    let sandbox = ours();
+    let line = "mkdir sub && lacuna create -q -f qcow2 -b \"$uri\" -F raw sub/a.qcow2 && \
+                qemu-img create -q -f qcow2 -b nbd:unix:$unixsocket -F raw sub/b.qcow2 && \
+                stock-img info sub/a.qcow2 | grep -c 1.MiB && \
+                lacuna compare sub/a.qcow2 sub/b.qcow2 && qemu-io -r -f raw -c 'read 0 4k' \"$uri\"";
+    fine(&nbdkit(&sandbox, "memory 1M", line));
+}

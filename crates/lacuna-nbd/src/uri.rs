@@ -150,6 +150,8 @@ impl Uri {
 fn transport(scheme: &str) -> Option<(Transport, bool)> {
     let known = [
         ("nbd", Transport::Tcp, false),
+        // QEMU's other word for it.
+        ("nbd+tcp", Transport::Tcp, false),
         ("nbds", Transport::Tcp, true),
         ("nbd+unix", Transport::Unix, false),
         ("nbds+unix", Transport::Unix, true),

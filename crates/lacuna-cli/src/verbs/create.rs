@@ -13,6 +13,7 @@ use pollster::block_on;
 
 use super::busy;
 use super::open::{self, Request};
+use super::spec::nbd::NbdSpec;
 use super::spec::{self, ImageSpec};
 use super::{Example, Task, Verb, advice, common, create_export};
 use crate::args::{Flag, Parsed};
@@ -445,8 +446,11 @@ pub(super) fn probed(path: &Path) -> Option<Format> {
     Some(open::of_chain(format))
 }
 
-/// A name in an image is seen from where the image is.
+/// A name in an image is seen from where the image is, unless it is one of a server's export.
 pub(super) fn beside(image: &Path, name: &str) -> PathBuf {
+    if NbdSpec::is_name(name) {
+        return PathBuf::from(name);
+    }
     let name = name.strip_prefix("file:").unwrap_or(name);
     image.parent().unwrap_or_else(|| Path::new("")).join(name)
 }
