@@ -3,6 +3,7 @@
 mod common;
 
 use common::{Outcome, Sandbox};
+use testkit::certificates::{Authority, LOCAL};
 
 /// What to do where it is missing.
 const NBDKIT: &str = "nbdkit is missing: apt-get install nbdkit";
@@ -30,7 +31,7 @@ fn served(sandbox: &Sandbox, server: &str, lines: &str) -> Outcome {
     let start = format!("stock-nbd -t --pid-file $PWD/pid -k $PWD/s {server} & nbd=$!");
     let ready = "while ! [ -s pid ]; do kill -0 $nbd || exit 99; sleep 0.01; done";
     let end = "code=$?; kill $nbd; wait $nbd 2>/dev/null; exit $code";
-    sandbox.run(&format!("rm -f pid s; {start}\n{ready}\n{lines}\n{end}"))
+    sandbox.run(&format!("rm -f pid s; {start}\n{ready}\n(\n{lines}\n)\n{end}"))
 }
 
 /// Runs a line while nbdkit serves; the line finds the URI in `$uri`.
@@ -157,6 +158,10 @@ fn an_export_can_be_a_backing_file_and_its_format_is_never_guessed() {
         lacuna convert -O raw top.qcow2 ours.raw && stock-img convert -O raw top.qcow2 stock.raw
         cmp ours.raw stock.raw || exit 5
         lacuna info --backing-chain top.qcow2 || exit 6
+        mkdir d && lacuna create -q -f qcow2 -b nbd+unix:///x?socket=s -F raw d/new.qcow2 || exit 8
+        lacuna compare -U -F raw d/new.qcow2 disk.raw || exit 9
+        lacuna convert -U -O qcow2 -B nbd+unix:///x?socket=s -F raw disk.raw d/thin.qcow2 || exit 10
+        lacuna compare -U -F raw d/thin.qcow2 disk.raw || exit 11
         stock-img create -q -f qcow2 -u -b nbd+unix:///x?socket=$PWD/s none.qcow2 8M \
             2>/dev/null || python3 -c '
 data = bytearray(open(\"top.qcow2\", \"rb\").read())
@@ -259,4 +264,43 @@ fn an_image_elsewhere_may_stand_on_an_export() {
                 stock-img info sub/a.qcow2 | grep -c 1.MiB && \
                 lacuna compare sub/a.qcow2 sub/b.qcow2 && qemu-io -r -f raw -c 'read 0 4k' \"$uri\"";
     fine(&nbdkit(&sandbox, "memory 1M", line));
+}
+
+#[test]
+fn certificates_come_from_the_uri_or_an_object_and_strangers_are_refused() {
+    let sandbox = ours();
+    sandbox.prepare("mkdir pki strange");
+    let (authority, stranger) = (Authority::new("ours"), Authority::new("strange"));
+    authority.trusted_in(&sandbox.path("pki"));
+    authority.server_in(&sandbox.path("pki"), &LOCAL);
+    authority.client_in(&sandbox.path("pki"));
+    stranger.trusted_in(&sandbox.path("strange"));
+    let server = "--object tls-creds-x509,id=t,endpoint=server,dir=$PWD/pki --tls-creds t -x x \
+                  -f raw disk.raw";
+    let object = "--object tls-creds-x509,id=c,endpoint=client,dir";
+    let lines = format!(
+        "uri='nbds+unix:///x?socket=s&tls-certificates'
+        lacuna compare -f raw -F raw \"$uri=pki\" disk.raw || exit 1
+        lacuna compare -f raw -F raw \"$uri=pki&tls-hostname=localhost\" disk.raw || exit 2
+        by=driver=raw,file.driver=nbd,file.path=s,file.export=x,file.tls-creds
+        lacuna map {object}=pki --image-opts $by=c,file.tls-hostname=localhost || exit 3
+        lacuna convert {object}=pki --image-opts -O qcow2 $by=c copy.qcow2 || exit 4
+        lacuna compare -F raw copy.qcow2 disk.raw || exit 5
+        lacuna map \"$uri=strange\" && exit 6
+        lacuna map \"$uri=pki&tls-hostname=other.example\" && exit 7
+        lacuna map 'nbds+unix:///x?socket=s' && exit 8
+        lacuna map --image-opts $by=c && exit 9
+        lacuna map 'nbd+unix:///x?socket=s' && exit 10
+        true"
+    );
+    let got = served(&sandbox, server, &lines);
+    fine(&got);
+    for said in ["ca-cert.pem does not stand behind it", "it is not for other.example"] {
+        assert!(got.text.contains(said), "{said}: {}", got.text);
+    }
+    assert!(
+        got.text.contains("nbds+unix://"),
+        "plaintext is told what would be right: {}",
+        got.text
+    );
 }

@@ -12,7 +12,7 @@
 //!   connect.rs, stream.rs     sockets and TLS; the handshake
 //! ```
 //!
-//! * Always: sockets live on one thread of their own ([`runtime`]), so that whoever waits for a
+//! * Always: sockets live on one thread of their own (`runtime.rs`), so that whoever waits for a
 //!   storage may do so on any executor, or on none.
 //! * Always: a request whose future was dropped is finished all the same. Its buffer stays with
 //!   the connection until the server is done with it.

@@ -276,7 +276,7 @@ impl SpecOpener {
 
 /// Opens an export of a server.
 pub(crate) async fn open_export(nbd: &NbdSpec, access: Access) -> Result<AnyStorage> {
-    let options = nbd.options(access == Access::ReadWrite);
+    let options = nbd.options(access == Access::ReadWrite)?;
     NbdStorage::open(&nbd.uri, &options).await.map(AnyStorage::export)
 }
 

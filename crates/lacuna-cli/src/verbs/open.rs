@@ -21,6 +21,7 @@ use super::{advice, busy};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult, host_words, sentence};
 use crate::format::Format;
+use crate::objects::Objects;
 use crate::output;
 use crate::persona::{Persona, Tool};
 
@@ -55,11 +56,19 @@ impl Request {
             true => ImageSpec::from_options(name),
             false => ImageSpec::from_name(name, format),
         };
+        let image = image.and_then(|image| with_certificates(image, parsed));
         let image = image.map_err(|error| cannot_open(name, error))?;
         check_force_share(parsed, &image, "--force-share/-U")?;
         let (cache, sharing) = (CacheMode::Buffered, sharing(parsed));
         Ok(Self { image, access: Access::ReadOnly, cache, sharing, unnamed: unnamed(parsed) })
     }
+}
+
+/// Gives an image the certificates that its options name.
+pub(crate) fn with_certificates(mut image: ImageSpec, parsed: &Parsed) -> CliResult<ImageSpec> {
+    let objects = Objects::read(parsed.all("object"))?;
+    image.disk.find_certificates(&objects)?;
+    Ok(image)
 }
 
 /// Refuses `-U` for an image whose options say the opposite; `flag` is how that is called.

@@ -95,7 +95,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         wish.create(tool, &sources)?;
     }
     let copy = || {
-        wish.open_target(tool, &sources).and_then(|target| {
+        wish.open_target(tool, parsed, &sources).and_then(|target| {
             let mut options =
                 ConvertOptions { content: wish.content(&sources, &target), ..wish.options };
             if target.levels().len() > 1 {
@@ -229,12 +229,18 @@ impl Wish {
         Ok(chains)
     }
 
-    fn open_target(&self, tool: &Tool, sources: &[FileChain]) -> CliResult<FileChain> {
+    fn open_target(
+        &self,
+        tool: &Tool,
+        parsed: &Parsed,
+        sources: &[FileChain],
+    ) -> CliResult<FileChain> {
         let format = self.target_format.unwrap_or(Format::Raw);
         let image = match self.target_image_opts {
             true => ImageSpec::from_options(&self.target_name)?,
             false => ImageSpec::from_name(&self.target_name, Some(format.name()))?,
         };
+        let image = open::with_certificates(image, parsed)?;
         let (access, cache) = (Access::ReadWrite, self.target_cache);
         let (sharing, unnamed) = (Sharing::Format, self.unnamed);
         let request = Request { image, access, cache, sharing, unnamed };
@@ -312,8 +318,7 @@ impl Wish {
             return Err(CliError::new("Use of backing file requires explicit backing format")
                 .with_hint("-F names the format of the backing file"));
         };
-        let path =
-            Path::new(&self.target_name).parent().unwrap_or_else(|| Path::new("")).join(name);
+        let path = create::beside(Path::new(&self.target_name), name);
         let image = ImageSpec::from_name(&path.to_string_lossy(), Some(&backing_format))?;
         let (access, cache) = (Access::ReadOnly, CacheMode::Buffered);
         // Nothing is read of it; the target is opened with it later.
@@ -375,6 +380,7 @@ fn source_request(
         true => ImageSpec::from_options(source),
         false => ImageSpec::from_name(source, format),
     };
+    let image = image.and_then(|image| open::with_certificates(image, parsed));
     let image = image.map_err(|error| open::cannot_open(source, error))?;
     open::check_force_share(parsed, &image, "--force-share/-U")?;
     let sharing = match open::sharing(parsed) {

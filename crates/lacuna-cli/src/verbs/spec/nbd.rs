@@ -3,12 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use lacuna_remote::{Address, NbdOptions, Uri};
+use lacuna::Error;
+use lacuna_remote::{Address, NbdOptions, Tls, Uri};
+use lacuna_tls::ClientTls;
 use serde_json::{Map, Value};
 
 use super::keys::Keys;
 use super::runtime::Common;
 use crate::error::{CliError, CliResult};
+use crate::objects::{Endpoint, Objects, TlsFolder};
 
 /// The port that NBD has at IANA, as QEMU's options write it.
 const DEFAULT_PORT: &str = "10809";
@@ -24,8 +27,11 @@ pub(crate) struct NbdSpec {
     reconnect_delay: Duration,
     open_timeout: Duration,
     connections: Option<usize>,
-    pub(crate) tls_creds: Option<String>,
-    pub(crate) tls_hostname: Option<String>,
+    /// The name of an object with certificates.
+    tls_creds: Option<String>,
+    tls_hostname: Option<String>,
+    /// What that object describes.
+    certificates: Option<TlsFolder>,
     pub(crate) common: Common,
     /// As QEMU writes it.
     shown: PathBuf,
@@ -78,6 +84,7 @@ impl NbdSpec {
             connections,
             tls_creds,
             tls_hostname,
+            certificates: None,
             common,
             shown,
         })
@@ -88,16 +95,39 @@ impl NbdSpec {
         &self.shown
     }
 
-    /// Returns how to get to it, but for TLS.
-    pub(crate) fn options(&self, writes: bool) -> NbdOptions {
+    /// Finds the certificates that it is to be asked with.
+    pub(super) fn find_certificates(&mut self, objects: &Objects) -> CliResult<()> {
+        if let Some(id) = &self.tls_creds {
+            self.certificates = Some(objects.tls(id, Endpoint::Client)?.clone());
+        }
+        Ok(())
+    }
+
+    /// Returns how to get to it.
+    pub(crate) fn options(&self, writes: bool) -> lacuna::Result<NbdOptions> {
         let usual = NbdOptions::default();
-        NbdOptions {
+        Ok(NbdOptions {
             connections: self.connections.unwrap_or(usual.connections),
             open_timeout: self.open_timeout,
             reconnect_delay: self.reconnect_delay,
             writes: writes && self.common.read_only != Some(true),
-            ..usual
-        }
+            tls: self.tls()?,
+        })
+    }
+
+    fn tls(&self) -> lacuna::Result<Option<Tls>> {
+        let folder = match (&self.certificates, &self.tls_creds) {
+            (Some(folder), _) => folder,
+            (None, None) => return Ok(None),
+            // Never without TLS where it was asked for.
+            (None, Some(id)) => {
+                let text = format!("The certificates of tls-creds={id} cannot be used here");
+                return Err(Error::unsupported(text));
+            }
+        };
+        let credentials = ClientTls::from_folder(&folder.path, folder.verify)
+            .map_err(|error| Error::invalid(error.to_string()))?;
+        Ok(Some(Tls { credentials, hostname: self.tls_hostname.clone() }))
     }
 
     /// Describes it as an object.

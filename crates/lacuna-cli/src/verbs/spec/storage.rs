@@ -10,6 +10,7 @@ use super::nbd::NbdSpec;
 use super::runtime::Common;
 use super::tree::{DiskSpec, MAX_DEPTH, disk, format_of, spaced, too_deep};
 use crate::error::{CliError, CliResult};
+use crate::objects::Objects;
 
 /// Where bytes come from.
 #[derive(Clone, Debug, PartialEq)]
@@ -113,6 +114,16 @@ impl StorageSpec {
             Self::Disk(disk) => disk.file.has_path(),
             Self::File(_) | Self::Nbd(_) => true,
             Self::Null(_) => false,
+        }
+    }
+
+    /// Finds the certificates that exports are to be asked with.
+    pub(super) fn find_certificates(&mut self, objects: &Objects) -> CliResult<()> {
+        match self {
+            Self::Debug(debug) => debug.1.find_certificates(objects),
+            Self::Disk(disk) => disk.find_certificates(objects),
+            Self::Nbd(nbd) => nbd.find_certificates(objects),
+            Self::File(_) | Self::Null(_) => Ok(()),
         }
     }
 

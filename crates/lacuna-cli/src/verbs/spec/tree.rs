@@ -13,6 +13,7 @@ use super::runtime::{Common, Runtime};
 use super::storage::{child, debug_name, no_such_node, storage};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
+use crate::objects::Objects;
 
 pub(crate) use super::storage::{FileKind, FileSpec, StorageSpec, split_protocol};
 
@@ -123,6 +124,22 @@ impl DiskSpec {
             data_file: None,
             tops: Vec::new(),
         }
+    }
+
+    /// Finds the certificates that exports are to be asked with.
+    pub(crate) fn find_certificates(&mut self, objects: &Objects) -> CliResult<()> {
+        self.file.find_certificates(objects)?;
+        if let Some(data) = &mut self.data_file {
+            data.find_certificates(objects)?;
+        }
+        let mut below = &mut self.below;
+        while let BelowSpec::Changed(changed) = below {
+            if let Some(file) = &mut changed.file {
+                file.find_certificates(objects)?;
+            }
+            below = &mut changed.below;
+        }
+        Ok(())
     }
 
     /// Returns the name to show: the file's where that says all, else `json:` and a description.
