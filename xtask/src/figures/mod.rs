@@ -111,7 +111,8 @@ fn not_run(cell: &Value) -> String {
 
 impl Target {
     fn row(&self, name: &str, cell: &Value) -> String {
-        let runs = |side| Runs::of(cell, side, "cpu s", "rss MiB");
+        let memory = if name.contains("nbd") { "server rss MiB" } else { "rss MiB" };
+        let runs = |side| Runs::of(cell, side, "cpu s", memory);
         let (ours, stock, tuned) = (runs("ours"), runs("peer"), runs("tuned"));
         if ours.cpu.is_empty() {
             return format!("| {name} | not run: {} ||||||| ", not_run(cell));

@@ -6,6 +6,7 @@
 //! * `disk.rs`: an opened chain as a server sees it
 //! * `sockets.rs`: sockets that systemd opened, or that virtual machines reach
 //! * `tls.rs`: certificates, and who must have one
+//! * `sparing.rs`: how many lines clients may cause
 //! * `fork.rs`: serving in the background
 //!
 //! Exit codes: 0 ended as asked, with everything written; that of the command with `--run`.
@@ -16,6 +17,7 @@ mod disk;
 pub(crate) mod fork;
 mod images;
 pub(crate) mod sockets;
+mod sparing;
 pub(crate) mod tls;
 
 use std::fs;

@@ -2,11 +2,14 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use lacuna::ErrorKind;
 use lacuna_export::Tls;
 use lacuna_tls::{ServerTls, VerifyPeer};
 
+use super::sparing::{Say, Sparing};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::objects::{Endpoint, Objects};
@@ -115,7 +118,13 @@ pub(crate) fn refused(error: lacuna_tls::Error) -> CliError {
 
 /// Says why a client was not let in, where it is about TLS: nobody else knows both sides.
 pub(super) fn report(peer: &str, error: &io::Error) {
-    if let Some(why) = lacuna_tls::explain(error) {
-        output::warn(&output::tame(&format!("A client ({peer}) was not let in: {why}")));
-    }
+    static SPARING: Mutex<Sparing> = Mutex::new(Sparing::new());
+    let Some(why) = lacuna_tls::explain(error) else { return };
+    let say = SPARING.lock().unwrap_or_else(PoisonError::into_inner).one_more(Instant::now());
+    let Say::Line { left_out } = say else { return };
+    let others = match left_out {
+        0 => String::new(),
+        left_out => format!(" (and {left_out} before, not told)"),
+    };
+    output::warn(&output::tame(&format!("A client ({peer}) was not let in{others}: {why}")));
 }
