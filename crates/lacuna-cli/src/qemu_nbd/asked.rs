@@ -167,7 +167,7 @@ impl Image {
             image.disk.tops.push(TopSpec::WriteThrough);
         }
         let (access, cache) = (self.access, self.disk.cache);
-        let (sharing, unnamed) = (Sharing::Format, UnnamedFormat::Probe);
+        let (sharing, unnamed) = (Sharing::SameSize, UnnamedFormat::Probe);
         Ok(Request { image, access, cache, sharing, unnamed })
     }
 }

@@ -112,6 +112,14 @@ pub(crate) fn sharing(parsed: &Parsed) -> Sharing {
     if parsed.has("force-share") { Sharing::All } else { Sharing::Format }
 }
 
+/// Returns what others may do with an image whose clients rely on its size.
+pub(crate) const fn served(asked: Sharing) -> Sharing {
+    match asked {
+        Sharing::Format => Sharing::SameSize,
+        asked => asked,
+    }
+}
+
 /// Opens an image with its backing chain.
 pub(crate) fn open(tool: &Tool, request: &Request) -> CliResult<FileChain> {
     open_bare(tool, request).map_err(|error| cannot_open(&request.image.shown, error))

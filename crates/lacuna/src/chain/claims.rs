@@ -11,7 +11,8 @@
 //! | backing file | as one that is read | |
 //! | any that is described only | – | as for its format |
 //!
-//! Nothing is denied with [`Sharing::All`]; write and resize always with [`Sharing::Readers`].
+//! Nothing is denied with [`Sharing::All`]; write and resize always with [`Sharing::Readers`]; resizing
+//! the top with [`Sharing::SameSize`].
 
 use super::policy::Format;
 use crate::qcow2::Access;
@@ -28,6 +29,9 @@ pub enum Sharing {
     /// What the formats bear: read all, and write raw disks, on which no tables can go astray.
     #[default]
     Format,
+    /// As `Format`, but the top keeps its size. For a disk that is served, to clients who learned its
+    /// size when they came.
+    SameSize,
     /// Read only. For a disk whose content has to hold still, and for one that a machine owns.
     Readers,
     /// Anything, also while an image is written by somebody. What is read then may be half
@@ -57,6 +61,14 @@ impl Sharing {
         }
     }
 
+    /// Returns what others may do with the backing files of an image.
+    pub(super) const fn below(self) -> Self {
+        match self {
+            Self::SameSize => Self::Format,
+            other => other,
+        }
+    }
+
     /// Returns the claim on the file of an image, for those who open one without its chain.
     ///
     /// ```
@@ -78,6 +90,7 @@ impl Sharing {
             Self::All => claim,
             _ if denies_nothing(purpose) => claim,
             Self::Format => claim.denying(denied(purpose)),
+            Self::SameSize => claim.denying(denied(purpose) | Permissions::RESIZE),
             Self::Readers => claim.denying(Permissions::CHANGE),
         }
     }
@@ -125,6 +138,19 @@ mod tests {
         assert!(!both(Sharing::Readers, Format::Raw));
         assert!(!both(Sharing::Format, Format::Qcow2));
         assert!(!both(Sharing::Readers, Format::Qcow2));
+    }
+
+    #[test]
+    fn the_top_of_a_served_chain_keeps_its_size() {
+        let resizing = Claim { held: Permissions::RESIZE, ..Claim::NONE };
+        let raw = Purpose::Image(Format::Raw, Access::ReadWrite);
+        for (sharing, is_shared) in
+            [(Sharing::Format, true), (Sharing::SameSize, false), (Sharing::SameSize.below(), true)]
+        {
+            assert_eq!(sharing.claim(raw).gets_along_with(resizing), is_shared, "{sharing:?}");
+        }
+        let served = Sharing::SameSize.claim(raw);
+        assert!(served.gets_along_with(Sharing::Format.claim(raw)), "others may still write");
     }
 
     #[test]

@@ -87,7 +87,8 @@ pub(super) async fn walk<O: Opener>(
             Intent::Describe => Purpose::Description(format),
             Intent::Use => Purpose::Image(format, access),
         };
-        let claim = |format, access| options.sharing.claim(purpose(format, access));
+        let sharing = if levels.is_empty() { options.sharing } else { options.sharing.below() };
+        let claim = |format, access| sharing.claim(purpose(format, access));
         let level =
             open_level(opener, step, claim).await.map_err(|error| in_image(error, &name))?;
         next = match reach {

@@ -232,7 +232,8 @@ pub(super) fn request(named: &Named, parsed: &Parsed) -> CliResult<Request> {
         None => reading.cache,
         Some(mode) => open::cache_mode(mode).ok_or_else(|| CliError::new("Invalid cache mode"))?,
     };
-    let mut request = Request { access, cache, ..reading };
+    let sharing = open::served(reading.sharing);
+    let mut request = Request { access, cache, sharing, ..reading };
     let common = &mut request.image.disk.common;
     if let Some(level) = parsed.last("detect-zeroes") {
         common.detect_zeroes = zero_detection(level).ok_or_else(|| {
