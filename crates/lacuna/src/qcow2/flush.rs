@@ -192,6 +192,9 @@ impl<S: Storage> UndoOnDrop<'_, S> {
         meta.l2.written();
         meta.refcounts.blocks.written();
         meta.refcounts.dropped_blocks_are_gone();
+        if let Some(new) = self.undo.as_ref().and_then(|undo| undo.snapshot_table.as_ref()) {
+            self.image.0.header.lock().snapshots = new.location;
+        }
         self.undo.take().map(|undo| undo.batch).unwrap_or_default()
     }
 }

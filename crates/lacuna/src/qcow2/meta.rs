@@ -17,6 +17,7 @@ use super::options::{DiscardUnit, OnDiscard};
 use super::overlap::{Structure, Structures};
 use super::quarantine::{Freed, FreedBy, Quarantine};
 use super::refcounts::{Allocation, Refcounts};
+use super::sharing::Pins;
 use super::table_cache::TableCache;
 use super::view::View;
 use super::zero_cluster::SharedZero;
@@ -44,6 +45,17 @@ impl L1Table {
     pub(super) fn set(&mut self, index: usize, entry: L1Entry) {
         self.entries[index] = entry;
         self.dirty.insert(index);
+    }
+
+    /// Returns what storage does not have, for [`redo`](Self::redo).
+    pub(super) fn unwritten(&self) -> (BTreeSet<usize>, bool) {
+        (self.dirty.clone(), self.moved)
+    }
+
+    /// What was handed out may not have reached storage: it is dirty again.
+    pub(super) fn redo(&mut self, (dirty, moved): (BTreeSet<usize>, bool)) {
+        self.dirty.extend(dirty);
+        self.moved |= moved;
     }
 
     /// Returns where the table lies.
@@ -101,6 +113,7 @@ pub(super) struct Meta {
     /// What the image on storage says of the whole disk.
     pub(super) claims: AutoclearFeatures,
     pub(super) shared_zero: SharedZero,
+    pub(super) pins: Pins,
 }
 
 /// Where the entry of a guest byte lies.
@@ -203,8 +216,16 @@ impl Meta {
 
     /// Returns the entry of a guest byte; nothing where there is no table.
     pub(super) fn entry(&mut self, guest: GuestOffset) -> Planned<Option<L2Entry>> {
+        self.entry_in(View::Active, guest)
+    }
+
+    pub(super) fn entry_in(
+        &mut self,
+        view: View<'_>,
+        guest: GuestOffset,
+    ) -> Planned<Option<L2Entry>> {
         let width = self.geometry().entry_width();
-        let entries = self.entries(View::Active, guest)?;
+        let entries = self.entries(view, guest)?;
         Ok(entries.map(|entries| L2Entry::at_start(entries, width)))
     }
 
@@ -352,7 +373,16 @@ impl Meta {
 
     /// Replaces the entry of a guest byte whose table is owned and whose slice was just read.
     pub(super) fn set_entry(&mut self, guest: GuestOffset, entry: L2Entry) -> Planned<()> {
-        let Some(table) = self.table(guest)? else {
+        self.set_entry_in(View::Active, guest, entry)
+    }
+
+    pub(super) fn set_entry_in(
+        &mut self,
+        view: View<'_>,
+        guest: GuestOffset,
+        entry: L2Entry,
+    ) -> Planned<()> {
+        let Some(table) = self.table_in(view, guest)? else {
             return Err(Stop::Fail(Error::corrupt(format!(
                 "No L2 table for guest offset {guest}"
             ))));

@@ -46,6 +46,7 @@ mod rename_backing;
 mod repair;
 mod resize;
 mod same_entries;
+mod sharing;
 mod snapshot;
 mod snapshots;
 mod sweep;
@@ -73,5 +74,6 @@ pub use options::{
 pub(crate) use refcount_space::fully_allocated_bytes;
 pub use refcounts::Placement;
 pub use resize::Shrink;
+pub use sharing::Shared;
 pub use snapshot::{SnapshotChoice, SnapshotLayer};
 pub use totals::{Totals, totals};

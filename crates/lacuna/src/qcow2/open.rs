@@ -14,6 +14,7 @@ use super::options::{Access, OnDiscard, OpenOptions, Parts};
 use super::overlap::{Structure, Structures};
 use super::quarantine::Quarantine;
 use super::refcounts::Refcounts;
+use super::sharing::Pins;
 use super::table_cache::TableCache;
 use super::zero_claims;
 use super::zero_cluster::SharedZero;
@@ -240,6 +241,7 @@ async fn load_meta<S: Storage>(
         discard_unit: options.discard_unit,
         claims: header.zero_claims(),
         shared_zero: SharedZero::default(),
+        pins: Pins::default(),
     })
 }
 

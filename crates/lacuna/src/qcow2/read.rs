@@ -129,7 +129,7 @@ impl<S: Storage> Image<S> {
         (result, buffer)
     }
 
-    async fn decompress(&self, run: CompressedRun) -> Result<Buffer> {
+    pub(super) async fn decompress(&self, run: CompressedRun) -> Result<Buffer> {
         let range = run.range();
         self.0.storage.event(Event::ReadCompressed).await;
         let input = self.load(range.start, range.len, "compressed cluster").await?;

@@ -49,6 +49,7 @@ impl<S: Storage> Image<S> {
     pub async fn resize(&self, size_bytes: u64, shrink: Shrink) -> Result<()> {
         let old = self.size();
         self.check_resize(old, size_bytes, shrink)?;
+        self.check_snapshots().await?;
         self.check_bitmaps(old, size_bytes).await?;
         match size_bytes.cmp(&old) {
             std::cmp::Ordering::Equal => Ok(()),
@@ -69,11 +70,6 @@ impl<S: Storage> Image<S> {
                 "Shrinking from {old} to {new} bytes loses data; allow it explicitly"
             )));
         }
-        if header.geometry.version() == Version::V2 && header.snapshots.count > 0 {
-            return Err(Error::unsupported(
-                "A version 2 image with internal snapshots cannot be resized: its snapshots do not record their size",
-            ));
-        }
         let entries = header.geometry.l1_entries_for(new);
         if entries * 8 > MAX_L1_BYTES {
             return Err(Error::new(
@@ -84,6 +80,20 @@ impl<S: Storage> Image<S> {
             ));
         }
         Ok(())
+    }
+
+    /// Pins are no snapshot of the disk: they have no size that could be wrong afterwards.
+    async fn check_snapshots(&self) -> Result<()> {
+        let may_have = {
+            let header = self.0.header.lock();
+            header.geometry.version() == Version::V2 && header.snapshots.count > 0
+        };
+        match may_have && self.has_real_snapshots().await? {
+            true => Err(Error::unsupported(
+                "A version 2 image with internal snapshots cannot be resized: its snapshots do not record their size",
+            )),
+            false => Ok(()),
+        }
     }
 
     /// Makes the disk larger, to `size_bytes`, with what is added preallocated. Durable on return.
@@ -117,6 +127,7 @@ impl<S: Storage> Image<S> {
             )));
         }
         self.check_resize(old, size_bytes, Shrink::Refuse)?;
+        self.check_snapshots().await?;
         self.check_bitmaps(old, size_bytes).await?;
         self.grow_from(old, size_bytes, preallocation).await
     }

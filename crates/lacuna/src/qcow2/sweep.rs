@@ -48,7 +48,8 @@ impl<S: Storage> Image<S> {
         Ok(swept)
     }
 
-    async fn look(&self, range: GuestRange) -> Result<Buffer> {
+    /// Reads by the map; the caller keeps the clusters from being changed.
+    pub(super) async fn look(&self, range: GuestRange) -> Result<Buffer> {
         let (result, bytes) =
             self.read_mapped(View::Active, range.start, Buffer::new(range.len as usize)).await;
         result.map(|()| bytes)

@@ -14,6 +14,8 @@ use crate::{Error, Result};
 pub(super) enum View<'a> {
     /// The disk as it is now.
     Active,
+    /// What keeps shared clusters referenced, at offsets of no disk.
+    Pins,
     /// The disk as it was.
     Snapshot(&'a SnapshotMap),
 }
@@ -29,6 +31,7 @@ impl View<'_> {
     pub(super) const fn size_bytes(self, meta: &Meta) -> u64 {
         match self {
             Self::Active => meta.size_bytes,
+            Self::Pins => 0,
             Self::Snapshot(map) => map.size_bytes,
         }
     }
@@ -37,6 +40,7 @@ impl View<'_> {
     pub(super) fn l1_entry(self, meta: &Meta, index: u64) -> L1Entry {
         let entries = match self {
             Self::Active => &meta.l1.entries,
+            Self::Pins => &meta.pins.l1.entries,
             Self::Snapshot(map) => &map.l1,
         };
         let index = usize::try_from(index).unwrap_or(usize::MAX);
@@ -47,7 +51,7 @@ impl View<'_> {
     pub(super) const fn claims(self, meta: &Meta) -> AutoclearFeatures {
         match self {
             Self::Active => meta.claims,
-            Self::Snapshot(_) => AutoclearFeatures::empty(),
+            Self::Pins | Self::Snapshot(_) => AutoclearFeatures::empty(),
         }
     }
 
@@ -71,7 +75,7 @@ impl<S: crate::storage::Storage> super::image::Image<S> {
     /// it.
     pub(super) async fn contradiction<T>(&self, view: View<'_>, error: Error) -> Result<T> {
         match view {
-            View::Active => Err(self.mark_corrupt(error).await),
+            View::Active | View::Pins => Err(self.mark_corrupt(error).await),
             View::Snapshot(_) => Err(error),
         }
     }

@@ -16,9 +16,10 @@
 use std::collections::BTreeSet;
 
 use super::format::{Header, L1Location, RefcountTableLocation};
-use super::meta::Meta;
+use super::meta::{L1Table, Meta};
 use super::overlap::Structure;
 use super::quarantine::{Freed, FreedBy};
+use super::sharing::NewSnapshotTable;
 use super::table_cache::Unwritten;
 use crate::Result;
 use crate::units::{HostCluster, HostOffset, HostRange};
@@ -53,6 +54,9 @@ pub(super) struct Undo {
     blocks: Unwritten,
     table: (BTreeSet<usize>, bool),
     l1: (BTreeSet<usize>, bool),
+    pin_l1: (BTreeSet<usize>, bool),
+    /// The snapshot table that the steps switch to.
+    pub(super) snapshot_table: Option<NewSnapshotTable>,
     size: bool,
     data_sync: bool,
     /// References whose mapping change the steps make durable.
@@ -65,7 +69,9 @@ impl Undo {
             l2: meta.l2.unwritten(),
             blocks: meta.refcounts.blocks.unwritten(),
             table: meta.refcounts.unwritten_table(),
-            l1: (meta.l1.dirty.clone(), meta.l1.moved),
+            l1: meta.l1.unwritten(),
+            pin_l1: meta.pins.l1.unwritten(),
+            snapshot_table: None,
             size: meta.size_dirty,
             data_sync: meta.needs_data_sync,
             batch: Vec::new(),
@@ -77,8 +83,9 @@ impl Undo {
         meta.l2.redo(self.l2);
         meta.refcounts.blocks.redo(self.blocks);
         meta.refcounts.redo_table(self.table);
-        meta.l1.dirty.extend(self.l1.0);
-        meta.l1.moved |= self.l1.1;
+        meta.l1.redo(self.l1);
+        meta.pins.l1.redo(self.pin_l1);
+        meta.pins.redo_table(self.snapshot_table);
         meta.size_dirty |= self.size;
         meta.needs_data_sync |= self.data_sync;
         meta.quarantine.undo(self.batch);
@@ -111,9 +118,13 @@ pub(super) fn plan(meta: &mut Meta, refcounting: Refcounting) -> Result<WriteBac
         fresh_tables.into_iter().map(|it| Piece { offset: it.offset, bytes: it.bytes.to_vec() }),
     );
     let l1_pointer = moved_l1(meta, &mut first, &mut batch);
+    moved_pins(meta, &mut first);
+    undo.snapshot_table = new_snapshot_table(meta, &mut first, &mut batch);
     let mut third = table_pieces(meta, Structure::ActiveL2)?;
-    third.extend(l1_sectors(meta));
+    third.extend(l1_sectors(&mut meta.l1));
+    third.extend(l1_sectors(&mut meta.pins.l1));
     third.extend(header_fields(size_field(meta), l1_pointer));
+    third.extend(undo.snapshot_table.as_ref().map(|new| piece(new.location.header_update())));
     undo.batch = batch;
     Ok(WriteBack { steps: order(meta, first, second, third), undo })
 }
@@ -204,9 +215,7 @@ fn moved_l1(meta: &mut Meta, first: &mut Vec<Piece>, batch: &mut Vec<Freed>) -> 
     if !std::mem::take(&mut meta.l1.moved) {
         return None;
     }
-    meta.l1.dirty.clear();
-    let bytes = meta.l1.entries.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
-    first.push(Piece { offset: meta.l1.offset, bytes });
+    first.push(whole_l1(&mut meta.l1));
     for old in std::mem::take(&mut meta.l1.replaced) {
         batch.extend(freed_table(meta, old));
     }
@@ -215,18 +224,46 @@ fn moved_l1(meta: &mut Meta, first: &mut Vec<Piece>, batch: &mut Vec<Freed>) -> 
     Some(piece(L1Location { offset: meta.l1.offset, entries }.header_update()))
 }
 
+/// Adds a moved L1 table of pins to the first phase; the snapshot table that names it comes along.
+fn moved_pins(meta: &mut Meta, first: &mut Vec<Piece>) {
+    if std::mem::take(&mut meta.pins.l1.moved) {
+        first.push(whole_l1(&mut meta.pins.l1));
+    }
+}
+
+/// Adds a new snapshot table to the first phase, and what it replaces to what is freed.
+fn new_snapshot_table(
+    meta: &mut Meta,
+    first: &mut Vec<Piece>,
+    batch: &mut Vec<Freed>,
+) -> Option<NewSnapshotTable> {
+    let mut new = meta.pins.take_table()?;
+    first.extend(new.piece());
+    for old in std::mem::take(&mut new.replaced) {
+        meta.structures.remove_inactive_l1(old);
+        batch.extend(freed_table(meta, old));
+    }
+    Some(new)
+}
+
+fn whole_l1(l1: &mut L1Table) -> Piece {
+    l1.dirty.clear();
+    let bytes = l1.entries.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
+    Piece { offset: l1.offset, bytes }
+}
+
 /// Changed L1 entries, whole sectors.
-fn l1_sectors(meta: &mut Meta) -> Vec<Piece> {
-    let dirty = std::mem::take(&mut meta.l1.dirty);
+fn l1_sectors(l1: &mut L1Table) -> Vec<Piece> {
+    let dirty = std::mem::take(&mut l1.dirty);
     let sectors: BTreeSet<usize> = dirty.into_iter().map(|at| at / 64).collect();
-    let entries = &meta.l1.entries;
+    let entries = &l1.entries;
     let bytes = |at: usize| -> Vec<u8> {
         let sector = &entries[at * 64..entries.len().min(at * 64 + 64)];
         sector.iter().flat_map(|entry| entry.0.to_be_bytes()).collect()
     };
     sectors
         .into_iter()
-        .map(|at| Piece { offset: meta.l1.offset + at as u64 * 512, bytes: bytes(at) })
+        .map(|at| Piece { offset: l1.offset + at as u64 * 512, bytes: bytes(at) })
         .collect()
 }
 

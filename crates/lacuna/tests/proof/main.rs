@@ -18,4 +18,5 @@ mod live_extents;
 mod qemu_differential;
 mod random_operations;
 mod rebase;
+mod sharing;
 mod sweeping;

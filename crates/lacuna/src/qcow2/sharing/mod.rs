@@ -1,0 +1,22 @@
+//! Equal guest clusters share one host cluster, in a way that any writer of the format may go on with.
+//!
+//! The story: `share` compares clusters that somebody believes equal, makes one cluster of them
+//! (`keeper`), and has the map show it in all their places. `pins` holds on to each such cluster by one
+//! entry more, in the tables of a snapshot that nobody applies (`table`). `unpin` takes that back,
+//! `repin` makes it again, `facts` tells of it. Why: docs/design/dedup.md.
+//!
+//! * Always: an entry that points to a shared cluster has no COPIED, so that every write copies first.
+//! * Always: a pin is durable before the first entry of the disk shows its cluster. So a refcount never
+//!   falls to 1 while such an entry is there: stock QEMU does not give COPIED back.
+//! * Always: bytes are compared while nobody can change them.
+//! * Never with an external data file; encrypted images are not opened.
+
+mod keeper;
+mod load;
+mod pins;
+mod share;
+mod table;
+
+pub(super) use pins::Pins;
+pub use share::Shared;
+pub(super) use table::NewSnapshotTable;

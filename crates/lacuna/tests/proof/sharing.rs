@@ -1,0 +1,219 @@
+//! Sharing equal clusters changes no byte: through power cuts, dropped at every await, among writers.
+
+use std::sync::Arc;
+
+use lacuna::block::{Layer, WriteFlags};
+use lacuna::buffer::Buffer;
+use lacuna::qcow2::{Image, OnDiscard};
+use lacuna::units::{GuestCluster, GuestOffset, GuestRange};
+use testkit::sim::{Pace, SimHost, SimStorage};
+use testkit::{DropPoint, Executor, ModelDisk, Operation, Random, content, seeds};
+
+use crate::case::{Case, Kind};
+use crate::crash::{Recorded, kinds};
+use crate::drive::{assert_qemu_agrees, assert_safe, perform, whole_content};
+
+/// Guest clusters that are filled, and groups of which are alike.
+const FILLED: u64 = 14;
+const GROUPS: u64 = 3;
+
+/// Every kind of image in which clusters can share.
+fn sharing_kinds() -> Vec<Kind> {
+    let plain = Kind::plain(9);
+    let bytes = Kind { refcount_order: 3, ..plain };
+    let can = |kind: &Kind| kind.refcount_order > 2 && !kind.has_data_file();
+    kinds(9).into_iter().chain(kinds(14)).chain([bytes]).filter(can).collect()
+}
+
+fn few() -> Vec<Kind> {
+    let wanted = |kind: &Kind| kind.shared_zero || kind.extended || kind.lazy || kind.version == 2;
+    let all = sharing_kinds().into_iter();
+    std::iter::once(Kind::plain(9)).chain(all.filter(wanted)).collect()
+}
+
+/// An image of this kind that need not keep its clusters where they are.
+fn build(kind: &Kind, seed: u64) -> Case {
+    let mut case = kind.build(seed);
+    case.options = case.options.on_discard(OnDiscard::Free);
+    case
+}
+
+/// The bytes of the clusters of a group.
+fn bytes_of(group: u64, cluster: u64) -> Vec<u8> {
+    content(group + 100, GuestRange::new(GuestOffset(0), cluster))
+}
+
+/// Fills clusters with what is alike in groups, each fourth compressed.
+async fn fill(image: &Image<SimStorage>, model: &mut ModelDisk, cluster: u64) {
+    for index in 0..FILLED {
+        let range = GuestRange::new(GuestOffset(index * cluster), cluster);
+        let mut bytes = bytes_of(index % GROUPS, cluster);
+        let is_compressed = index % 4 == 3;
+        if is_compressed {
+            bytes[100..].fill(9);
+        }
+        let buffer = Buffer::from(&bytes[..]);
+        let (result, _) = match is_compressed {
+            true => image.write_compressed(range.start, buffer).await,
+            false => image.write(range.start, buffer, WriteFlags::empty()).await,
+        };
+        result.unwrap();
+        model.adopt(range, &bytes);
+    }
+    image.flush().await.unwrap();
+}
+
+/// What is believed to be equal: some of it is not.
+fn groups() -> Vec<Vec<GuestCluster>> {
+    let group = |group: u64| (0..FILLED + 3).filter(move |index| index % GROUPS == group);
+    (0..GROUPS).map(|index| group(index).map(GuestCluster).collect()).collect()
+}
+
+async fn crashed(case: &Case, seed: u64) -> Result<usize, String> {
+    let fail = |error: lacuna::Error| error.to_string();
+    let host = SimHost::new(Pace::AtOnce, seed);
+    let files = case.on(&host);
+    let mut model = case.model();
+    let image = files.open().await.map_err(fail)?;
+    fill(&image, &mut model, case.kind.cluster_bytes()).await;
+    image.close().await.map_err(fail)?;
+    host.start_record();
+    let mut recorded = Recorded::start(case, host);
+    recorded.see(&model);
+    recorded.acknowledge();
+    let image = files.open().await.map_err(fail)?;
+    let shared = image.share(&groups()).await.map_err(fail)?;
+    assert!(shared.shared > 5 && shared.freed_bytes > 0, "{shared:?}");
+    // What became free is used again, what is shared is written, all sharers of one group go.
+    let cluster = case.kind.cluster_bytes();
+    let write = |start: u64, len: u64, seed| {
+        let range = GuestRange::new(GuestOffset(start), len);
+        Operation::Write { range, seed, flags: WriteFlags::empty() }
+    };
+    let mut script = vec![write(14 * cluster, 3 * cluster, 5), write(100, 50, 6)];
+    script.extend((0..FILLED).filter(|at| at % GROUPS == 1).map(|at| write(at * cluster, 9, at)));
+    for operation in script {
+        recorded.foresee(&model, &operation);
+        perform(&image, operation).await.map_err(fail)?;
+        model.apply(&operation);
+        recorded.see(&model);
+    }
+    image.flush().await.map_err(fail)?;
+    recorded.acknowledge();
+    image.share(&groups()).await.map_err(fail)?;
+    assert!(image.drop_unused_pins().await.map_err(fail)? > 0);
+    image.close().await.map_err(fail)?;
+    recorded.acknowledge();
+    recorded.crash_at(seed, |random| random.one_in(2)).await
+}
+
+#[test]
+fn sharing_leaves_leaks_at_worst() {
+    for seed in seeds(1) {
+        for kind in sharing_kinds() {
+            let count = pollster::block_on(crashed(&build(&kind, seed), seed));
+            let count =
+                count.unwrap_or_else(|error| panic!("LACUNA_SEED={seed} {kind:?}: {error}"));
+            assert!(count > 5, "{kind:?}: only {count} states");
+        }
+    }
+}
+
+struct Scene {
+    host: SimHost,
+    executor: Executor<'static>,
+    image: Image<SimStorage>,
+    model: ModelDisk,
+}
+
+impl Scene {
+    fn set(case: &Case, seed: u64) -> Self {
+        let host = SimHost::without_record(Pace::Executor, seed);
+        let mut executor = Executor::new(seed);
+        executor.attach(Arc::new(host.clone()));
+        let files = case.on(&host);
+        let mut model = case.model();
+        let image = executor.block_on(async move { files.open().await }).unwrap();
+        let (filled, cluster) = (image.clone(), case.kind.cluster_bytes());
+        let fill = async move {
+            fill(&filled, &mut model, cluster).await;
+            model
+        };
+        let model = executor.block_on(fill);
+        Self { host, executor, image, model }
+    }
+
+    /// Every byte is as it should be, also after a close, and for QEMU.
+    fn judge(mut self, case: &Case, story: &str) {
+        let (image, model) = (self.image.clone(), self.model.clone());
+        let seen = self.executor.block_on(async move { whole_content(&image).await }).unwrap();
+        let same = seen.to_vec() == model.content().to_vec();
+        assert!(same, "{story}: the content has changed");
+        self.executor.block_on(self.image.clone().close()).unwrap();
+        let after = case.with_content(vec![self.host.content(0)]);
+        pollster::block_on(assert_safe(&after, false)).unwrap();
+        assert_qemu_agrees(&after, &self.model, story);
+    }
+}
+
+#[test]
+fn sharing_dropped_at_any_await_changes_no_byte_and_leaks_nothing() {
+    for kind in few() {
+        let case = build(&kind, 1);
+        for polls in (1..).step_by(5) {
+            let mut scene = Scene::set(&case, 1);
+            let image = scene.image.clone();
+            let run = async move { image.share(&groups()).await };
+            let task = scene.executor.spawn_until(DropPoint::AfterPoll(polls), run);
+            scene.executor.settle().unwrap();
+            let is_over = task.take().is_some();
+            scene.judge(&case, &format!("{kind:?} dropped after poll {polls}"));
+            if is_over {
+                assert!(polls > 15, "{kind:?}: over after {polls} polls");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_written_while_clusters_are_shared_is_kept() {
+    for seed in seeds(6) {
+        for (number, kind) in (0..).zip(few()) {
+            let case = build(&kind, seed);
+            let mut scene = Scene::set(&case, seed * 100 + number);
+            let mut random = Random::new(seed);
+            let cluster = kind.cluster_bytes();
+            let images = [scene.image.clone(), scene.image.clone()];
+            // Two at once: one after the other then.
+            let sharing = images
+                .map(|image| scene.executor.spawn(async move { image.share(&groups()).await }));
+            let chosen: Vec<u64> = (0..FILLED).filter(|_| random.one_in(2)).collect();
+            let writes: Vec<_> = chosen
+                .into_iter()
+                .map(|index| {
+                    let start = index * cluster + random.below(cluster / 512) * 512;
+                    let range = GuestRange::new(GuestOffset(start), 512);
+                    let seed = random.next();
+                    Operation::Write { range, seed, flags: WriteFlags::empty() }
+                })
+                .collect();
+            let tasks: Vec<_> = writes
+                .iter()
+                .map(|write| {
+                    let (image, write) = (scene.image.clone(), *write);
+                    scene.executor.spawn(async move { perform(&image, write).await })
+                })
+                .collect();
+            scene.executor.settle().unwrap();
+            for task in sharing {
+                task.take().unwrap().unwrap();
+            }
+            for (write, task) in writes.iter().zip(tasks) {
+                task.take().unwrap().unwrap();
+                scene.model.apply(write);
+            }
+            scene.judge(&case, &format!("LACUNA_SEED={seed} {kind:?}"));
+        }
+    }
+}
