@@ -81,8 +81,10 @@ pub(super) fn overview(tool: &Tool) -> CliResult<u8> {
              serve shells. For programs: --error-format=, --progress= and --output=json.\n"
         );
     }
-    // Scripts look for this line under the name qemu-img.
-    text += "Supported image formats: qcow2 raw\n";
+    if !tool.is_own() {
+        // Scripts look for this line under the name qemu-img.
+        text += "Supported image formats: qcow2 raw\n";
+    }
     output::print(&text).map(|()| 0)
 }
 

@@ -15,6 +15,7 @@ pub(crate) mod create;
 mod create_export;
 mod ctl;
 mod dd;
+mod dedup;
 mod help;
 mod info;
 mod man;
@@ -89,7 +90,7 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 20] = [
+const VERBS: [&Verb; 21] = [
     &amend::VERB,
     &bench::VERB,
     &check::VERB,
@@ -99,6 +100,7 @@ const VERBS: [&Verb; 20] = [
     &create::VERB,
     &ctl::VERB,
     &dd::VERB,
+    &dedup::VERB,
     &demo::VERB,
     &help::VERB,
     &info::VERB,
@@ -130,9 +132,10 @@ const ERROR_FORMAT: Flag =
         .own();
 
 /// Verbs that only we have.
-const OWN: [&str; 7] = [
+const OWN: [&str; 8] = [
     completions::VERB.name,
     ctl::VERB.name,
+    dedup::VERB.name,
     demo::VERB.name,
     help::VERB.name,
     io::VERB.name,

@@ -7,6 +7,7 @@
 
 mod compare;
 mod convert;
+mod dedup;
 mod measure;
 mod rebase;
 mod salvage;
@@ -16,6 +17,10 @@ pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
 pub use convert::{
     ConvertOptions, Copied, CopyFailure, CopyStep, Encoding, KnownZeros, Mover, Phase, Progress,
     Target, TargetContent, Threads, WriteOrder, convert,
+};
+pub use dedup::{
+    ClusterCounts, DuplicateOptions, DuplicateSource, Duplicates, SizeDuplicates, SourceFacts,
+    estimate_duplicates,
 };
 pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};
 pub use rebase::{OldZeros, Onto, RebaseOptions, Rebased, rebase, uncovered_bytes};

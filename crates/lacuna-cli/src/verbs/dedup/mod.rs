@@ -1,0 +1,97 @@
+//! `dedup`: what do clusters with equal content cost, and what would sharing them save?
+
+mod report;
+
+use lacuna::job::{DuplicateOptions, DuplicateSource, Duplicates, estimate_duplicates};
+use pollster::block_on;
+
+use super::open::{self, FileChain, Request};
+use super::progress::Meter;
+use super::{Example, Form, Task, Verb, common, form};
+use crate::args::{Flag, Parsed};
+use crate::error::{CliError, CliResult};
+use crate::output;
+use crate::persona::Tool;
+use crate::size;
+
+/// The verb.
+pub(super) const VERB: Verb = Verb {
+    name: "dedup",
+    task: Task::Change,
+    summary: "Tell what sharing equal clusters would save",
+    operands: "--report IMAGE...",
+    flags: &[
+        Flag::switch('\0', "report", "look only: what would be saved, at several cluster sizes")
+            .long_only(),
+        Flag::valued('\0', "memory", "SIZE", "most memory for fingerprints (256M)").long_only(),
+        common::QUIET,
+        common::PROGRESS,
+        common::FORMAT,
+        common::IMAGE_OPTS,
+        common::OUTPUT,
+        common::FORCE_SHARE,
+        common::PROBE_BACKING,
+        common::OBJECT,
+    ],
+    examples: &[
+        Example { shows: "what is stored more than once", line: "--report disk.qcow2" },
+        Example {
+            shows: "in several images and across them, for programs",
+            line: "--report --output=json disk.qcow2 new.qcow2",
+        },
+    ],
+    codes: &[],
+    run,
+};
+
+fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    let form = form(parsed)?;
+    if parsed.operands.is_empty() {
+        return Err(CliError::usage("Expecting one image file name or more"));
+    }
+    if !parsed.has("report") {
+        let text = "Nothing to do: --report tells what sharing equal clusters would save";
+        return Err(CliError::usage(text));
+    }
+    let options = options(parsed)?;
+    let mut chains = Vec::new();
+    for name in &parsed.operands {
+        chains.push(open::open_for_content(tool, &Request::reading(name, parsed, "format")?)?);
+    }
+    let found = count(&chains, options, Meter::new(tool, parsed, "dedup")?)?;
+    let report = report::Report { chains: &chains, names: &parsed.operands, found: &found };
+    output::print(&report.text(form)).map(|()| 0)
+}
+
+fn options(parsed: &Parsed) -> CliResult<DuplicateOptions> {
+    let mut options = DuplicateOptions::default();
+    if let Some(text) = parsed.last("memory") {
+        options.memory_bytes = size::within("memory bound", text, 1 << 20, 1 << 62)?;
+    }
+    Ok(options)
+}
+
+/// The size of an image's clusters, where it has any.
+fn cluster_bytes(chain: &FileChain) -> Option<u64> {
+    chain.disk().as_qcow2().map(|image| image.geometry().cluster_bytes())
+}
+
+/// Counts at the sizes of `options` and at those of the images.
+fn count(
+    chains: &[FileChain],
+    mut options: DuplicateOptions,
+    mut meter: Meter,
+) -> CliResult<Duplicates> {
+    options.cluster_sizes.extend(chains.iter().filter_map(cluster_bytes));
+    options.cluster_sizes.sort_unstable();
+    options.cluster_sizes.dedup();
+    let source = |chain| DuplicateSource {
+        layer: FileChain::disk(chain),
+        cluster_bytes: cluster_bytes(chain),
+    };
+    let sources: Vec<_> = chains.iter().map(source).collect();
+    let mut update = |done, total| meter.update("count", done, total);
+    let found = block_on(estimate_duplicates(&sources, &options, &mut update));
+    meter.finish(found.is_ok());
+    Ok(found?)
+}

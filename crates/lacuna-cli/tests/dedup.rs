@@ -1,0 +1,136 @@
+//! `dedup`: its reports, for people and for programs.
+
+mod common;
+
+use common::Sandbox;
+
+/// Equal clusters inside of one image, across two, and smaller ones that lie apart.
+const IMAGES: &str = "
+    stock-img create -q -f qcow2 a 16M
+    stock-io -f qcow2 -c 'write -P 1 0 256k' -c 'write -P 2 1M 64k' -c 'write -P 0 2M 128k' a >&2
+    stock-img create -q -f qcow2 -o cluster_size=32k b 16M
+    stock-io -f qcow2 -c 'write -P 1 64k 64k' -c 'write -P 3 1M 32k' -c 'write -c -P 9 3M 32k' b >&2";
+
+fn shown(sandbox: &Sandbox, line: &str) -> String {
+    let got = sandbox.run(line);
+    assert_eq!(got.code, Some(0), "{}", got.text);
+    format!("\n{}", got.text)
+}
+
+#[test]
+fn a_report_tells_what_would_be_saved_at_each_cluster_size() {
+    let ours = Sandbox::ours();
+    ours.prepare(IMAGES);
+    assert_eq!(
+        shown(&ours, "lacuna dedup --report a"),
+        "
+a: 448 KiB of data in clusters of 64 KiB
+
+cluster         data     zeros     saved       copy  shared copy
+4 KiB        320 KiB   128 KiB   312 KiB    340 KiB       28 KiB
+8 KiB        320 KiB   128 KiB   304 KiB    360 KiB       56 KiB
+16 KiB       320 KiB   128 KiB   288 KiB    400 KiB      112 KiB
+32 KiB       320 KiB   128 KiB   256 KiB    480 KiB      224 KiB
+64 KiB*      320 KiB   128 KiB   192 KiB    640 KiB      448 KiB
+* the size that clusters have now
+
+Sharing clusters in place would save about 192 KiB.
+A new image with clusters of 4 KiB that share equal ones would take about 28 KiB.
+Between independent disks, duplicates are rare in clusters of 64 KiB and more
+frequent in small ones, which take larger tables.
+"
+    );
+    assert_eq!(
+        shown(&ours, "lacuna dedup --report -p a b"),
+        "
+dedup: count 0%
+dedup: count 50%
+dedup: count 60%
+dedup: count 100%
+a: 448 KiB of data in clusters of 64 KiB
+b: 128 KiB of data in clusters of 32 KiB, 32 KiB of it compressed
+
+cluster         data     zeros     saved    across       copy  shared copy
+4 KiB        448 KiB   128 KiB   428 KiB     4 KiB    492 KiB       64 KiB
+8 KiB        448 KiB   128 KiB   408 KiB     8 KiB    528 KiB      120 KiB
+16 KiB       448 KiB   128 KiB   368 KiB    16 KiB    608 KiB      240 KiB
+32 KiB*      448 KiB   128 KiB   288 KiB    32 KiB    768 KiB      480 KiB
+64 KiB*      512 KiB   128 KiB   192 KiB    64 KiB   1.12 MiB      960 KiB
+* the size that clusters have now
+
+Sharing clusters in place would save about 224 KiB.
+New images with clusters of 4 KiB that share equal ones would take about 64 KiB.
+Between independent disks, duplicates are rare in clusters of 64 KiB and more
+frequent in small ones, which take larger tables.
+"
+    );
+}
+
+#[test]
+fn a_report_for_programs_has_every_figure() {
+    let ours = Sandbox::ours();
+    ours.prepare(IMAGES);
+    let got = shown(&ours, "lacuna dedup --report --output=json a b");
+    let found: serde_json::Value = serde_json::from_str(&got).unwrap();
+    let size = |bytes: u64| {
+        let sizes = found["sizes"].as_array().unwrap();
+        sizes.iter().find(|size| size["cluster-size"] == bytes).unwrap().clone()
+    };
+    // Of 256 KiB all but one cluster; the zeros are no duplicates.
+    assert_eq!(size(65536)["images"][0]["data-clusters"], 5);
+    assert_eq!(size(65536)["images"][0]["zero-clusters"], 2);
+    assert_eq!(size(65536)["images"][0]["distinct-clusters"], 2);
+    // In clusters of 64 KiB, 32 KiB of data and zeros behind it are something else.
+    assert_eq!(size(65536)["all"]["distinct-clusters"], 4);
+    assert_eq!(size(32768)["all"]["distinct-clusters"], 4);
+    assert_eq!(size(4096)["saved-inside"], (256 - 4 + 64 - 4 + 64 - 4 + 32 - 4 + 32 - 4) << 10);
+    assert_eq!(size(4096)["saved-across"], 4096);
+    assert_eq!(found["saved-in-place"], (3 * 64 + 32) << 10);
+    assert_eq!(found["images"][1]["compressed"], 32 << 10);
+}
+
+#[test]
+fn nothing_is_written() {
+    let ours = Sandbox::ours();
+    ours.prepare(IMAGES);
+    let before = ours.bytes("a");
+    shown(&ours, "chmod a-w a && lacuna dedup --report a");
+    assert!(before == ours.bytes("a"));
+}
+
+#[test]
+fn command_lines_that_make_no_sense_are_refused() {
+    let ours = Sandbox::ours();
+    ours.prepare(IMAGES);
+    for (line, words) in [
+        ("lacuna dedup --report", "Expecting one image file name or more"),
+        ("lacuna dedup --report --memory 1k a", "Must be between 1048576"),
+        ("lacuna dedup --report --memory x a", "Invalid memory bound specified: 'x'"),
+        ("lacuna dedup --report --output=xml a", "--output expects 'human' or 'json'"),
+        ("lacuna dedup --report nope", "No such file or directory"),
+        ("qemu-img dedup --report a", "Command not found: dedup"),
+    ] {
+        let got = ours.run(line);
+        assert_eq!(got.code, Some(1), "{line}");
+        assert!(got.text.contains(words), "{line}: {}", got.text);
+    }
+}
+
+/// Tables that lie are found as in any other verb, and never by a crash.
+#[test]
+fn hostile_images_are_refused_or_reported_in_bounded_time() {
+    let ours = Sandbox::ours();
+    ours.prepare(IMAGES);
+    // The L1 table of `a` lies at 0x30000, its first L2 table at 0x40000.
+    for patch in
+        ["\\x80\\x00\\x7f\\xff\\xff\\xff\\x00\\x00", "\\x80\\x00\\x00\\x00\\x00\\x00\\x02\\x00"]
+    {
+        for place in [0x30000, 0x40000] {
+            ours.prepare(&format!(
+                "cp a bad && printf '{patch}' | dd of=bad bs=1 seek={place} conv=notrunc status=none"
+            ));
+            let got = ours.run("timeout 20 lacuna dedup --report bad");
+            assert!(matches!(got.code, Some(0 | 1)), "{patch} at {place}: {got:?}");
+        }
+    }
+}

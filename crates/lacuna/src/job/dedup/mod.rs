@@ -1,0 +1,19 @@
+//! Finding clusters that hold the same bytes.
+//!
+//! * [`fingerprint`] names content by 64 bits; equal fingerprints are a reason to compare, never to
+//!   share.
+//! * [`walk`] reads what a disk's own map calls data, in large pieces, in guest order.
+//! * [`sample`] remembers fingerprints in bounded memory, and [`estimate`] counts with it: nothing is
+//!   written.
+
+mod estimate;
+mod fingerprint;
+mod sample;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+pub use estimate::{
+    ClusterCounts, DuplicateOptions, DuplicateSource, Duplicates, SizeDuplicates, SourceFacts,
+    estimate_duplicates,
+};

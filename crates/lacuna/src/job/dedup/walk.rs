@@ -1,0 +1,111 @@
+//! Reads what a disk itself holds as data, window by window.
+//!
+//! * Only what the top layer's map calls data is read; the rest of a window is zeros.
+//! * Memory: [`IN_FLIGHT`] windows, and one answer of extents.
+
+use futures_util::{Stream, StreamExt, stream};
+
+use crate::Result;
+use crate::block::{AllocationDepth, Extent, ExtentCursor, Layer};
+use crate::buffer::Buffer;
+use crate::units::{GuestOffset, GuestRange};
+
+/// The least size of a window: large enough for disks that turn.
+const WINDOW_BYTES: u64 = 1 << 20;
+/// Windows that are read at the same time.
+const IN_FLIGHT: usize = 4;
+
+/// A part of a disk, with its bytes.
+pub(super) struct Window {
+    /// Aligned to the size of a window, and cut at the end of the disk.
+    pub(super) range: GuestRange,
+    /// As long as a window, also where the disk ends before.
+    pub(super) bytes: Buffer,
+    /// What of it is data, in guest order.
+    pub(super) parts: Vec<Extent>,
+}
+
+/// Returns the windows of a disk in guest order; those without data have no bytes.
+///
+/// `unit_bytes`, a power of two, divides the size of a window.
+pub(super) fn windows<L: Layer>(
+    layer: &L,
+    unit_bytes: u64,
+) -> impl Stream<Item = Result<Window>> + Send + '_ {
+    let step = WINDOW_BYTES.max(unit_bytes);
+    let start = (GuestOffset(0), ExtentCursor::default());
+    let ranges = stream::try_unfold(start, move |(at, mut cursor)| async move {
+        let left = layer.size_bytes().saturating_sub(at.0);
+        if left == 0 {
+            return Ok(None);
+        }
+        let (range, parts) = next(layer, &mut cursor, GuestRange::new(at, left), step).await?;
+        Ok(Some(((range, parts), (range.end(), cursor))))
+    });
+    ranges
+        .map(move |found| async move {
+            let (range, parts) = found?;
+            let bytes = if parts.is_empty() {
+                Buffer::new(0)
+            } else {
+                read(layer, range, &parts, step).await?
+            };
+            Ok(Window { range, bytes, parts })
+        })
+        .buffered(IN_FLIGHT)
+}
+
+/// Finds what comes next: as many whole windows without data as are known of, or one with its data.
+async fn next<L: Layer>(
+    layer: &L,
+    cursor: &mut ExtentCursor,
+    rest: GuestRange,
+    step: u64,
+) -> Result<(GuestRange, Vec<Extent>)> {
+    let first = cursor.at(layer, rest).await?;
+    let known_to = match first.range.end() == rest.end() {
+        true => rest.end().0,
+        false => first.range.end().0 / step * step,
+    };
+    if !is_own_data(&first) && known_to > rest.start.0 {
+        return Ok((GuestRange::new(rest.start, known_to - rest.start.0), Vec::new()));
+    }
+    let window = GuestRange::new(rest.start, rest.len.min(step - rest.start.0 % step));
+    let (mut parts, mut at) = (Vec::new(), window.start);
+    while at < window.end() {
+        let found = cursor.at(layer, GuestRange::new(at, window.end() - at)).await?;
+        at = found.range.end();
+        parts.extend(is_own_data(&found).then_some(found));
+    }
+    Ok((window, parts))
+}
+
+fn is_own_data(extent: &Extent) -> bool {
+    extent.status.depth == AllocationDepth::TOP && !extent.status.reads_zero
+}
+
+async fn read<L: Layer>(
+    layer: &L,
+    range: GuestRange,
+    parts: &[Extent],
+    step: u64,
+) -> Result<Buffer> {
+    if let [part] = parts
+        && part.range.len == step
+    {
+        return read_part(layer, range).await;
+    }
+    let mut bytes = Buffer::zeroed(step as usize);
+    for part in parts {
+        let content = read_part(layer, part.range).await?;
+        let start = (part.range.start - range.start) as usize;
+        bytes[start..start + content.len()].copy_from_slice(&content);
+    }
+    Ok(bytes)
+}
+
+async fn read_part<L: Layer>(layer: &L, range: GuestRange) -> Result<Buffer> {
+    let (result, bytes) = layer.read(range.start, Buffer::new(range.len as usize)).await;
+    result.map_err(|error| error.context(format!("Reading at guest offset {}", range.start)))?;
+    Ok(bytes)
+}
