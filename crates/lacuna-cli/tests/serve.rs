@@ -31,6 +31,33 @@ fn a_command_gets_the_uri_and_its_exit_code_is_ours() {
 }
 
 #[test]
+fn a_server_that_is_to_end_ends_its_command_and_writes_everything() {
+    let sandbox = prepared();
+    let command = "stock-io -f raw -c \"write -P 9 0 64k\" $uri >out; : >up; exec sleep 20";
+    let got = sandbox.run(&format!(
+        "lacuna serve -f qcow2 disk.qcow2 --run '{command}' & server=$!
+         while ! [ -e up ]; do sleep 0.01; done; kill $server; wait $server"
+    ));
+    assert_eq!((got.code, &*got.text), (Some(1), ""));
+    let got = sandbox.run("stock-io -c 'read -P 9 0 64k' disk.qcow2 && stock-img check disk.qcow2");
+    assert!(got.code == Some(0) && !got.text.contains("failed"), "{}", got.text);
+}
+
+#[test]
+fn a_close_that_fails_is_told_also_where_serving_failed() {
+    let sandbox = prepared();
+    let got = sandbox.run(
+        "lacuna serve -k nowhere/sock --image-opts driver=raw,file.driver=blkdebug,\
+         file.image.driver=file,file.image.filename=disk.raw,file.inject-error.0.event=none,\
+         file.inject-error.0.iotype=flush,file.inject-error.0.once=off",
+    );
+    assert_eq!(got.code, Some(1));
+    for part in ["Closing the disks: By a rule of blkdebug", "Listening on nowhere/sock: No such"] {
+        assert!(got.text.contains(part), "{}", got.text);
+    }
+}
+
+#[test]
 fn what_clients_write_is_in_the_image_afterwards() {
     let sandbox = prepared();
     let write = "stock-io -f raw -c \"write -P 9 3M 100k\" -c \"discard 0 64k\" $uri";

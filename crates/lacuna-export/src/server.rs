@@ -2,8 +2,8 @@
 //!
 //! * One thread and one runtime for each worker; a connection stays with the worker that got it.
 //! * The first worker accepts; each client goes to the worker that has the fewest.
-//! * A stop lets no client in, rejects what is asked from then on, waits for what is in flight as
-//!   long as the limit says, and returns when all connections are over.
+//! * A stop lets no client in, takes no more requests, waits for what is in flight as long as the
+//!   limit says, and returns when all connections are over.
 
 use std::io;
 use std::sync::Arc;

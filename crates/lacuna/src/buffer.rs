@@ -193,6 +193,14 @@ impl Buffer {
         self.len = self.len.min(len);
     }
 
+    /// Returns the size in bytes of the block of memory that this is a part of: a power of two, of
+    /// at least [`ALIGNMENT`].
+    #[must_use]
+    pub fn block_bytes(&self) -> usize {
+        // SAFETY: the block lives while any part does, and `self` is one.
+        unsafe { self.block.as_ref() }.capacity
+    }
+
     /// Returns the address for a system call that reads from the buffer.
     #[must_use]
     pub fn as_ptr(&self) -> *const u8 {

@@ -1,7 +1,10 @@
 //! One image, many threads: neighbours in one cluster never disturb each other.
 
+use std::path::Path;
+use std::pin::pin;
 use std::process::Command;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 use std::thread;
 
 use lacuna::block::{DiscardMode, Layer, WriteFlags, ZeroFlags};
@@ -50,16 +53,20 @@ fn work(image: &Image<Arc<MemoryStorage>>, own: u64, seed: u64) -> Vec<u8> {
     model
 }
 
-fn run(options: &str, cache_bytes: u64, seed: u64) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("a.qcow2");
+fn create(path: &Path, options: &str, size_bytes: u64) {
     let made = Command::new("qemu-img")
         .args(["create", "-q", "-f", "qcow2", "-o", options])
-        .arg(&path)
-        .arg(DISK.to_string())
+        .arg(path)
+        .arg(size_bytes.to_string())
         .status()
         .expect("qemu-img: apt-get install qemu-utils");
     assert!(made.success());
+}
+
+fn run(options: &str, cache_bytes: u64, seed: u64) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    create(&path, options, DISK);
     let storage = Arc::new(MemoryStorage::from(&std::fs::read(&path).unwrap()[..]));
     let open = OpenOptions::new(Access::ReadWrite).cache_bytes(cache_bytes);
     let image = block_on(Image::open(Parts::alone(storage.clone()), open)).unwrap();
@@ -98,4 +105,36 @@ fn threads_that_share_clusters_keep_their_own_bytes() {
             run(options, 0, seed);
         }
     }
+}
+
+/// Polls to the end; returns how often others could run meanwhile.
+fn turns(work: impl Future<Output = lacuna::Result<()>>) -> usize {
+    let (mut work, mut context) = (pin!(work), Context::from_waker(Waker::noop()));
+    let mut turns = 0;
+    loop {
+        if let Poll::Ready(result) = work.as_mut().poll(&mut context) {
+            result.unwrap();
+            return turns;
+        }
+        turns += 1;
+    }
+}
+
+#[test]
+fn work_on_a_large_range_lets_others_of_the_thread_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.qcow2");
+    // 64 tables of 512 MiB.
+    create(&path, "compat=1.1", 32 << 30);
+    let storage = Arc::new(MemoryStorage::from(&std::fs::read(&path).unwrap()[..]));
+    let open = OpenOptions::new(Access::ReadWrite);
+    let image = block_on(Image::open(Parts::alone(storage), open)).unwrap();
+    let whole = image.whole();
+    for flags in [ZeroFlags::empty(), ZeroFlags::MAY_UNMAP] {
+        let turns = turns(image.write_zeroes(whole, flags));
+        assert!(turns >= 63, "{turns} turns for {flags:?}");
+    }
+    let turns = turns(image.discard(whole, DiscardMode::Guest));
+    assert!(turns >= 63, "{turns} turns for a discard");
+    block_on(image.close()).unwrap();
 }

@@ -36,11 +36,12 @@ impl Job {
         }
     }
 
-    /// Returns how many bytes of memory it takes.
+    /// Returns how many bytes of memory it takes, or may take.
     pub(super) fn weight(&self) -> u64 {
         match self {
             Self::Plain(request) if request.command == Command::Read => request.range.len,
-            Self::Plain(_) | Self::Status(..) => 0,
+            Self::Plain(_) => 0,
+            Self::Status(_, wanted) => wanted.len() as u64 * status::ENOUGH_BYTES,
             Self::Write(_, payload) => payload.len() as u64,
         }
     }
@@ -74,7 +75,7 @@ pub(super) async fn execute<D: ServedDisk>(
     let parts = result.unwrap_or_else(|error| {
         count(&export.counters.errors, 1);
         let mut text = Vec::new();
-        replies.error(request.tag, code(&error), &error.to_string(), &mut text);
+        replies.error(request.tag, code(&error, request.flags), &error.to_string(), &mut text);
         smallvec![Part::Text(text)]
     });
     Reply { parts, weight }
@@ -88,9 +89,11 @@ pub(super) const fn guest(range: ByteRange) -> GuestRange {
     GuestRange::new(GuestOffset(range.start), range.len)
 }
 
-/// Says an error of the engine in the protocol's words (C.7).
-fn code(error: &Error) -> ErrorCode {
+/// Says an error of the engine in the protocol's words (C.7). What cannot be done is told so only
+/// to who asked for it to be fast: others could not go on from there.
+fn code(error: &Error, flags: CommandFlags) -> ErrorCode {
     match error.kind() {
+        ErrorKind::Unsupported if !flags.contains(CommandFlags::FAST_ZERO) => ErrorCode::EINVAL,
         ErrorKind::InvalidRequest | ErrorKind::OutOfBounds => ErrorCode::EINVAL,
         ErrorKind::NoSpace => ErrorCode::ENOSPC,
         ErrorKind::ReadOnly => ErrorCode::EPERM,
@@ -161,6 +164,8 @@ async fn cache<D: ServedDisk>(disk: &D, range: GuestRange) -> Result<()> {
                 let len = (extent.range.end() - at).min(CACHE_PIECE_BYTES);
                 disk.read(at, Buffer::new(len as usize)).await.0?;
                 at = at + len;
+                // What the host has at hand already is read without a wait.
+                tokio::task::yield_now().await;
             }
         }
     }
@@ -236,4 +241,47 @@ fn by_zero(extents: &[Extent], range: GuestRange) -> Vec<(GuestRange, bool)> {
         }
     }
     joined
+}
+
+#[cfg(test)]
+mod tests {
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    use lacuna::block::Layer;
+    use lacuna::raw::Raw;
+    use lacuna::storage::MemoryStorage;
+    use lacuna_nbd::server::Tag;
+    use lacuna_nbd::{ContextId, Cookie};
+    use pollster::block_on;
+
+    use super::*;
+    use crate::Plain;
+
+    #[test]
+    fn a_status_weighs_what_its_answer_may_take_in_each_context() {
+        let request = Request {
+            tag: Tag { cookie: Cookie(1), offset: 0 },
+            command: Command::BlockStatus,
+            flags: CommandFlags::empty(),
+            range: ByteRange { start: 0, len: 1 << 40 },
+        };
+        let weight =
+            |contexts: u32| Job::Status(request, (0..contexts).map(ContextId).collect()).weight();
+        assert_eq!((weight(0), weight(1), weight(3)), (0, 256 << 10, 768 << 10));
+    }
+
+    #[test]
+    fn a_long_cache_lets_others_run_between_its_pieces() {
+        let disk = block_on(Raw::create(MemoryStorage::new(), 8 * CACHE_PIECE_BYTES)).unwrap();
+        let data = Buffer::from(&[7; 8 * CACHE_PIECE_BYTES as usize][..]);
+        let disk = Plain(disk);
+        block_on(disk.write(GuestOffset(0), data, WriteFlags::empty())).0.unwrap();
+        let (mut work, mut turns) = (pin!(cache(&disk, disk.whole())), 0);
+        let mut context = Context::from_waker(Waker::noop());
+        while work.as_mut().poll(&mut context).is_pending() {
+            turns += 1;
+        }
+        assert_eq!(turns, 8);
+    }
 }

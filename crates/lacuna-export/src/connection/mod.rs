@@ -2,6 +2,7 @@
 //!
 //! * `shake.rs`: the handshake, one option after the other
 //! * `transmit.rs`: requests in, replies out, as many at once as the limits allow
+//! * `unread.rs`: what is not looked at yet
 //! * `in_flight.rs`: requests that run
 //! * `execute.rs`, `status.rs`: what a request does to the disk
 //! * `reply.rs`, `output.rs`: what goes out, and the queue of it
@@ -13,6 +14,7 @@ mod reply;
 mod shake;
 mod status;
 mod transmit;
+mod unread;
 
 use std::cell::RefCell;
 use std::io;

@@ -13,6 +13,8 @@ use crate::stream::Stream;
 
 /// How many pieces of memory go out with one call.
 const PIECES_AT_ONCE: usize = 64;
+/// Parts for which a queue that is empty keeps room.
+const SPARE_PARTS: usize = 64;
 
 #[derive(Debug, Default)]
 pub(super) struct Output {
@@ -20,17 +22,30 @@ pub(super) struct Output {
     /// How much of the first part is out.
     sent: usize,
     bytes: u64,
+    /// How much memory the parts take.
+    memory_bytes: u64,
 }
 
 impl Output {
     pub(super) fn push(&mut self, part: Part) {
         self.bytes += part.len() as u64;
+        self.memory_bytes += part.memory_bytes();
         self.parts.push_back(part);
     }
 
     /// Returns how many bytes wait.
     pub(super) const fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Returns how many bytes of memory what waits takes: a short reply takes more than it has.
+    pub(super) const fn memory_bytes(&self) -> u64 {
+        self.memory_bytes
+    }
+
+    /// Gives back what an idle connection does not need.
+    pub(super) fn shrink(&mut self) {
+        self.parts.shrink_to(SPARE_PARTS);
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -71,6 +86,7 @@ impl Output {
         self.sent += sent;
         while let Some(first) = self.parts.front().filter(|first| self.sent >= first.len()) {
             self.sent -= first.len();
+            self.memory_bytes -= first.memory_bytes();
             self.parts.pop_front();
         }
     }

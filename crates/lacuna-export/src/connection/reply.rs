@@ -25,6 +25,16 @@ impl Part {
     pub(super) fn len(&self) -> usize {
         self.pieces().iter().map(|piece| piece.len()).sum()
     }
+
+    /// Returns how much memory it takes: a byte that was read takes a page.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        let apart = match self {
+            Self::Header(_) => 0,
+            Self::HeaderAndData(_, data) => data.block_bytes(),
+            Self::Text(text) => text.capacity(),
+        };
+        (size_of::<Self>() + apart) as u64
+    }
 }
 
 /// The whole answer to one request.

@@ -26,6 +26,8 @@ const MAX_ANSWERS: usize = 256;
 const ANSWERS_AT_ONCE: usize = 16;
 /// Extents after which an answer is long enough.
 const ENOUGH_EXTENTS: usize = 16 << 10;
+/// Bytes of such an answer in one context.
+pub(super) const ENOUGH_BYTES: u64 = (ENOUGH_EXTENTS * size_of::<StatusExtent>()) as u64;
 
 /// The contexts to be answered, in their order.
 pub(super) type Wanted = SmallVec<[ContextId; 4]>;

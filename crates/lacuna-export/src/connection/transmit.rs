@@ -22,6 +22,7 @@ use super::output::Output;
 use super::reply::{Part, Reply};
 use super::shake::Ready;
 use super::status::Wanted;
+use super::unread::Unread;
 use crate::export::Guest;
 use crate::population::{Stopping, Traffic};
 use crate::server::Limits;
@@ -52,7 +53,7 @@ pub(super) async fn until_the_end<D: ServedDisk>(
         start,
         in_flight: InFlight::new(),
         output: Output::default(),
-        unread: early,
+        unread: Unread::new(early),
         payload: None,
         is_ending: false,
         traffic,
@@ -72,8 +73,7 @@ struct Connection<D, F, S> {
     start: S,
     in_flight: InFlight<F>,
     output: Output,
-    /// What was received and not looked at, since the limits were reached.
-    unread: Vec<u8>,
+    unread: Unread,
     payload: Option<Payload>,
     /// Nothing more is received.
     is_ending: bool,
@@ -104,7 +104,6 @@ where
             ended = self.run() => return ended,
             () = stopping.begun() => {}
         }
-        self.transmission.shut_down();
         self.is_ending = true;
         tokio::select! {
             ended = self.run() => ended,
@@ -144,13 +143,14 @@ where
     /// Says whether one more request may be taken.
     fn has_room(&self) -> bool {
         self.in_flight.len() < self.limits.requests
-            && self.in_flight.weight() + self.output.bytes() < self.limits.bytes
+            && self.in_flight.weight() + self.output.memory_bytes() < self.limits.bytes
     }
 
     /// Keeps no memory for a client that is quiet.
     fn rest(&mut self) {
         if self.in_flight.len() == 0 && self.output.is_empty() {
             self.in_flight.shrink();
+            self.output.shrink();
         }
     }
 
@@ -164,9 +164,7 @@ where
 
     fn receive(&mut self, cx: &mut Context<'_>) -> io::Result<Received> {
         if !self.unread.is_empty() {
-            let unread = std::mem::take(&mut self.unread);
-            self.take(&unread, cx)?;
-            return Ok(Received::Something);
+            return self.take_unread(cx);
         }
         if self.payload.as_ref().is_some_and(|it| it.buffer.len() - it.filled >= DIRECT_FROM_BYTES)
         {
@@ -182,7 +180,16 @@ where
             self.is_ending = true;
         }
         self.traffic.received_bytes.add(piece.filled().len());
-        self.take(piece.filled(), cx)?;
+        let taken = self.take(piece.filled(), cx)?;
+        self.unread = Unread::new(piece.filled()[taken..].to_vec());
+        Ok(Received::Something)
+    }
+
+    /// Goes on where there was no room for more.
+    fn take_unread(&mut self, cx: &mut Context<'_>) -> io::Result<Received> {
+        let mut unread = std::mem::take(&mut self.unread);
+        unread.took(self.take(unread.rest(), cx)?);
+        self.unread = unread;
         Ok(Received::Something)
     }
 
@@ -202,8 +209,10 @@ where
         Ok(Received::Something)
     }
 
-    /// Starts all requests in what was received, and keeps what there is no room for.
-    fn take(&mut self, mut input: &[u8], cx: &mut Context<'_>) -> io::Result<()> {
+    /// Starts the requests in what was received that there is room for; returns how many bytes
+    /// those were.
+    fn take(&mut self, received: &[u8], cx: &mut Context<'_>) -> io::Result<usize> {
+        let mut input = received;
         let size_bytes = self.export().disk().size_bytes();
         if self.transmission.size_bytes() != size_bytes {
             self.transmission.set_size_bytes(size_bytes);
@@ -238,8 +247,7 @@ where
                 TransmissionEvent::Request(request) => self.begin(Job::Plain(request), cx),
             }
         }
-        self.unread = input.to_vec();
-        Ok(())
+        Ok(received.len() - input.len())
     }
 
     fn wanted(&self, wanted: &WantedContexts) -> Wanted {

@@ -7,13 +7,21 @@ mod talk;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use lacuna_export::Limits;
 
 use self::talk::{
-    DISCONNECT, EINVAL, FLUSH, READ, SIZE_BYTES, Served, WRITE, hello, option, request,
+    DISCONNECT, EINVAL, FLUSH, READ, RESIZE, SIZE_BYTES, Served, WRITE, hello, option, request,
 };
+
+/// Held by tests that measure memory, and by those that take much: they are threads of one process.
+static MEASURED: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    MEASURED.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Returns how many bytes of memory this process has.
 fn resident_bytes() -> usize {
@@ -27,6 +35,7 @@ fn patient() -> Limits {
 
 #[test]
 fn a_thousand_idle_connections_take_little_and_keep_nobody_out() {
+    let _alone = alone();
     let served = Served::start(patient());
     served.assert_serves();
     let before = resident_bytes();
@@ -43,6 +52,7 @@ fn a_thousand_idle_connections_take_little_and_keep_nobody_out() {
 
 #[test]
 fn connections_that_were_busy_give_their_memory_back() {
+    let _alone = alone();
     let served = Served::start(patient());
     served.assert_serves();
     let before = resident_bytes();
@@ -58,6 +68,7 @@ fn connections_that_were_busy_give_their_memory_back() {
 
 #[test]
 fn a_client_that_never_reads_stops_only_itself() {
+    let _alone = alone();
     let served = Served::start(Limits { bytes: 1 << 20, ..patient() });
     let mut deaf = served.ready();
     deaf.0.set_nonblocking(true).unwrap();
@@ -82,6 +93,7 @@ fn a_client_that_never_reads_stops_only_itself() {
 
 #[test]
 fn a_client_that_sends_without_end_leaves_time_for_others() {
+    let _alone = alone();
     let served = Served::start(patient());
     let mut greedy = served.ready();
     let mut reader = talk::Client(greedy.0.try_clone().unwrap());
@@ -196,6 +208,7 @@ fn one_client_too_many_is_sent_away_and_the_next_one_let_in() {
 
 #[test]
 fn a_rejected_write_is_followed_by_what_comes_after_its_payload() {
+    let _alone = alone();
     let served = Served::start(patient());
     let mut client = served.ready();
     // The payload looks like a request: to disconnect.
@@ -214,6 +227,7 @@ fn a_rejected_write_is_followed_by_what_comes_after_its_payload() {
 
 #[test]
 fn requests_longer_than_any_buffer_get_an_error_or_the_end() {
+    let _alone = alone();
     let served = Served::start(patient());
     let before = resident_bytes();
     let mut client = served.ready();
@@ -227,6 +241,7 @@ fn requests_longer_than_any_buffer_get_an_error_or_the_end() {
 
 #[test]
 fn cve_2024_7409_a_stop_waits_for_no_client_in_any_state() {
+    let _alone = alone();
     let served = Served::start(Limits { stop: Duration::from_millis(100), ..patient() });
     let silent = served.connect();
     let mut in_options = served.connect();
@@ -239,4 +254,39 @@ fn cve_2024_7409_a_stop_waits_for_no_client_in_any_state() {
     served.server.stop();
     assert!(served.server.connections().is_empty());
     drop((silent, in_options, in_payload, deaf, idle));
+}
+
+#[test]
+fn short_replies_that_nobody_reads_are_counted_with_what_they_take() {
+    let _alone = alone();
+    // An answer without data takes a part of a queue, one of a byte takes a page.
+    for len in [0, 1] {
+        let served = Served::start(Limits { bytes: 4 << 20, ..patient() });
+        let mut deaf = served.ready();
+        deaf.0.set_nonblocking(true).unwrap();
+        let wanted: Vec<u8> = (0..100).flat_map(|cookie| request(READ, cookie, 0, len)).collect();
+        let before = resident_bytes();
+        let (mut at, mut refusals) = (0, 0);
+        // The server takes no more where it took nothing while it served others for a while.
+        while refusals < 20 {
+            match deaf.0.write(&wanted[at..]) {
+                Ok(sent) => (at, refusals) = ((at + sent) % wanted.len(), 0),
+                Err(_) => {
+                    refusals += 1;
+                    served.assert_serves();
+                }
+            }
+        }
+        let grown = resident_bytes().saturating_sub(before);
+        assert!(grown < 12 << 20, "{grown} bytes for a client that may have 4 MiB");
+    }
+}
+
+#[test]
+fn what_a_disk_cannot_do_is_told_as_a_client_expects() {
+    let served = Served::resizable();
+    let mut client = served.ready();
+    // A raw disk in memory has one size. ENOTSUP is for what was to be fast, and for nothing else.
+    client.send(&request(RESIZE, 1, SIZE_BYTES * 2, 0));
+    assert_eq!(client.answer(), (EINVAL, 1));
 }

@@ -20,6 +20,7 @@ pub(crate) const READ: u16 = 0;
 pub(crate) const WRITE: u16 = 1;
 pub(crate) const DISCONNECT: u16 = 2;
 pub(crate) const FLUSH: u16 = 3;
+pub(crate) const RESIZE: u16 = 8;
 
 pub(crate) const EINVAL: u32 = 22;
 
@@ -31,9 +32,19 @@ pub(crate) struct Served {
 
 impl Served {
     pub(crate) fn start(limits: Limits) -> Self {
+        Self::start_with(limits, ExportOptions::default())
+    }
+
+    /// Clients may ask for another size.
+    pub(crate) fn resizable() -> Self {
+        let options = ExportOptions { resize: true, ..ExportOptions::default() };
+        Self::start_with(Limits::default(), options)
+    }
+
+    fn start_with(limits: Limits, export: ExportOptions) -> Self {
         let disk = block_on(Raw::create(MemoryStorage::new(), SIZE_BYTES)).unwrap();
         let exports = Arc::new(Exports::default());
-        exports.add(Export::new("", Plain(disk), ExportOptions::default()).unwrap()).unwrap();
+        exports.add(Export::new("", Plain(disk), export).unwrap()).unwrap();
         let options = ServerOptions { workers: 1, limits, ..ServerOptions::default() };
         let server = Server::start(exports, options).unwrap();
         let folder = tempfile::tempdir().unwrap();

@@ -1,9 +1,7 @@
 //! What a layer knows about being all zeros, without looking (000-5), and finding it out (A.1.4).
 
-use std::future::poll_fn;
-use std::task::Poll;
-
 use super::Layer;
+use super::step_aside::step_aside;
 use crate::Result;
 use crate::buffer::Buffer;
 use crate::units::{GuestOffset, GuestRange};
@@ -79,20 +77,6 @@ pub async fn is_all_zeroes<L: Layer>(layer: &L) -> Result<bool> {
     Ok(false)
 }
 
-/// Is pending once.
-async fn step_aside() {
-    let mut was_asked = false;
-    poll_fn(|context| {
-        if was_asked {
-            return Poll::Ready(());
-        }
-        was_asked = true;
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
-}
-
 async fn reads_zero<L: Layer>(layer: &L, head_bytes: u64) -> Result<bool> {
     if head_bytes == 0 {
         return Ok(true);
@@ -105,7 +89,7 @@ async fn reads_zero<L: Layer>(layer: &L, head_bytes: u64) -> Result<bool> {
 mod tests {
     use std::future::Future;
     use std::pin::pin;
-    use std::task::{Context, Waker};
+    use std::task::{Context, Poll, Waker};
 
     use super::*;
     use crate::block::WriteFlags;

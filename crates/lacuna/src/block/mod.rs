@@ -6,6 +6,7 @@ mod extent;
 mod known_zeroes;
 mod layer;
 mod preallocation;
+mod step_aside;
 mod zero;
 
 pub(crate) use cursor::{ExtentCursor, no_status};
@@ -14,4 +15,5 @@ pub use extent::{AllocationDepth, Extent, ExtentBuilder, ExtentStatus};
 pub use known_zeroes::{KnownZeroes, is_all_zeroes};
 pub use layer::{BoxFuture, DiscardMode, DynLayer, Layer, WriteFlags, ZeroFlags};
 pub use preallocation::Preallocation;
+pub(crate) use step_aside::step_aside;
 pub use zero::{first_nonzero, is_zero};

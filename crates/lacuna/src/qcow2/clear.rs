@@ -3,6 +3,7 @@
 //! * Always: others are kept away from the clusters from before the map changes until the host
 //!   bytes that were vacated are punched, dropped calls included; a later write finds its place
 //!   as it left it.
+//! * A long clearing lets other futures of the thread run between tables.
 //! * Never: a host byte is punched that a snapshot or another cluster shares.
 
 use super::image::Image;
@@ -11,6 +12,7 @@ use super::need::Need;
 use super::options::{OnDiscard, ZeroUnmap};
 use super::plan_zero::{Cleared, Intent, Subcleared, clear_clusters, clear_subclusters};
 use super::quarantine::FreedBy;
+use crate::block::step_aside;
 use crate::buffer::Hold;
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange, HostRange};
@@ -156,6 +158,9 @@ impl<S: Storage> Image<S> {
             let (len, intent) = self.leading_below(rest, intent).await?;
             clearing = self.clear_run(GuestRange::new(at, len), intent, clearing).await?;
             at = at + len;
+            if at < range.end() {
+                step_aside().await;
+            }
         }
         Ok(clearing)
     }
@@ -201,6 +206,10 @@ impl<S: Storage> Image<S> {
             let cleared = self.plan(|meta| clear_clusters(meta, rest, intent)).await?;
             at = at + cleared.len;
             clearing = self.punch_cleared(cleared, clearing).await?;
+            if at < range.end() {
+                // Another table of a disk that may have thousands.
+                step_aside().await;
+            }
         }
         Ok(clearing)
     }

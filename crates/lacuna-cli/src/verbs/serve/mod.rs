@@ -7,12 +7,14 @@
 //! * `sockets.rs`: sockets that systemd opened, or that virtual machines reach
 //! * `tls.rs`: certificates, and who must have one
 //! * `sparing.rs`: how many lines clients may cause
+//! * `command.rs`: a command to serve for
 //! * `fork.rs`: serving in the background
 //!
 //! Exit codes: 0 ended as asked, with everything written; that of the command with `--run`.
 
 mod asked;
 mod bitmaps;
+mod command;
 mod disk;
 pub(crate) mod fork;
 mod images;
@@ -23,7 +25,6 @@ pub(crate) mod tls;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -199,8 +200,15 @@ pub(crate) fn until_the_end(tool: &Tool, asked: Serving, disks: Vec<ChainDisk>) 
     server.stop();
     let removed = control.shut_down();
     let closed = close_all(&exports).and(removed);
-    let code = served?;
-    closed.map(|()| code)
+    match (served, closed) {
+        (Ok(code), closed) => closed.map(|()| code),
+        (Err(error), closed) => {
+            if let Err(other) = closed {
+                output::warn(&format!("Closing the disks: {}", other.text()));
+            }
+            Err(error)
+        }
+    }
 }
 
 /// Listens, and returns when it is time to end.
@@ -215,7 +223,7 @@ fn serve(
     let scratch = scratch.map_err(|error| lacuna::Error::io(error, "Making a socket's folder"))?;
     let own = scratch.as_ref().map(|folder| Address::Unix(folder.path().join("nbd.sock")));
     // Signals count from here on: whoever sees the socket may end the server.
-    let signals = watch_signals(end.clone())?;
+    let signals = watch_signals(end.clone(), asked.run.is_some())?;
     let listen_for = |path: &PathBuf| control::Socket::listen(Arc::clone(control), path);
     let control_socket = asked.control.as_ref().map(listen_for).transpose()?;
     let address = own.as_ref().unwrap_or(&asked.address);
@@ -226,7 +234,7 @@ fn serve(
     let names = listen(server, listeners);
     let pid_file = asked.pid_file.as_deref().map(PidFile::new).transpose()?;
     let code = match &asked.run {
-        Some(command) => run_command(command, &asked.uri(address, &names)),
+        Some(command) => command::run(command, &asked.uri(address, &names), end, ended),
         None => {
             if asked.says_where {
                 say_where(&names)?;
@@ -278,12 +286,16 @@ fn say_where(names: &[String]) -> CliResult<()> {
     output::print(&names.iter().map(|name| format!("Listening on {name}\n")).collect::<String>())
 }
 
-fn watch_signals(end: mpsc::Sender<()>) -> CliResult<signal_hook::iterator::Handle> {
+/// Has a signal end the server, unless it is the command's to decide about.
+fn watch_signals(
+    end: mpsc::Sender<()>,
+    has_command: bool,
+) -> CliResult<signal_hook::iterator::Handle> {
     let mut signals = Signals::new([SIGHUP, SIGINT, SIGTERM])
         .map_err(|error| lacuna::Error::io(error, "Catching signals"))?;
     let handle = signals.handle();
     thread::spawn(move || {
-        if signals.forever().next().is_some() {
+        if signals.forever().any(|it| !has_command || !command::hears_by_itself(it)) {
             // Nobody waits where the server ends anyway.
             let _nobody_waits = end.send(());
         }
@@ -297,13 +309,6 @@ fn watch_clients(server: &Server<ChainDisk>, end: mpsc::Sender<()>) {
         left.wait();
         let _nobody_waits = end.send(());
     });
-}
-
-/// Runs a command of the shell with `uri` in its environment; its exit code is ours.
-fn run_command(command: &str, uri: &str) -> CliResult<u8> {
-    let status = Command::new("sh").args(["-c", command]).env("uri", uri).status();
-    let status = status.map_err(|error| lacuna::Error::io(error, "Running a shell"))?;
-    Ok(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1))
 }
 
 /// Leaves all images as they should be left; the first failure is told.
