@@ -179,14 +179,19 @@ impl<S: Storage> Image<S> {
         if !self.0.meta.lock().writable {
             return Ok(());
         }
+        self.close_but_for_dirty_bit().await?;
+        self.clear_dirty_bit().await
+    }
+
+    /// Closes the image for all clones, whose file needs a check afterwards.
+    pub(super) async fn close_but_for_dirty_bit(&self) -> Result<()> {
         // From here on a change would be missing in bitmaps, or not be covered by the dirty bit.
         self.0.meta.lock().closed = true;
         self.store_bitmaps().await?;
         self.write_back(Refcounting::Written).await?;
         // The first one freed clusters; their refcounts are dirty now.
         self.write_back(Refcounting::Written).await?;
-        self.round_up_length().await?;
-        self.clear_dirty_bit().await
+        self.round_up_length().await
     }
 
     /// The file ends with a whole cluster, or behind compressed ones with a whole sector.

@@ -154,7 +154,8 @@ impl<S: Storage> Image<S> {
     /// # Errors
     /// `NotFound` where there is no such snapshot; `Corrupt` where it cannot be read: its L1 table
     /// lies where none can lie or is too short for its disk, or an image of version 3 does not say
-    /// the size of its disk. `Unsupported` with an external data file, which keeps no old content.
+    /// the size of its disk. `Unsupported` with an external data file, which keeps no old content, and for what
+    /// [is no snapshot](Snapshot::is_pin).
     pub async fn snapshot(&self, choice: &SnapshotChoice) -> Result<SnapshotLayer<S>> {
         if self.0.header.lock().has_external_data_file() {
             return Err(Error::unsupported(
@@ -165,6 +166,12 @@ impl<S: Storage> Image<S> {
         let found = choice.find(&table).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("The image has no snapshot with {choice}"))
         })?;
+        if found.is_pin() {
+            return Err(Error::unsupported(format!(
+                "'{}' is no snapshot of the disk: it holds clusters that parts of the disk share",
+                found.name
+            )));
+        }
         let map = self.load_map(found).await.map_err(|error| {
             error.context(format!("Snapshot '{}' (identifier '{}')", found.name, found.id))
         })?;

@@ -93,7 +93,7 @@ fn table_bytes(header: &Header, l1: &[u64], file_bytes: u64) -> u64 {
     (l2_tables + blocks).saturating_mul(geometry.cluster_bytes())
 }
 
-async fn refcount_table<S: Storage>(
+pub(super) async fn refcount_table<S: Storage>(
     storage: &S,
     header: &Header,
     file_bytes: u64,

@@ -19,4 +19,6 @@ mod qemu_differential;
 mod random_operations;
 mod rebase;
 mod sharing;
+mod sharing_rules;
+mod sharing_stock;
 mod sweeping;

@@ -48,7 +48,8 @@ impl<S: Storage> Image<S> {
     ) -> Result<()> {
         snapshot.check_l1(&header.geometry)?;
         let size = snapshot.disk_size_bytes.unwrap_or(header.size_bytes);
-        if size != self.size_bytes() || u32::try_from(snapshot.vm_state_bytes).is_err() {
+        let is_other = size != self.size_bytes() && !snapshot.is_pin();
+        if is_other || u32::try_from(snapshot.vm_state_bytes).is_err() {
             return Err(Error::unsupported(format!(
                 "Version 2 cannot say that snapshot {} has another size than the disk, or so large \
                  a VM state",

@@ -91,10 +91,7 @@ impl<'a, S: Storage> Keeper<'a, S> {
         meta.before_change(GuestRange::new(GuestOffset(0), 0))?;
         let cluster = meta.geometry().host_cluster(host);
         meta.refcounts.read(cluster)?;
-        let Some(at) = meta.find_free_pin()? else {
-            meta.grow_pin_l1()?;
-            return self.pin(meta);
-        };
+        let at = meta.free_pin()?;
         let wanted = self.members.len() as u64 + 1;
         meta.refcounts.increase(cluster, wanted - self.unused)?;
         self.unused = wanted;

@@ -132,10 +132,12 @@ impl Meta {
         let stop = end.min(*at + ENTRIES_AT_ONCE * step);
         while *at < stop {
             let entry = self.entry_in(View::Pins, *at)?.unwrap_or_default();
+            let is_aligned = entry.host().is_none_or(|host| self.geometry().is_aligned(host.0));
+            if !is_aligned || entry.is_compressed() {
+                let text = format!("an entry of theirs cannot be {:#x}", entry.word);
+                return Err(Stop::Fail(damaged(text)));
+            }
             if let Some(host) = entry.host() {
-                if !self.geometry().is_aligned(host.0) || entry.is_compressed() {
-                    return Err(Stop::Fail(damaged(format!("nothing can be shared at {host}"))));
-                }
                 let cluster = self.geometry().host_cluster(host);
                 self.pins.note(cluster);
             }

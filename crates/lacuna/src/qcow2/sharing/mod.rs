@@ -11,12 +11,16 @@
 //! * Always: bytes are compared while nobody can change them.
 //! * Never with an external data file; encrypted images are not opened.
 
+mod facts;
 mod keeper;
 mod load;
 mod pins;
+mod repin;
 mod share;
 mod table;
+mod unpin;
 
+pub use facts::{PinFacts, pin_facts};
 pub(super) use pins::Pins;
 pub use share::Shared;
 pub(super) use table::NewSnapshotTable;

@@ -54,6 +54,13 @@ impl Pins {
         self.keepers.contains(cluster)
     }
 
+    /// There are no pins any more.
+    pub(super) fn forget_all(&mut self) {
+        self.l1 = L1Table::new(Vec::new(), HostOffset(0));
+        self.keepers = ClusterSet::default();
+        self.free_from = GuestOffset(0);
+    }
+
     /// Takes note of a pin. False where the cluster has one already.
     pub(super) fn note(&mut self, cluster: HostCluster) -> bool {
         self.keepers.insert(cluster)
@@ -66,9 +73,19 @@ impl Meta {
         GuestOffset(self.pins.l1.entries.len() as u64 * self.geometry().l2_coverage_bytes())
     }
 
+    /// Finds an entry for one more pin, and makes room where there is none.
+    pub(super) fn free_pin(&mut self) -> Planned<GuestOffset> {
+        loop {
+            match self.find_free_pin()? {
+                Some(at) => return Ok(at),
+                None => self.grow_pin_l1()?,
+            }
+        }
+    }
+
     /// Finds an entry for one more pin, in a table that is there; nothing where all L1 entries have
     /// a table without room.
-    pub(super) fn find_free_pin(&mut self) -> Planned<Option<GuestOffset>> {
+    fn find_free_pin(&mut self) -> Planned<Option<GuestOffset>> {
         while self.pins.free_from < self.pins_end() {
             let at = self.pins.free_from;
             if self.table_in(View::Pins, at)?.is_none() {

@@ -115,9 +115,12 @@ impl<S: Storage> Image<S> {
         shared: &mut Shared,
     ) -> Result<()> {
         let mut rest = self.members(group).await?;
+        if !can_gain(&rest) {
+            return Ok(());
+        }
         for _ in 0..MOST_KINDS {
             if !can_gain(&rest) {
-                return Ok(());
+                break;
             }
             let bytes = self.read_cluster(rest[0].guest).await?;
             let (same, other) = self.part(rest, &bytes).await?;

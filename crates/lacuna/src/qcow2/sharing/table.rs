@@ -88,13 +88,11 @@ impl Meta {
         let l1_clusters = self.geometry().clusters_for(entries * 8);
         let mut snapshots = self.pins.snapshots.clone();
         let pin = pin_among(&mut snapshots);
-        pin.l1.entries = entries as u32;
-        let len = Snapshot::encode_table(&snapshots, self.size_bytes)?.len() as u64;
-        let clusters = l1_clusters + self.geometry().clusters_for(len);
-        let offset = self.allocate(clusters)?;
-        let pin = pin_among(&mut snapshots);
         let old = pin_l1_range(pin);
-        pin.l1.offset = offset;
+        pin.l1.entries = entries as u32;
+        let clusters = self.snapshot_table_clusters(&snapshots)?;
+        let offset = self.allocate(l1_clusters + clusters)?;
+        pin_among(&mut snapshots).l1.offset = offset;
         let table = offset + l1_clusters * self.geometry().cluster_bytes();
         self.pins.l1 = L1Table {
             moved: true,
@@ -102,6 +100,11 @@ impl Meta {
         };
         self.structures.add(self.pins.l1.range(), Structure::InactiveL1);
         self.put_snapshot_table(snapshots, table, old)
+    }
+
+    pub(super) fn snapshot_table_clusters(&self, snapshots: &[Snapshot]) -> Result<u64> {
+        let len = Snapshot::encode_table(snapshots, self.size_bytes)?.len() as u64;
+        Ok(self.geometry().clusters_for(len))
     }
 
     /// Has the next write-back switch to a table at `at`, which was allocated, and free `unused` with
