@@ -1,9 +1,11 @@
 //! Ctrl-C and termination during long work: what is half made goes, then the process.
 
-use std::sync::{Mutex, Once, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 
 use lacuna::ErrorKind;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
 use crate::error::{CliError, CliResult};
@@ -75,6 +77,30 @@ fn say(text: &str, file: &str, code: i32) {
             format!("{line}\n")
         }
     });
+}
+
+/// Whether somebody wants long work to end, for work that can end at many places.
+pub(crate) struct Interrupted(Arc<AtomicBool>);
+
+impl Interrupted {
+    /// Takes note of signals from now on. A second one ends the process at once.
+    pub(crate) fn watch() -> Self {
+        let flag = Arc::new(AtomicBool::new(false));
+        for signal in [SIGHUP, SIGINT, SIGTERM] {
+            let second =
+                flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&flag));
+            let first = second.and_then(|_| flag::register(signal, Arc::clone(&flag)));
+            if let Err(error) = first {
+                output::warn(&format!("Interruptions cannot be caught: {error}"));
+            }
+        }
+        Self(flag)
+    }
+
+    /// Says whether there was one.
+    pub(crate) fn is_so(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// Makes `file` wholly, or removes it: where `make` fails, or the process is interrupted.

@@ -1,5 +1,6 @@
-//! `dedup`: what do clusters with equal content cost, and what would sharing them save?
+//! `dedup`: clusters with equal content share a place; what that would save is told before.
 
+mod in_place;
 mod report;
 
 use lacuna::job::{DuplicateOptions, DuplicateSource, Duplicates, estimate_duplicates};
@@ -7,7 +8,7 @@ use pollster::block_on;
 
 use super::open::{self, FileChain, Request};
 use super::progress::Meter;
-use super::{Example, Form, Task, Verb, common, form};
+use super::{Example, ExitCode, Form, Task, Verb, common, form};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::output;
@@ -18,11 +19,14 @@ use crate::size;
 pub(super) const VERB: Verb = Verb {
     name: "dedup",
     task: Task::Change,
-    summary: "Tell what sharing equal clusters would save",
-    operands: "--report IMAGE...",
+    summary: "Store equal clusters once; --report: what would that save",
+    operands: "IMAGE | --report IMAGE...",
     flags: &[
         Flag::switch('\0', "report", "look only: what would be saved, at several cluster sizes")
             .long_only(),
+        Flag::switch('\0', "dry-run", "tell how much would be freed, and change nothing")
+            .long_only(),
+        Flag::valued('\0', "bandwidth", "BYTES", "most bytes to read per second").long_only(),
         Flag::valued('\0', "memory", "SIZE", "most memory for fingerprints (256M)").long_only(),
         common::QUIET,
         common::PROGRESS,
@@ -34,24 +38,36 @@ pub(super) const VERB: Verb = Verb {
         common::OBJECT,
     ],
     examples: &[
+        Example { shows: "store equal clusters once", line: "disk.qcow2" },
+        Example { shows: "the same, in the background", line: "--bandwidth 20M -q disk.qcow2" },
         Example { shows: "what is stored more than once", line: "--report disk.qcow2" },
         Example {
             shows: "in several images and across them, for programs",
             line: "--report --output=json disk.qcow2 new.qcow2",
         },
     ],
-    codes: &[],
+    codes: &[
+        ExitCode { code: 0, means: "done" },
+        ExitCode { code: 1, means: "an image could not be opened, read or changed" },
+        ExitCode { code: 130, means: "interrupted; the image is valid, and another run goes on" },
+    ],
     run,
 };
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    match parsed.has("report") {
+        true => report(tool, parsed),
+        false => in_place::run(tool, parsed),
+    }
+}
+
+fn report(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let form = form(parsed)?;
     if parsed.operands.is_empty() {
         return Err(CliError::usage("Expecting one image file name or more"));
     }
-    if !parsed.has("report") {
-        let text = "Nothing to do: --report tells what sharing equal clusters would save";
-        return Err(CliError::usage(text));
+    if let Some(flag) = ["dry-run", "bandwidth"].into_iter().find(|flag| parsed.has(flag)) {
+        return Err(CliError::usage(format!("--{flag} and --report are mutually exclusive")));
     }
     let options = options(parsed)?;
     let mut chains = Vec::new();

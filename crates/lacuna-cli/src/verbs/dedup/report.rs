@@ -154,7 +154,7 @@ impl Report<'_> {
 
     /// What sharing in place would save on top of what is shared already; nothing is known where an
     /// image has no clusters.
-    fn in_place_bytes(&self) -> Option<u64> {
+    pub(super) fn in_place_bytes(&self) -> Option<u64> {
         let of_image = |(index, chain): (usize, &FileChain)| {
             let own = cluster_bytes(chain)?;
             let size = self.found.sizes.iter().find(|size| size.cluster_bytes == own)?;

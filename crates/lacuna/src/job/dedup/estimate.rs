@@ -195,7 +195,7 @@ pub async fn estimate_duplicates<L: Layer>(
     progress(behind, total_bytes);
     for source in sources {
         count.begin(source.cluster_bytes);
-        let mut windows = pin!(windows(source.layer, unit_bytes));
+        let mut windows = pin!(windows(source.layer, source.layer.whole(), unit_bytes));
         while let Some(window) = windows.try_next().await? {
             count.window(&window);
             progress(behind + window.range.end().0, total_bytes);

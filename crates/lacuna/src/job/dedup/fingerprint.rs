@@ -9,6 +9,13 @@ use twox_hash::XxHash3_64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Fingerprint(pub(super) u64);
 
+impl Fingerprint {
+    /// Returns the name of the same content as something that equals no other kind.
+    pub(super) const fn other(self) -> Self {
+        Self(!self.0)
+    }
+}
+
 /// Makes fingerprints that can be compared with each other, and with no other job's.
 ///
 /// The seed is drawn anew for each job: no guest can prepare content for it.

@@ -5,10 +5,14 @@
 //! * [`walk`] reads what a disk's own map calls data, in large pieces, in guest order.
 //! * [`sample`] remembers fingerprints in bounded memory, and [`estimate`] counts with it: nothing is
 //!   written.
+//! * [`candidates`] collects which clusters have equal fingerprints, and [`share`] has the image share
+//!   those whose bytes are equal as well.
 
+mod candidates;
 mod estimate;
 mod fingerprint;
 mod sample;
+mod share;
 #[cfg(test)]
 mod tests;
 mod walk;
@@ -17,3 +21,4 @@ pub use estimate::{
     ClusterCounts, DuplicateOptions, DuplicateSource, Duplicates, SizeDuplicates, SourceFacts,
     estimate_duplicates,
 };
+pub use share::{Dedup, DedupOptions, DedupPhase, DedupProgress, Deduped, dedup};

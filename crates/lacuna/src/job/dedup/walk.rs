@@ -8,12 +8,17 @@ use futures_util::{Stream, StreamExt, stream};
 use crate::Result;
 use crate::block::{AllocationDepth, Extent, ExtentCursor, Layer};
 use crate::buffer::Buffer;
-use crate::units::{GuestOffset, GuestRange};
+use crate::units::GuestRange;
 
 /// The least size of a window: large enough for disks that turn.
 const WINDOW_BYTES: u64 = 1 << 20;
 /// Windows that are read at the same time.
 const IN_FLIGHT: usize = 4;
+
+/// Returns the size of a window that is whole units.
+pub(super) fn window_bytes(unit_bytes: u64) -> u64 {
+    WINDOW_BYTES.max(unit_bytes)
+}
 
 /// A part of a disk, with its bytes.
 pub(super) struct Window {
@@ -25,17 +30,20 @@ pub(super) struct Window {
     pub(super) parts: Vec<Extent>,
 }
 
-/// Returns the windows of a disk in guest order; those without data have no bytes.
+/// Returns the windows of `range`, a part of a disk that begins with a window, in guest order; those
+/// without data have no bytes.
 ///
 /// `unit_bytes`, a power of two, divides the size of a window.
 pub(super) fn windows<L: Layer>(
     layer: &L,
+    range: GuestRange,
     unit_bytes: u64,
 ) -> impl Stream<Item = Result<Window>> + Send + '_ {
-    let step = WINDOW_BYTES.max(unit_bytes);
-    let start = (GuestOffset(0), ExtentCursor::default());
+    let step = window_bytes(unit_bytes);
+    let start = (range.start, ExtentCursor::default());
     let ranges = stream::try_unfold(start, move |(at, mut cursor)| async move {
-        let left = layer.size_bytes().saturating_sub(at.0);
+        // The disk may have shrunk meanwhile.
+        let left = range.end().0.min(layer.size_bytes()).saturating_sub(at.0);
         if left == 0 {
             return Ok(None);
         }
@@ -80,7 +88,8 @@ async fn next<L: Layer>(
     Ok((window, parts))
 }
 
-fn is_own_data(extent: &Extent) -> bool {
+/// Says whether a range is data of the top layer.
+pub(super) fn is_own_data(extent: &Extent) -> bool {
     extent.status.depth == AllocationDepth::TOP && !extent.status.reads_zero
 }
 

@@ -1,0 +1,231 @@
+//! `dedup IMAGE`: has equal clusters of one image share a place.
+
+use std::time::{Duration, Instant};
+
+use lacuna::ErrorKind;
+use lacuna::job::{Dedup, DedupOptions, DedupPhase, DedupProgress, Deduped};
+use lacuna::qcow2::{Access, Image};
+use pollster::block_on;
+use serde_json::json;
+
+use super::{FileChain, Form, Meter, Request, count, form, open, options};
+use crate::args::Parsed;
+use crate::error::{CliError, CliResult};
+use crate::interrupt::Interrupted;
+use crate::nodes::AnyStorage;
+use crate::output::{self, short_size};
+use crate::persona::Tool;
+use crate::size;
+
+/// Exit code after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+/// Who must not write to such an image.
+const HAZARD: &str = "\
+Whoever writes to it must heed the COPIED flag, as with internal snapshots. QEMU does;
+cloud-hypervisor, crosvm and qcow2-rs did not when looked at, and corrupt such images.
+";
+
+pub(super) fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    let [name] = &parsed.operands[..] else {
+        let text = "Expecting one image file name; --report takes several";
+        return Err(CliError::usage(text));
+    };
+    let form = form(parsed)?;
+    let pace = Pace::read(parsed)?;
+    let options = DedupOptions {
+        memory_bytes: options(parsed)?.memory_bytes,
+        slice_bytes: pace.slice_bytes(),
+    };
+    // A look changes nothing, not even what opening for writing repairs.
+    let access = if parsed.has("dry-run") { Access::ReadOnly } else { Access::ReadWrite };
+    let request = Request { access, ..Request::reading(name, parsed, "format")? };
+    let chain = open::open(tool, &request)?;
+    let result = match chain.disk().as_qcow2() {
+        None => Err(raw(name)),
+        Some(_) if access == Access::ReadOnly => dry_run(tool, parsed, &chain, name),
+        Some(image) => {
+            prepare(image, options, name).and_then(|dedup| steps(tool, parsed, dedup, pace, name))
+        }
+    };
+    // The image is closed in any case; the first error is the one to tell.
+    let closed = block_on(chain.into_disk().close());
+    let outcome = result?;
+    closed?;
+    if !parsed.has("quiet") {
+        output::print(&outcome.text(form))?;
+    }
+    Ok(outcome.exit_code())
+}
+
+fn prepare(
+    image: &Image<AnyStorage>,
+    options: DedupOptions,
+    name: &str,
+) -> CliResult<Dedup<AnyStorage>> {
+    let refusal = |error: lacuna::Error| {
+        CliError::from(error).under(format!("Clusters of '{}' cannot share", output::tame(name)))
+    };
+    Dedup::new(image, options).map_err(refusal)
+}
+
+fn raw(name: &str) -> CliError {
+    let text = format!("'{}' is a raw disk, which has no clusters to share", output::tame(name));
+    CliError::new(text)
+        .with_class(ErrorKind::Unsupported)
+        .with_hint("--report tells what an image of qcow2 would save; convert makes one")
+}
+
+/// Only looks.
+fn dry_run(tool: &Tool, parsed: &Parsed, chain: &FileChain, name: &str) -> CliResult<Outcome> {
+    let mut looking = options(parsed)?;
+    looking.cluster_sizes.clear();
+    let chains = std::slice::from_ref(chain);
+    let found = count(chains, looking, Meter::new(tool, parsed, "dedup")?)?;
+    let report = super::report::Report { chains, names: &[], found: &found };
+    let would_free = report.in_place_bytes().unwrap_or(0);
+    Ok(Outcome::Looked { name: name.to_owned(), would_free })
+}
+
+/// Goes on until all is done, or somebody interrupts it.
+fn steps(
+    tool: &Tool,
+    parsed: &Parsed,
+    mut dedup: Dedup<AnyStorage>,
+    mut pace: Pace,
+    name: &str,
+) -> CliResult<Outcome> {
+    let interrupted = Interrupted::watch();
+    let mut meter = Meter::new(tool, parsed, "dedup")?;
+    while !interrupted.is_so() {
+        match block_on(dedup.step())? {
+            None => {
+                meter.finish(true);
+                return Ok(Outcome::Shared {
+                    name: name.to_owned(),
+                    done: dedup.so_far(),
+                    is_whole: true,
+                });
+            }
+            Some(progress) => {
+                show(&mut meter, &progress);
+                pace.keep(progress.read_bytes, &interrupted);
+            }
+        }
+    }
+    meter.finish(false);
+    Ok(Outcome::Shared { name: name.to_owned(), done: dedup.so_far(), is_whole: false })
+}
+
+fn show(meter: &mut Meter, progress: &DedupProgress) {
+    let phase = match progress.phase {
+        DedupPhase::Find => "find",
+        DedupPhase::Share => "share",
+    };
+    meter.update(phase, progress.done_bytes, progress.total_bytes);
+}
+
+/// How fast it may go.
+struct Pace {
+    bytes_per_second: Option<u64>,
+    start: Instant,
+    read_bytes: u64,
+}
+
+impl Pace {
+    fn read(parsed: &Parsed) -> CliResult<Self> {
+        let bound = parsed.last("bandwidth");
+        let bound = bound.map(|text| size::within("bandwidth", text, 1, 1 << 62)).transpose()?;
+        Ok(Self { bytes_per_second: bound, start: Instant::now(), read_bytes: 0 })
+    }
+
+    /// Small steps where it is to be slow: four a second.
+    fn slice_bytes(&self) -> u64 {
+        let most = DedupOptions::default().slice_bytes;
+        self.bytes_per_second.map_or(most, |bound| (bound / 4).min(most))
+    }
+
+    /// Waits until what was read fits the bound.
+    fn keep(&mut self, read_bytes: u64, interrupted: &Interrupted) {
+        self.read_bytes += read_bytes;
+        let Some(bound) = self.bytes_per_second else { return };
+        let due = Duration::from_secs_f64(self.read_bytes as f64 / bound as f64);
+        while !interrupted.is_so()
+            && let Some(rest) = due.checked_sub(self.start.elapsed())
+        {
+            std::thread::sleep(rest.min(Duration::from_millis(100)));
+        }
+    }
+}
+
+enum Outcome {
+    Looked { name: String, would_free: u64 },
+    Shared { name: String, done: Deduped, is_whole: bool },
+}
+
+impl Outcome {
+    const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Shared { is_whole: false, .. } => INTERRUPTED,
+            Self::Shared { .. } | Self::Looked { .. } => 0,
+        }
+    }
+
+    fn text(&self, form: Form) -> String {
+        match (form, self) {
+            (Form::Human, Self::Looked { name, would_free }) => {
+                format!("{}: would free about {}\n", output::tame(name), short_size(*would_free))
+            }
+            (Form::Json, Self::Looked { name, would_free }) => {
+                output::pretty(&json!({ "filename": name, "would-free": would_free })) + "\n"
+            }
+            (Form::Human, Self::Shared { name, done, is_whole }) => human(name, done, *is_whole),
+            (Form::Json, Self::Shared { name, done, is_whole }) => json(name, done, *is_whole),
+        }
+    }
+}
+
+fn human(name: &str, done: &Deduped, is_whole: bool) -> String {
+    let Deduped { clusters, shared, keepers, .. } = done;
+    let mut text = format!(
+        "{}: {shared} of {clusters} clusters share a place now and did not before; {} freed\n",
+        output::tame(name),
+        short_size(done.freed_bytes)
+    );
+    if !is_whole {
+        text += "Interrupted; the image is valid, and another run goes on from here\n";
+    }
+    if done.zero_clusters > 0 {
+        text += &format!(
+            "Clusters that hold nothing but zeros, and share nothing: {}\n",
+            done.zero_clusters
+        );
+    }
+    if *shared > 0 {
+        let pins = match keepers {
+            0 => String::new(),
+            _ => {
+                format!(
+                    "New shared places, pinned by 8 bytes each in a hidden snapshot: {keepers}\n"
+                )
+            }
+        };
+        text += &(pins + HAZARD);
+    }
+    text
+}
+
+fn json(name: &str, done: &Deduped, is_whole: bool) -> String {
+    let object = json!({
+        "filename": name,
+        "finished": is_whole,
+        "clusters": done.clusters,
+        "zero-clusters": done.zero_clusters,
+        "shared": done.shared,
+        "keepers": done.keepers,
+        "differed": done.differed,
+        "freed": done.freed_bytes,
+        "unpinned": done.unpinned_bytes,
+    });
+    output::pretty(&object) + "\n"
+}
