@@ -192,6 +192,30 @@ fn totals_are_told_under_our_own_name_only() {
 }
 
 #[test]
+fn what_pins_hold_is_told_under_our_own_name_only() {
+    let ours = Sandbox::ours();
+    ours.prepare(
+        "stock-img create -q -f qcow2 image 16M
+         stock-io -f qcow2 -c 'write -P 1 0 1M' -c 'write -P 2 2M 128k' image",
+    );
+    assert!(!ours.run("lacuna info image").text.contains("pins"));
+    let got = ours.run("lacuna dedup image");
+    assert_eq!(got.code, Some(0), "{}", got.text);
+    let got = ours.run("lacuna info image").text;
+    let line =
+        "pins of shared clusters: 2 clusters with 18 references, 0 without any; tables: 128 KiB\n";
+    assert!(got.contains(line), "{got}");
+    let json = ours.command("lacuna info --output=json image").stdout;
+    let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
+    let expected = serde_json::json!({
+        "keepers": 2, "references": 18, "without-sharers": 0, "table-bytes": 131_072,
+    });
+    assert_eq!(json["pins"], expected);
+    let qemu = ours.run("qemu-img info --output=json image").text;
+    assert!(!qemu.contains("\"pins\""), "{qemu}");
+}
+
+#[test]
 fn large_tables_are_read_only_when_totals_are_asked_for() {
     let ours = Sandbox::ours();
     // Twenty tables of 64 KiB.

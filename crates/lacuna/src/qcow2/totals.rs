@@ -86,7 +86,7 @@ pub async fn totals<S: Storage>(
 }
 
 /// Returns the bytes of the L2 tables, and of the refcounts of a file of this length.
-fn table_bytes(header: &Header, l1: &[u64], file_bytes: u64) -> u64 {
+pub(super) fn table_bytes(header: &Header, l1: &[u64], file_bytes: u64) -> u64 {
     let geometry = &header.geometry;
     let l2_tables = l1.iter().filter(|entry| L1Entry(**entry).table().is_some()).count() as u64;
     let blocks = geometry.clusters_for(file_bytes).div_ceil(geometry.refcount_block_entries());

@@ -7,10 +7,10 @@ use lacuna::ErrorKind;
 use lacuna::block::{Layer, WriteFlags};
 use lacuna::buffer::{Buffer, Hold};
 use lacuna::qcow2::check::{CheckOptions, Repair, check};
-use lacuna::qcow2::format::{Header, L1Entry, Snapshot};
+use lacuna::qcow2::format::{Header, L1Entry, Snapshot, Version};
 use lacuna::qcow2::{
-    Access, CreateOptions, Image, OnDiscard, OpenOptions, Parts, PinFacts, Shared, SnapshotChoice,
-    create,
+    Access, AmendOptions, CreateOptions, DataFileName, Image, OnDiscard, OpenOptions, Parts,
+    PinFacts, Shared, Shrink, SnapshotChoice, create,
 };
 use lacuna::storage::{MemoryStorage, Storage};
 use lacuna::units::{GuestCluster, GuestOffset, HostOffset};
@@ -304,7 +304,7 @@ fn stock_qemu_lists_the_pins_and_does_not_apply_them() {
     for version in [2, 3] {
         let disk = Disk::make(8, |options| {
             if version == 2 {
-                options.version = lacuna::qcow2::format::Version::V2;
+                options.version = Version::V2;
             }
         });
         disk.on(async |image| fill(&image, 0, 8, 7).await);
@@ -383,6 +383,74 @@ fn our_repair_keeps_pins() {
     let report = block_on(check(&disk.0, &options, &mut |_| {})).unwrap();
     assert!(report.is_clean());
     assert_eq!(disk.facts().unwrap().references, 8);
+}
+
+#[test]
+fn bitmaps_are_told_of_no_change() {
+    let disk = Disk::filled(8, 7);
+    disk.stock(|path| {
+        let add = ["bitmap", "--add"].map(std::ffi::OsString::from);
+        QEMU_IMG.succeed(add.into_iter().chain([path.into(), "dirty".into()]));
+    });
+    assert_eq!(disk.share(&[group(0..8)]).shared, 8);
+    disk.assert_clean();
+    let image = disk.open();
+    let bitmap = block_on(image.bitmap(&"dirty".into())).unwrap();
+    let extents = block_on(bitmap.extents(image.whole(), usize::MAX)).unwrap();
+    assert!(extents.iter().all(|extent| !extent.is_dirty), "{extents:?}");
+}
+
+#[test]
+fn images_that_keep_places_or_have_a_data_file_are_refused() {
+    let disk = Disk::make(8, |options| options.keep_mapping = true);
+    let parts = || Parts::alone(Arc::clone(&disk.0));
+    let kept = block_on(Image::open(parts(), OpenOptions::new(Access::ReadWrite))).unwrap();
+    assert_eq!(kept.why_not_share().unwrap().kind(), ErrorKind::Unsupported);
+    block_on(kept.close()).unwrap();
+    // Opened with discards that free, it is no longer one that keeps places.
+    assert!(disk.open().why_not_share().is_none());
+
+    let options = CreateOptions {
+        size_bytes: 8 * CLUSTER,
+        data_file: Some(DataFileName { name: "data".into(), raw: false }),
+        ..CreateOptions::default()
+    };
+    let storage = Arc::new(MemoryStorage::new());
+    block_on(create(&storage, &options)).unwrap();
+    let data = Some(Arc::new(MemoryStorage::new()));
+    let parts = Parts { storage, data, backing: None };
+    let image = block_on(Image::open(parts, Disk::options())).unwrap();
+    let error = block_on(image.share(&[group(0..2)])).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+}
+
+#[test]
+fn our_amend_takes_an_image_with_pins_to_version_2_and_back_and_resizes_it() {
+    let disk = Disk::filled(8, 7);
+    disk.share(&[group(0..8)]);
+    for version in [Version::V2, Version::V3] {
+        let options = AmendOptions { version: Some(version), ..AmendOptions::default() };
+        block_on(disk.open().amend(&options, &mut |_, _| ())).unwrap();
+        disk.assert_clean();
+        for size in [20, 6, 8] {
+            disk.on(async |image| image.resize(size * CLUSTER, Shrink::Allow).await);
+            disk.assert_clean();
+        }
+        disk.on(async |image| fill(&image, 6, 8, 7).await);
+        assert_eq!(disk.share(&[group(0..8)]).shared, 2);
+        assert_eq!(disk.facts().unwrap().references, 8);
+    }
+    let options = AmendOptions { refcount_bits: Some(8), ..AmendOptions::default() };
+    block_on(disk.open().amend(&options, &mut |_, _| ())).unwrap();
+    disk.assert_clean();
+    disk.on(async |image| {
+        fill(&image, 0, 2, 7).await?;
+        let shared = image.share(&[group(0..8)]).await?;
+        // There is no room for more at the keeper with six.
+        assert_eq!((shared.shared, shared.keepers), (2, 1));
+        Ok(())
+    });
+    disk.assert_clean();
 }
 
 /// Where the L1 table of the pins lies, and their first table.

@@ -5,7 +5,7 @@
 //! * Never: an image goes undescribed since its tables cannot be added up, unless they were asked for.
 
 use lacuna::chain::LevelInfo;
-use lacuna::qcow2::{Totals, totals};
+use lacuna::qcow2::{PinFacts, Totals, pin_facts, totals};
 use pollster::block_on;
 use serde_json::{Value, json};
 
@@ -55,7 +55,40 @@ pub(super) fn add(
         Err(error) => return Err(error.into()),
     };
     members.insert("totals".into(), found.as_ref().map_or(Value::Null, members_of));
+    match block_on(pin_facts(&level.storage, header, most_table_bytes)) {
+        Ok(Some(facts)) => members.insert("pins".into(), pins_of(&facts)),
+        Ok(None) => None,
+        Err(error) if effort == Effort::Free => {
+            members.insert("pins-error".into(), error.to_string().into())
+        }
+        Err(error) => return Err(error.into()),
+    };
     Ok(())
+}
+
+fn pins_of(facts: &PinFacts) -> Value {
+    json!({
+        "keepers": facts.keepers,
+        "references": facts.references,
+        "without-sharers": facts.without_sharers,
+        "table-bytes": facts.table_bytes,
+    })
+}
+
+/// Prints what is shared by pins; nothing where nothing is.
+fn pins_text(node: &Value) -> String {
+    if let Some(reason) = node.get("pins-error").and_then(Value::as_str) {
+        return format!("pins of shared clusters: unknown: {reason}\n");
+    }
+    let Some(pins) = node.get("pins") else { return String::new() };
+    let number = |key: &str| pins.get(key).and_then(Value::as_u64).unwrap_or(0);
+    format!(
+        "pins of shared clusters: {} clusters with {} references, {} without any; tables: {}\n",
+        number("keepers"),
+        number("references"),
+        number("without-sharers"),
+        short_size(number("table-bytes"))
+    )
 }
 
 fn members_of(totals: &Totals) -> Value {
@@ -71,6 +104,10 @@ fn members_of(totals: &Totals) -> Value {
 
 /// Prints the totals of a description; nothing where it has none.
 pub(super) fn text(node: &Value) -> String {
+    totals_text(node) + &pins_text(node)
+}
+
+fn totals_text(node: &Value) -> String {
     match (node.get("totals"), node.get("totals-error").and_then(Value::as_str)) {
         (None, _) => String::new(),
         (Some(_), Some(reason)) => format!("totals: unknown: {reason}\n"),

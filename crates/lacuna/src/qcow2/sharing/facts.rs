@@ -28,7 +28,8 @@ pub struct PinFacts {
     pub table_bytes: u64,
 }
 
-/// Counts what the pins of an image hold, by its file only; nothing where it has none.
+/// Counts what the pins of an image hold, by its file only; nothing where it has none, or where their
+/// tables and the refcounts that may be asked for take more than `most_table_bytes`.
 ///
 /// Reads the snapshot table, the tables of the pins and refcounts: about 10 bytes for each keeper. What
 /// was not flushed is not counted.
@@ -44,36 +45,49 @@ pub struct PinFacts {
 /// let options = CreateOptions { size_bytes: 1 << 30, ..CreateOptions::default() };
 /// qcow2::create(&storage, &options).await?;
 /// let header = qcow2::read_header(&storage).await?;
-/// assert!(qcow2::pin_facts(&storage, &header).await?.is_none());
+/// assert!(qcow2::pin_facts(&storage, &header, u64::MAX).await?.is_none());
 /// # Ok::<_, lacuna::Error>(())
 /// # })?;
 /// # Ok::<_, lacuna::Error>(())
 /// ```
-pub async fn pin_facts<S: Storage>(storage: &S, header: &Header) -> Result<Option<PinFacts>> {
+pub async fn pin_facts<S: Storage>(
+    storage: &S,
+    header: &Header,
+    most_table_bytes: u64,
+) -> Result<Option<PinFacts>> {
     if header.snapshots.count == 0 {
         return Ok(None);
     }
     let (all, _) = snapshots::read_table(storage, header).await?;
     match all.iter().find(|snapshot| snapshot.is_pin()) {
-        Some(pin) => facts_of(storage, header, pin).await.map(Some),
+        Some(pin) => facts_of(storage, header, pin, most_table_bytes).await,
         None => Ok(None),
     }
 }
 
-async fn facts_of<S: Storage>(storage: &S, header: &Header, pin: &Snapshot) -> Result<PinFacts> {
+async fn facts_of<S: Storage>(
+    storage: &S,
+    header: &Header,
+    pin: &Snapshot,
+    most_table_bytes: u64,
+) -> Result<Option<PinFacts>> {
     let geometry = header.geometry;
     pin.check_l1(&geometry)?;
     let file_bytes = storage.len().await?;
+    let l1_bytes = u64::from(pin.l1.entries) * 8;
+    let inside = file_bytes.saturating_sub(pin.l1.offset.0).min(l1_bytes) / 8;
+    let l1 = read_words(storage, pin.l1.offset, inside).await?;
+    if l1_bytes.saturating_add(totals::table_bytes(header, &l1, file_bytes)) > most_table_bytes {
+        return Ok(None);
+    }
     let refcounts = totals::refcount_table(storage, header, file_bytes).await?;
     let mut reader = RefcountReader::new(storage, &refcounts);
-    let l1_bytes = u64::from(pin.l1.entries) * 8;
     let mut facts = PinFacts {
         table_bytes: geometry.clusters_for(l1_bytes) * geometry.cluster_bytes(),
         ..PinFacts::default()
     };
     let mut seen = HashSet::new();
-    let inside = file_bytes.saturating_sub(pin.l1.offset.0).min(l1_bytes) / 8;
-    for word in read_words(storage, pin.l1.offset, inside).await? {
+    for word in l1 {
         let Some(table) = L1Entry(word).table() else { continue };
         if !geometry.is_aligned(table.0) || table.0 >= file_bytes || !seen.insert(table) {
             return Err(damaged(format!("their L1 table names {table}")));
@@ -90,7 +104,7 @@ async fn facts_of<S: Storage>(storage: &S, header: &Header, pin: &Snapshot) -> R
             }
         }
     }
-    Ok(facts)
+    Ok(Some(facts))
 }
 
 impl<S: Storage> Image<S> {
@@ -99,6 +113,6 @@ impl<S: Storage> Image<S> {
     /// # Errors
     /// As for [`pin_facts`].
     pub async fn pin_facts(&self) -> Result<Option<PinFacts>> {
-        pin_facts(self.storage(), &self.header()).await
+        pin_facts(self.storage(), &self.header(), u64::MAX).await
     }
 }
