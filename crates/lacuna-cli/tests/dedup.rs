@@ -35,7 +35,7 @@ cluster         data     zeros     saved       copy  shared copy
 * the size that clusters have now
 
 Sharing clusters in place would save about 192 KiB.
-A new image with clusters of 4 KiB that share equal ones would take about 28 KiB.
+`convert --dedup -O qcow2 -o cluster_size=4096` makes a new image that takes about 28 KiB.
 Between independent disks, duplicates are rare in clusters of 64 KiB and more
 frequent in small ones, which take larger tables.
 "
@@ -59,7 +59,7 @@ cluster         data     zeros     saved    across       copy  shared copy
 * the size that clusters have now
 
 Sharing clusters in place would save about 224 KiB.
-New images with clusters of 4 KiB that share equal ones would take about 64 KiB.
+`convert --dedup -O qcow2 -o cluster_size=4096` makes new images that take about 64 KiB.
 Between independent disks, duplicates are rare in clusters of 64 KiB and more
 frequent in small ones, which take larger tables.
 "
@@ -212,4 +212,61 @@ fn an_interrupted_run_leaves_a_valid_image_and_the_next_goes_on() {
     let found: serde_json::Value = serde_json::from_str(&report).unwrap();
     assert_eq!(found["images"][0]["shared-already"], 1007 << 16);
     assert_unharmed(&ours);
+}
+
+/// A disk of 8 MiB in which three quarters of the clusters are there twice or more.
+const DISK: &str = "
+    stock-img create -q -f raw disk 8M
+    stock-io -f raw -c 'write -P 1 0 1M' -c 'write -P 2 3M 64k' -c 'write -P 3 4M 128k' disk >&2
+    dd if=/dev/urandom of=random bs=64k count=10 status=none
+    dd if=random of=disk bs=64k seek=80 conv=notrunc status=none
+    dd if=random of=disk bs=64k seek=100 conv=notrunc status=none";
+
+#[test]
+fn a_conversion_stores_equal_clusters_once() {
+    let ours = Sandbox::ours();
+    ours.prepare(DISK);
+    for options in
+        ["", "-c", "-W", "-o cluster_size=4k", "-c -o cluster_size=4k,compression_type=zstd"]
+    {
+        let line = format!("lacuna convert --dedup {options} -f raw -O qcow2 disk copy");
+        let got = shown(&ours, &line);
+        assert!(got.contains(" clusters share a place with others\n"), "{line}: {got}");
+        ours.prepare("stock-img check -q copy && stock-img compare -q -f raw -F qcow2 disk copy");
+        ours.prepare(&format!("lacuna convert {options} -f raw -O qcow2 disk plain"));
+        let report = shown(&ours, "lacuna dedup --report --output=json copy");
+        let found: serde_json::Value = serde_json::from_str(&report).unwrap();
+        // Compressed clusters are not counted by places.
+        if !options.contains("-c ") && options != "-c" {
+            assert_eq!(found["saved-in-place"], 0, "{line}: {report}");
+        }
+        let allocated = |name| {
+            use std::os::unix::fs::MetadataExt;
+            std::fs::metadata(ours.path(name)).unwrap().blocks() * 512
+        };
+        let saved = allocated("plain") as i64 - allocated("copy") as i64;
+        assert!(saved > 500 << 10, "{line}: {saved} bytes");
+        // Stock QEMU goes on with it.
+        ours.prepare("stock-io -f qcow2 -c 'write -P 9 64k 4k' -c 'write -P 8 0 64k' copy >&2");
+        ours.prepare("stock-img check -q copy; rm copy plain");
+    }
+}
+
+#[test]
+fn a_conversion_that_cannot_share_is_refused() {
+    let ours = Sandbox::ours();
+    ours.prepare(DISK);
+    for (options, words) in [
+        ("--dedup", "-O qcow2 makes a qcow2 image"),
+        ("--dedup -C -O qcow2", "copy offloading"),
+        ("--dedup-memory 1M -O qcow2", "requires --dedup"),
+        ("--dedup --dedup-memory 1 -O qcow2", "Invalid memory bound"),
+        ("--dedup -O qcow2 -o refcount_bits=1", "amend the image to 16 bits"),
+        ("--dedup -O qcow2 -o data_file=ext", "external file"),
+    ] {
+        let got = ours.run(&format!("lacuna convert -f raw {options} disk copy"));
+        assert_eq!(got.code, Some(1), "{options}: {}", got.text);
+        assert!(got.text.contains(words), "{options}: {}", got.text);
+        assert!(!ours.path("copy").exists(), "{options}");
+    }
 }

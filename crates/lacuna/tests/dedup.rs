@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use lacuna::ErrorKind;
-use lacuna::block::{Layer, WriteFlags};
+use lacuna::block::{Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
-use lacuna::job::{Dedup, DedupOptions, Deduped, dedup};
+use lacuna::job::{AtFlush, Dedup, DedupOptions, DedupWrites, DedupWritesOptions, Deduped, dedup};
 use lacuna::qcow2::format::Version;
 use lacuna::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, create};
 use lacuna::storage::{FileOptions, FileStorage};
-use lacuna::units::GuestOffset;
+use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
 use testkit::foreign::{assert_same_guest, qemu_img_check, qemu_io};
 use testkit::{Random, seeds};
@@ -220,4 +220,70 @@ fn what_cannot_be_done_is_refused_before_anything_is_read() {
     assert_eq!(reason(Access::ReadOnly, DedupOptions::default()), Err(ErrorKind::ReadOnly));
     assert_eq!(reason(Access::ReadWrite, few), Err(ErrorKind::InvalidRequest));
     assert_eq!(reason(Access::ReadWrite, DedupOptions::default()), Ok(()));
+}
+
+/// Threads write, each to clusters of its own, what others write as well; zeros and discards between.
+#[test]
+fn threads_that_write_through_a_sharing_layer_read_what_they_wrote() {
+    const THREADS: u64 = 3;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.qcow2");
+    for (seed, at_flush) in [(1, AtFlush::Leave), (2, AtFlush::Share)] {
+        build(&path, 4096, Version::V3, &mut Random::new(seed));
+        let image = opened(&path, Access::ReadWrite);
+        let options = DedupWritesOptions { memory_bytes: 1500, batch_bytes: 64 << 10, at_flush };
+        let disk = DedupWrites::new(image.clone(), options).unwrap();
+        let work = |own: u64| {
+            let (mut random, mut model) = (Random::new(seed * 10 + own), HashMap::new());
+            for _ in 0..500 {
+                let cluster = random.below(CLUSTERS / THREADS) * THREADS + own;
+                let at = GuestOffset(cluster * 4096);
+                match random.below(12) {
+                    0 => {
+                        block_on(
+                            disk.write_zeroes(GuestRange::new(at, 4096), ZeroFlags::MAY_UNMAP),
+                        )
+                        .unwrap();
+                        model.insert(cluster, vec![0; 4096]);
+                    }
+                    1 => block_on(disk.flush()).unwrap(),
+                    2 => {
+                        let (result, bytes) = block_on(disk.read(at, Buffer::new(4096)));
+                        result.unwrap();
+                        let wrote = model.get(&cluster);
+                        assert!(wrote.is_none_or(|wrote| wrote[..] == bytes[..]), "{cluster}");
+                    }
+                    kind => {
+                        let bytes = bytes_of(kind, 4096);
+                        let flags = if kind == 5 { WriteFlags::FUA } else { WriteFlags::empty() };
+                        block_on(disk.write(at, Buffer::from(&bytes[..]), flags)).0.unwrap();
+                        model.insert(cluster, bytes);
+                    }
+                }
+            }
+            model
+        };
+        let models: Vec<HashMap<u64, Vec<u8>>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..THREADS)
+                .map(|own| {
+                    scope.spawn({
+                        let work = &work;
+                        move || work(own)
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        block_on(disk.finish()).unwrap();
+        assert!(disk.shared().shared > 100, "{:?}", disk.shared());
+        for (cluster, wrote) in models.into_iter().flatten() {
+            let (result, bytes) =
+                block_on(image.read(GuestOffset(cluster * 4096), Buffer::new(4096)));
+            result.unwrap();
+            assert!(bytes[..] == wrote[..], "seed {seed}, cluster {cluster}");
+        }
+        drop(disk);
+        block_on(image.close()).unwrap();
+        assert_clean(&path, &format!("{at_flush:?}"));
+    }
 }

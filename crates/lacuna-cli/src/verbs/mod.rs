@@ -15,7 +15,7 @@ pub(crate) mod create;
 mod create_export;
 mod ctl;
 mod dd;
-mod dedup;
+pub(crate) mod dedup;
 mod help;
 mod info;
 mod man;
@@ -166,6 +166,10 @@ pub(crate) mod common {
         Flag::valued('\0', "output", "human|json", "form of the output").long_only();
     pub(crate) const PROBE_BACKING: Flag =
         Flag::switch('\0', "probe-backing", "guess a backing format that is not named")
+            .long_only()
+            .own();
+    pub(crate) const DEDUP_MEMORY: Flag =
+        Flag::valued('\0', "dedup-memory", "SIZE", "memory for fingerprints of --dedup (64M)")
             .long_only()
             .own();
     pub(crate) const CACHE: Flag = Flag::valued('T', "cache", "MODE", "cache mode of the host");

@@ -19,8 +19,9 @@ pub use convert::{
     Target, TargetContent, Threads, WriteOrder, convert,
 };
 pub use dedup::{
-    ClusterCounts, Dedup, DedupOptions, DedupPhase, DedupProgress, Deduped, DuplicateOptions,
-    DuplicateSource, Duplicates, SizeDuplicates, SourceFacts, dedup, estimate_duplicates,
+    AtFlush, ClusterCounts, Dedup, DedupOptions, DedupPhase, DedupProgress, DedupWrites,
+    DedupWritesOptions, Deduped, DuplicateOptions, DuplicateSource, Duplicates, SizeDuplicates,
+    SourceFacts, dedup, estimate_duplicates,
 };
 pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};
 pub use rebase::{OldZeros, Onto, RebaseOptions, Rebased, rebase, uncovered_bytes};

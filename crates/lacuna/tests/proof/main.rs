@@ -10,6 +10,7 @@ mod case;
 mod claims;
 mod crash;
 mod crash_random;
+mod dedup_writes;
 mod detection;
 mod drive;
 mod faults;

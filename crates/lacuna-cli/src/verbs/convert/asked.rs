@@ -23,6 +23,12 @@ pub(super) fn check(parsed: &Parsed) -> CliResult<()> {
             "Cannot enable copy offloading when -S is used"
         }
         () if offloads && parsed.has("compress") => "Cannot enable copy offloading when -c is used",
+        () if offloads && parsed.has("dedup") => {
+            "Cannot enable copy offloading when --dedup is used"
+        }
+        () if parsed.has("dedup-memory") && !parsed.has("dedup") => {
+            "Use of --dedup-memory requires --dedup"
+        }
         () if offloads && parsed.has("salvage") => "Cannot use copy offloading in salvaging mode",
         () => return Ok(()),
     };

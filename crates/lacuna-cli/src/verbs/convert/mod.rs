@@ -60,6 +60,8 @@ pub(super) const VERB: Verb = Verb {
         Flag::switch('C', "copy-range-offloading", "let the host copy, sharing blocks if it can"),
         Flag::switch('\0', "salvage", "go on where SOURCE cannot be read: zeros there").long_only(),
         Flag::switch('W', "oob-writes", "write in any order"),
+        Flag::switch('\0', "dedup", "store equal clusters once; qcow2 only").long_only().own(),
+        common::DEDUP_MEMORY,
         common::OBJECT,
         common::PROBE_BACKING,
     ],
@@ -67,6 +69,10 @@ pub(super) const VERB: Verb = Verb {
         Example {
             shows: "a qcow2 image of a raw disk, compressed",
             line: "-c -O qcow2 disk.raw copy.qcow2",
+        },
+        Example {
+            shows: "equal clusters of 4 KiB stored once",
+            line: "--dedup -O qcow2 -o cluster_size=4k disk.raw copy.qcow2",
         },
         Example {
             shows: "the other way, with progress for a program",
@@ -210,6 +216,10 @@ impl Wish {
         let is_raw = self.target_format.unwrap_or(Format::Raw) == Format::Raw;
         if parsed.has("compress") && is_raw && !self.target_image_opts {
             let text = "Compression not supported for this file format";
+            return Err(CliError::new(text).with_hint("-O qcow2 makes a qcow2 image"));
+        }
+        if parsed.has("dedup") && is_raw && !self.target_image_opts {
+            let text = "Clusters of a raw disk cannot share: it has none";
             return Err(CliError::new(text).with_hint("-O qcow2 makes a qcow2 image"));
         }
         let target = open::of_library(self.target_format.unwrap_or(Format::Raw));

@@ -5,18 +5,20 @@ use std::time::{Duration, Instant};
 use lacuna::Error;
 use lacuna::block::Layer;
 use lacuna::job::{
-    self, ConvertOptions, CopyFailure, CopyStep, Lost, LostPart, Phase, Progress, Salvage,
+    self, AtFlush, ConvertOptions, CopyFailure, CopyStep, DedupWrites, DedupWritesOptions, Lost,
+    LostPart, Phase, Progress, Salvage, Target,
 };
 use lacuna::units::GuestRange;
 use pollster::block_on;
 
+use super::super::dedup;
 use super::super::open::FileChain;
 use super::super::progress::Meter;
 use super::asked;
 use super::concat::Concat;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult, errno_words, sentence};
-use crate::nodes::ToolDisk;
+use crate::nodes::{AnyStorage, ToolDisk};
 use crate::output;
 use crate::persona::Tool;
 
@@ -58,20 +60,50 @@ fn copy_layer<L: Layer>(
             limit.wait(progress.written_bytes);
         }
     };
-    let copied = match parsed.has("salvage") {
-        true => salvage(tool, parsed, source, target.disk(), options, &mut report),
-        false => block_on(job::convert(source, target.disk(), options, &mut report)).map(drop),
+    let sharing = sharing(parsed, target.disk())?;
+    let copied = match &sharing {
+        None => copy_to(tool, parsed, source, target.disk(), options, &mut report),
+        Some(sharing) => copy_to(tool, parsed, source, sharing, options, &mut report),
     };
     let closed = copied.and_then(|()| block_on(target.into_disk().close()));
     meter.finish(closed.is_ok());
-    closed.map_err(|error| failure(tool, error))
+    closed.map_err(|error| failure(tool, error))?;
+    match sharing {
+        Some(sharing) if !parsed.has("quiet") => output::print(&dedup::told(&sharing.shared())),
+        _ => Ok(()),
+    }
 }
 
-fn salvage<L: Layer>(
+/// The target as one that stores equal clusters once, if that is asked for.
+fn sharing(parsed: &Parsed, target: &ToolDisk) -> CliResult<Option<DedupWrites<AnyStorage>>> {
+    match target.as_qcow2() {
+        Some(image) if parsed.has("dedup") => {
+            let options = DedupWritesOptions { at_flush: AtFlush::Share, ..dedup::writes(parsed)? };
+            Ok(Some(DedupWrites::new(image.clone(), options)?))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn copy_to<L: Layer, T: Target>(
     tool: &Tool,
     parsed: &Parsed,
     source: &L,
-    target: &ToolDisk,
+    target: &T,
+    options: &ConvertOptions,
+    report: &mut (dyn FnMut(Progress) + Send),
+) -> lacuna::Result<()> {
+    match parsed.has("salvage") {
+        true => salvage(tool, parsed, source, target, options, report),
+        false => block_on(job::convert(source, target, options, report)).map(drop),
+    }
+}
+
+fn salvage<L: Layer, T: Target>(
+    tool: &Tool,
+    parsed: &Parsed,
+    source: &L,
+    target: &T,
     options: &ConvertOptions,
     report: &mut (dyn FnMut(Progress) + Send),
 ) -> lacuna::Result<()> {

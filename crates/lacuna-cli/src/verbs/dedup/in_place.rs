@@ -8,7 +8,7 @@ use lacuna::qcow2::{Access, Image};
 use pollster::block_on;
 use serde_json::json;
 
-use super::{FileChain, Form, Meter, Request, count, form, open, options};
+use super::{FileChain, Form, HAZARD, Meter, Request, count, form, open, options};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
 use crate::interrupt::Interrupted;
@@ -19,12 +19,6 @@ use crate::size;
 
 /// Exit code after Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
-
-/// Who must not write to such an image.
-const HAZARD: &str = "\
-Whoever writes to it must heed the COPIED flag, as with internal snapshots. QEMU does;
-cloud-hypervisor, crosvm and qcow2-rs did not when looked at, and corrupt such images.
-";
 
 pub(super) fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let [name] = &parsed.operands[..] else {

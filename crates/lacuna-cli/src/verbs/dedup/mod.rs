@@ -3,7 +3,10 @@
 mod in_place;
 mod report;
 
-use lacuna::job::{DuplicateOptions, DuplicateSource, Duplicates, estimate_duplicates};
+use lacuna::job::{
+    DedupWritesOptions, DuplicateOptions, DuplicateSource, Duplicates, estimate_duplicates,
+};
+use lacuna::qcow2::Shared;
 use pollster::block_on;
 
 use super::open::{self, FileChain, Request};
@@ -86,6 +89,29 @@ fn options(parsed: &Parsed) -> CliResult<DuplicateOptions> {
     }
     Ok(options)
 }
+
+/// Reads the options of deduplication on the way of writes.
+pub(crate) fn writes(parsed: &Parsed) -> CliResult<DedupWritesOptions> {
+    let mut options = DedupWritesOptions::default();
+    if let Some(text) = parsed.last("dedup-memory") {
+        options.memory_bytes = size::within("memory bound", text, 1 << 20, 1 << 40)?;
+    }
+    Ok(options)
+}
+
+/// Says what writes had shared.
+pub(crate) fn told(shared: &Shared) -> String {
+    match shared.shared {
+        0 => "No clusters share a place\n".to_owned(),
+        count => format!("{count} clusters share a place with others\n{HAZARD}"),
+    }
+}
+
+/// Who must not write to such an image.
+const HAZARD: &str = "\
+Whoever writes to it must heed the COPIED flag, as with internal snapshots. QEMU does;
+cloud-hypervisor, crosvm and qcow2-rs did not when looked at, and corrupt such images.
+";
 
 /// The size of an image's clusters, where it has any.
 fn cluster_bytes(chain: &FileChain) -> Option<u64> {

@@ -79,10 +79,13 @@ impl Report<'_> {
             None => {}
         }
         if let Some((size, bytes)) = self.better_size() {
-            let what = if self.chains.len() > 1 { "New images" } else { "A new image" };
+            let what = if self.chains.len() > 1 {
+                "new images that take"
+            } else {
+                "a new image that takes"
+            };
             text += &format!(
-                "{what} with clusters of {} that share equal ones would take about {}.\n",
-                short_size(size),
+                "`convert --dedup -O qcow2 -o cluster_size={size}` makes {what} about {}.\n",
                 short_size(bytes)
             );
         }

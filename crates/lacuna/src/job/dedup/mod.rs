@@ -7,18 +7,22 @@
 //!   written.
 //! * [`candidates`] collects which clusters have equal fingerprints, and [`share`] has the image share
 //!   those whose bytes are equal as well.
+//! * [`writes`] does so as a disk is written, with an [`index`] of what was written before.
 
 mod candidates;
 mod estimate;
 mod fingerprint;
+mod index;
 mod sample;
 mod share;
 #[cfg(test)]
 mod tests;
 mod walk;
+mod writes;
 
 pub use estimate::{
     ClusterCounts, DuplicateOptions, DuplicateSource, Duplicates, SizeDuplicates, SourceFacts,
     estimate_duplicates,
 };
 pub use share::{Dedup, DedupOptions, DedupPhase, DedupProgress, Deduped, dedup};
+pub use writes::{AtFlush, DedupWrites, DedupWritesOptions};

@@ -122,6 +122,11 @@ impl<'a, S: Storage> Keeper<'a, S> {
         Ok(Some(meta.free_entry(old, FreedBy::Always)?))
     }
 
+    /// One reference is in use.
+    pub(super) const fn use_one(&mut self) {
+        self.unused -= 1;
+    }
+
     /// Returns the stream that members share, or where their cluster lies.
     pub(super) fn stream(&self) -> Option<CompressedRun> {
         self.entry.compressed_run(&self.image.geometry())

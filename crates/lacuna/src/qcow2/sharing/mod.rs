@@ -19,6 +19,7 @@ mod repin;
 mod share;
 mod table;
 mod unpin;
+mod write;
 
 pub use facts::{PinFacts, pin_facts};
 pub(super) use pins::Pins;

@@ -291,7 +291,7 @@ impl<S: Storage> Image<S> {
         Ok(freed)
     }
 
-    async fn read_keeper(&self, keeper: &Keeper<'_, S>) -> Result<Buffer> {
+    pub(super) async fn read_keeper(&self, keeper: &Keeper<'_, S>) -> Result<Buffer> {
         match (keeper.stream(), keeper.entry.host()) {
             (Some(stream), _) => self.decompress(stream).await,
             (None, host) => {

@@ -1,0 +1,84 @@
+//! A write that takes no cluster, since others share one with the same bytes already.
+//!
+//! * Always: what is shared has its pin in storage before, as an entry of the disk shows it: only a
+//!   reference more is taken, and written back before the entry is, like any other.
+//! * Always: the shared bytes are compared with those to write while the reference is held. Nobody
+//!   writes in place to what has more than one.
+
+use super::keeper::{Keeper, Standing};
+use crate::Result;
+use crate::qcow2::image::Image;
+use crate::qcow2::meta::Meta;
+use crate::qcow2::need::Planned;
+use crate::qcow2::quarantine::FreedBy;
+use crate::storage::Storage;
+use crate::units::{GuestCluster, GuestOffset, GuestRange};
+
+impl<S: Storage> Image<S> {
+    /// Writes a whole cluster of `bytes` by having it show what `like` shows, if that is shared and
+    /// pinned, or compressed, and holds these bytes. Says whether it did; else nothing changed.
+    ///
+    /// Durable after the next flush, as other writes.
+    pub(crate) async fn write_shared(
+        &self,
+        guest: GuestCluster,
+        bytes: &[u8],
+        like: GuestCluster,
+    ) -> Result<bool> {
+        let geometry = self.geometry();
+        let (guest, like) = (geometry.guest_offset(guest), geometry.guest_offset(like));
+        let range = GuestRange::new(guest, geometry.cluster_bytes());
+        if bytes.len() as u64 != range.len || self.why_not_share().is_some() {
+            return Ok(false);
+        }
+        let mut keeper = Keeper::new(self);
+        keeper.members = vec![guest];
+        if !self.plan(|meta| take_as(meta, &mut keeper, like)).await?
+            || self.read_keeper(&keeper).await?[..] != *bytes
+        {
+            return Ok(false);
+        }
+        let hold = self.exclude_others(range).await?;
+        self.plan(|meta| keeper.show(meta, range)).await?;
+        drop(hold);
+        Ok(true)
+    }
+}
+
+/// Takes a reference of what `like` shows; says whether there is one.
+fn take_as<S: Storage>(
+    meta: &mut Meta,
+    keeper: &mut Keeper<'_, S>,
+    like: GuestOffset,
+) -> Planned<bool> {
+    let range = GuestRange::new(like, meta.geometry().cluster_bytes());
+    if range.end().0 > meta.size_bytes {
+        return Ok(false);
+    }
+    let has_pin = match meta.standing(like)? {
+        Standing::Compressed(_) => true,
+        Standing::Shared(host) => meta.pins.holds(meta.geometry().host_cluster(host)),
+        Standing::Other | Standing::Single => false,
+    };
+    if !has_pin {
+        return Ok(false);
+    }
+    let entry = meta.entry_to_change(like)?;
+    Ok(keeper.take(meta, entry)?.is_empty())
+}
+
+impl<S: Storage> Keeper<'_, S> {
+    /// Has a whole cluster show it, whatever it was before.
+    fn show(&mut self, meta: &mut Meta, range: GuestRange) -> Planned<()> {
+        meta.check_bounds(range)?;
+        meta.before_change(range)?;
+        meta.before_data()?;
+        meta.own_table(range.start)?;
+        let old = meta.entry_to_change(range.start)?;
+        meta.prepare_free(old)?;
+        meta.set_entry(range.start, self.entry)?;
+        self.use_one();
+        meta.free_entry(old, FreedBy::CopyOnWrite)?;
+        Ok(())
+    }
+}
