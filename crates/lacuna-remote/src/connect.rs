@@ -57,11 +57,14 @@ impl Failed {
 }
 
 impl Endpoint {
-    /// Tries to connect until `deadline`, at least once.
+    /// Tries to connect until `deadline`, at least once. A deadline that has not passed bounds each
+    /// try; the only try has [`HANDSHAKE_BOUND`].
     pub(crate) async fn connect_until(&self, deadline: Instant) -> Result<Connected> {
         let mut pause = FIRST_PAUSE;
         loop {
-            let failed = match self.connect_once().await {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let bound = if left.is_zero() { HANDSHAKE_BOUND } else { left.min(HANDSHAKE_BOUND) };
+            let failed = match self.connect_once(bound).await {
                 Ok(connected) => return Ok(connected),
                 Err(failed) => failed,
             };
@@ -70,15 +73,17 @@ impl Endpoint {
                 return Err(failed.error);
             }
             sleep(pause.min(left)).await;
+            if deadline <= Instant::now() {
+                return Err(failed.error);
+            }
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
-    async fn connect_once(&self) -> Result<Connected, Failed> {
-        timeout(HANDSHAKE_BOUND, self.attempt()).await.unwrap_or_else(|_| {
+    async fn connect_once(&self, bound: Duration) -> Result<Connected, Failed> {
+        timeout(bound, self.attempt()).await.unwrap_or_else(|_| {
             let late = io::Error::from(io::ErrorKind::TimedOut);
-            let bound = HANDSHAKE_BOUND.as_secs();
-            let doing = format!("Waiting {bound} s for the server to agree");
+            let doing = format!("Waiting {bound:.1?} for the server to agree");
             Err(Failed { error: Error::io(late, doing), may_pass: true })
         })
     }

@@ -10,11 +10,20 @@ use crate::{ByteRange, Command, ContextId, Error, Replies, Result};
 /// Longest chunk that reports an error, in bytes: code, lengths, text, offset, and some more that
 /// a later kind may have.
 const MAX_ERROR_BYTES: u32 = 4096 + 64;
+/// Most errors of one request: a read of 32 MiB may have one for each of its pages.
+const MAX_FAILURES: u32 = 8192;
 
 impl Pending {
     /// Keeps the first error.
-    pub(super) fn fail(&mut self, failure: Failure) {
+    pub(super) fn fail(&mut self, failure: Failure) -> Result<()> {
         self.failure.get_or_insert_with(|| Box::new(failure));
+        self.failures = self.failures.saturating_add(1);
+        match self.failures <= MAX_FAILURES {
+            true => Ok(()),
+            false => Err(Error::violation(format!(
+                "A request is answered by more than {MAX_FAILURES} errors"
+            ))),
+        }
     }
 
     /// Notes content of a read.

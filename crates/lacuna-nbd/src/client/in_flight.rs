@@ -41,6 +41,8 @@ pub(super) struct Pending {
     pub(super) owed: SmallVec<[ContextId; 4]>,
     /// The first error.
     pub(super) failure: Option<Box<Failure>>,
+    /// How many there were.
+    pub(super) failures: u32,
 }
 
 #[derive(Debug, Default)]

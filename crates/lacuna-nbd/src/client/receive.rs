@@ -242,7 +242,7 @@ impl Transmission {
         }
         self.state = State::Finish(cookie);
         if let Some(code) = error {
-            pending.fail(Failure { code: code.known(), message: String::new(), offset: None });
+            pending.fail(Failure { code: code.known(), message: String::new(), offset: None })?;
         } else if is_read && pending.range.len > 0 {
             let range = pending.range;
             pending.coverage.add(range);
@@ -271,7 +271,7 @@ impl Transmission {
             _ => {
                 let pending = self.in_flight.find(cookie)?;
                 let failure = decode_failure(chunk.kind, fields, pending.range)?;
-                pending.fail(failure);
+                pending.fail(failure)?;
                 self.state = then.state(cookie);
                 Ok(None)
             }

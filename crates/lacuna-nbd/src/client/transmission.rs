@@ -184,6 +184,7 @@ impl Transmission {
             has_content: false,
             owed,
             failure: None,
+            failures: 0,
         }
     }
 }
