@@ -6,16 +6,20 @@ use lacuna::block::{Layer, WriteFlags};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::{Image, OnDiscard};
 use lacuna::units::{GuestCluster, GuestOffset, GuestRange};
-use testkit::sim::{Pace, SimHost, SimStorage};
+use testkit::sim::{Fault, OperationKind, Pace, SimHost, SimStorage, crash};
 use testkit::{DropPoint, Executor, ModelDisk, Operation, Random, content, seeds};
 
 use crate::case::{Case, Kind};
 use crate::crash::{Recorded, kinds};
-use crate::drive::{assert_qemu_agrees, assert_safe, perform, whole_content};
+use crate::drive::{assert_qemu_agrees, assert_safe, is_dirty, perform, whole_content};
 
 /// Guest clusters that are filled, and groups of which are alike.
 const FILLED: u64 = 14;
 const GROUPS: u64 = 3;
+
+fn is_long() -> bool {
+    std::env::var_os("LACUNA_LONG").is_some()
+}
 
 /// Every kind of image in which clusters can share.
 fn sharing_kinds() -> Vec<Kind> {
@@ -104,7 +108,7 @@ async fn crashed(case: &Case, seed: u64) -> Result<usize, String> {
     assert!(image.drop_unused_pins().await.map_err(fail)? > 0);
     image.close().await.map_err(fail)?;
     recorded.acknowledge();
-    let one_in = if std::env::var_os("LACUNA_LONG").is_some() { 1 } else { 8 };
+    let one_in = if is_long() { 1 } else { 8 };
     recorded.crash_at(seed, |random| random.one_in(one_in)).await
 }
 
@@ -257,6 +261,94 @@ fn what_is_written_while_clusters_are_shared_is_kept() {
                 task.take().unwrap().unwrap();
                 scene.model.apply(write);
             }
+            scene.judge(&case, &format!("LACUNA_SEED={seed} {kind:?}"));
+        }
+    }
+}
+
+/// Shares while the host fails once, and again when it is well. Says whether it failed.
+async fn failed(case: &Case, fault: Fault) -> Result<bool, String> {
+    let fail = |error: lacuna::Error| error.to_string();
+    let host = SimHost::new(Pace::AtOnce, 5);
+    let files = case.on(&host);
+    let mut model = case.model();
+    let image = files.open().await.map_err(fail)?;
+    fill(&image, &mut model, case.kind.cluster_bytes()).await;
+    host.start_record();
+    host.order(fault);
+    let first = image.share(&groups()).await;
+    let struck = host.struck();
+    host.heal();
+    let matters = !matches!(fault.kind, Some(OperationKind::Punch));
+    if struck && matters && first.is_ok() {
+        return Err("nobody was told".into());
+    }
+    let again = image.share(&groups()).await;
+    let closed = image.close().await;
+    // After a failed flush nothing is acknowledged any more.
+    if closed.is_ok() != again.is_ok() {
+        return Err(format!("{again:?} {closed:?}"));
+    }
+    let last = crash::points(&host).pop().ok_or("nothing was recorded")?;
+    let states = last.states(3, 6).map(|state| state.files);
+    for files in states.chain([vec![host.content(0)]]) {
+        let after = case.with_content(files);
+        if !is_dirty(&after) {
+            assert_safe(&after, false).await?;
+        }
+        let host = SimHost::without_record(Pace::AtOnce, 1);
+        let image = after.on(&host).open().await.map_err(fail)?;
+        let seen = whole_content(&image).await.map_err(fail)?;
+        if seen.to_vec() != model.content().to_vec() {
+            return Err("the content has changed".into());
+        }
+    }
+    if closed.is_ok() {
+        assert_qemu_agrees(&case.with_content(vec![host.content(0)]), &model, "closed");
+    }
+    Ok(struck)
+}
+
+#[test]
+fn a_host_that_fails_while_clusters_are_shared_leaves_a_sound_image() {
+    type Order = fn(usize) -> Fault;
+    let orders: [Order; 4] = [
+        |after| Fault::io(OperationKind::Write, after),
+        |after| Fault::io(OperationKind::Flush, after),
+        |after| Fault::io(OperationKind::Read, after),
+        |after| Fault::no_space(OperationKind::Write, after).short(),
+    ];
+    let plain = Kind::plain(9);
+    let some = vec![plain, Kind { version: 2, ..plain }, Kind { lazy: true, ..plain }];
+    for kind in if is_long() { few() } else { some } {
+        let case = build(&kind, 1);
+        for order in orders {
+            let strikes = (0..).take_while(|after| {
+                let fault = order(*after);
+                let result = pollster::block_on(failed(&case, fault));
+                result.unwrap_or_else(|error| panic!("{kind:?}, {fault:?}: {error}"))
+            });
+            assert!(strikes.count() > 1, "{kind:?}");
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_shrinks_while_its_clusters_are_shared_keeps_the_rest() {
+    for seed in seeds(6) {
+        for (number, kind) in (0..).zip(few()) {
+            let case = build(&kind, seed);
+            let mut scene = Scene::set(&case, seed * 100 + number);
+            let images = [scene.image.clone(), scene.image.clone()];
+            let [first, second] = images;
+            let sharing = scene.executor.spawn(async move { first.share(&groups()).await });
+            let size_bytes = 7 * kind.cluster_bytes();
+            let resize = Operation::Resize { size_bytes };
+            let resizing = scene.executor.spawn(async move { perform(&second, resize).await });
+            scene.executor.settle().unwrap();
+            sharing.take().unwrap().unwrap();
+            resizing.take().unwrap().unwrap();
+            scene.model.apply(&resize);
             scene.judge(&case, &format!("LACUNA_SEED={seed} {kind:?}"));
         }
     }

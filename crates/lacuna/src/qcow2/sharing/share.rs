@@ -14,7 +14,6 @@ use std::collections::HashSet;
 
 use super::keeper::{Keeper, Standing, most_references};
 use super::load::CHANGING;
-use crate::Result;
 use crate::block::is_zero;
 use crate::buffer::Buffer;
 use crate::qcow2::image::Image;
@@ -25,6 +24,7 @@ use crate::qcow2::view::View;
 use crate::qcow2::write_back::Refcounting;
 use crate::storage::Storage;
 use crate::units::{GuestCluster, GuestOffset, GuestRange, HostOffset};
+use crate::{ErrorKind, Result};
 
 /// How often a group is cut into those that are like its first member and those that are not.
 const MOST_KINDS: usize = 8;
@@ -122,7 +122,8 @@ impl<S: Storage> Image<S> {
             if !can_gain(&rest) {
                 break;
             }
-            let bytes = self.read_cluster(rest[0].guest).await?;
+            // The disk has shrunk meanwhile.
+            let Some(bytes) = self.read_cluster(rest[0].guest).await? else { break };
             let (same, other) = self.part(rest, &bytes).await?;
             shared.differed += u64::from(same.len() == 1);
             if can_gain(&same) && !is_zero(&bytes) {
@@ -157,17 +158,22 @@ impl<S: Storage> Image<S> {
         Ok(members)
     }
 
-    async fn read_cluster(&self, guest: GuestOffset) -> Result<Buffer> {
+    /// Reads a guest cluster, if it is still there.
+    async fn read_cluster(&self, guest: GuestOffset) -> Result<Option<Buffer>> {
         let buffer = Buffer::new(self.geometry().cluster_bytes() as usize);
-        let (result, bytes) = self.read_guest(View::Active, guest, buffer).await;
-        result.map(|()| bytes)
+        match self.read_guest(View::Active, guest, buffer).await {
+            (Ok(()), bytes) => Ok(Some(bytes)),
+            (Err(error), _) if error.kind() == ErrorKind::OutOfBounds => Ok(None),
+            (Err(error), _) => Err(error),
+        }
     }
 
     /// Parts the members that hold `bytes`, the first of them, from the others.
     async fn part(&self, members: Vec<Member>, bytes: &[u8]) -> Result<(Vec<Member>, Vec<Member>)> {
         let (mut same, mut other) = (Vec::new(), Vec::new());
         for (index, member) in members.into_iter().enumerate() {
-            let is_same = index == 0 || self.read_cluster(member.guest).await?[..] == *bytes;
+            let is_same = index == 0
+                || self.read_cluster(member.guest).await?.is_some_and(|seen| seen[..] == *bytes);
             let part = if is_same { &mut same } else { &mut other };
             part.push(member);
         }
