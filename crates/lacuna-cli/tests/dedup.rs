@@ -270,3 +270,29 @@ fn a_conversion_that_cannot_share_is_refused() {
         assert!(!ours.path("copy").exists(), "{options}");
     }
 }
+
+#[test]
+fn what_clients_write_to_a_server_is_stored_once() {
+    let ours = Sandbox::ours();
+    ours.prepare(DISK);
+    ours.prepare("stock-img create -q -f qcow2 a 8M");
+    let copy = "stock-img convert -n -f raw -O raw disk $uri && stock-io -f raw -c \"write -P 7 6M 64k\" $uri >out";
+    let got = ours.run(&format!("lacuna serve --dedup=online -f qcow2 a --run '{copy}'"));
+    assert_eq!(got.code, Some(0), "{}", got.text);
+    ours.prepare("stock-io -f raw -c 'write -P 7 6M 64k' disk >&2");
+    ours.prepare("stock-img check -q a && stock-img compare -q -f raw -F qcow2 disk a");
+    let report = shown(&ours, "lacuna dedup --report --output=json a");
+    let found: serde_json::Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(found["saved-in-place"], 0, "{report}");
+    assert!(found["images"][0]["shared-already"].as_u64() > Some(1 << 20), "{report}");
+    for (options, words) in [
+        ("--dedup=online -r a", "read-only"),
+        ("--dedup=online -f raw disk", "Only the clusters of a qcow2 image"),
+        ("--dedup=soon a", "expects 'off' or 'online'"),
+        ("--dedup-memory 1M a", "requires --dedup=online"),
+    ] {
+        let got = ours.run(&format!("lacuna serve {options} --run true"));
+        assert_eq!(got.code, Some(1), "{options}: {}", got.text);
+        assert!(got.text.contains(words), "{options}: {}", got.text);
+    }
+}

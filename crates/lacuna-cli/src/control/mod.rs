@@ -147,5 +147,5 @@ fn no_export(name: &str) -> CliError {
 
 /// Writes what is in memory and closes a disk.
 fn close(export: &Exported) -> CliResult<()> {
-    Ok(block_on(export.disk().disk().clone().close())?)
+    Ok(block_on(export.disk().close())?)
 }

@@ -72,6 +72,20 @@ impl ToolDisk {
         Self { disk, top: None, ..self }.topped(&tops)
     }
 
+    /// Returns the image for one who writes to it past this disk: only where nothing but zero detection
+    /// is on top of it.
+    pub(crate) fn bare_image(&self) -> Option<&Image<AnyStorage>> {
+        match self.disk.below() {
+            Disk::Qcow2(image) if self.tops.is_empty() => Some(image),
+            _ => None,
+        }
+    }
+
+    /// Returns how hard zeros are looked for.
+    pub(crate) const fn detection(&self) -> ZeroDetection {
+        self.disk.level()
+    }
+
     /// Remembers the rules of a test driver.
     pub(super) fn with_rules(self, rules: Option<Arc<Rules>>) -> Self {
         Self { rules, ..self }

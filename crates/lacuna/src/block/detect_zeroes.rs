@@ -75,6 +75,11 @@ impl<L: Layer> DetectZeroes<L> {
         &self.below
     }
 
+    /// Returns how hard zeros are looked for.
+    pub const fn level(&self) -> ZeroDetection {
+        self.level
+    }
+
     /// Gives the layer below back.
     pub fn into_below(self) -> L {
         self.below

@@ -76,13 +76,14 @@ fn copy_layer<L: Layer>(
 
 /// The target as one that stores equal clusters once, if that is asked for.
 fn sharing(parsed: &Parsed, target: &ToolDisk) -> CliResult<Option<DedupWrites<AnyStorage>>> {
-    match target.as_qcow2() {
-        Some(image) if parsed.has("dedup") => {
-            let options = DedupWritesOptions { at_flush: AtFlush::Share, ..dedup::writes(parsed)? };
-            Ok(Some(DedupWrites::new(image.clone(), options)?))
-        }
-        _ => Ok(None),
+    if !parsed.has("dedup") {
+        return Ok(None);
     }
+    let image = target.bare_image().ok_or_else(|| {
+        CliError::new("--dedup writes to qcow2 images, with no layer on top of them")
+    })?;
+    let options = DedupWritesOptions { at_flush: AtFlush::Share, ..dedup::writes(parsed)? };
+    Ok(Some(DedupWrites::new(image.clone(), options)?))
 }
 
 fn copy_to<L: Layer, T: Target>(

@@ -1,7 +1,10 @@
 //! An opened chain as a server sees it.
 
-use lacuna::block::{DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{
+    DetectZeroes, DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags,
+};
 use lacuna::buffer::Buffer;
+use lacuna::job::{DedupWrites, DedupWritesOptions};
 use lacuna::qcow2::Shrink;
 use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
@@ -9,19 +12,44 @@ use lacuna::{Error, ErrorKind, Result};
 use lacuna_export::{DirtyRun, ServedDisk};
 
 use super::bitmaps::Bitmaps;
-use crate::nodes::{FileChain, ToolDisk};
+use crate::error::{CliError, CliResult};
+use crate::nodes::{AnyStorage, FileChain, ToolDisk};
 
 /// A chain that is served.
 pub(crate) struct ChainDisk {
     chain: FileChain,
     bitmaps: Bitmaps,
     is_rotational: bool,
+    /// What writes go through where equal clusters are stored once.
+    sharing: Option<DetectZeroes<DedupWrites<AnyStorage>>>,
 }
 
 impl ChainDisk {
     pub(super) fn new(chain: FileChain, bitmaps: Bitmaps) -> Self {
         let is_rotational = chain.content_storage().is_rotational();
-        Self { chain, bitmaps, is_rotational }
+        Self { chain, bitmaps, is_rotational, sharing: None }
+    }
+
+    /// Makes it one that stores equal clusters once.
+    pub(super) fn with_sharing(self, options: DedupWritesOptions) -> CliResult<Self> {
+        let Some(image) = self.disk().bare_image() else {
+            let text = "Only the clusters of a qcow2 image can share, with no layer on top of it";
+            return Err(CliError::new(text).with_class(ErrorKind::Unsupported));
+        };
+        let writes = DedupWrites::new(image.clone(), options)?;
+        let sharing = Some(DetectZeroes::new(writes, self.disk().detection()));
+        Ok(Self { sharing, ..self })
+    }
+
+    /// Leaves the disk as it should be left, with what waits to be shared.
+    pub(crate) async fn close(&self) -> Result<()> {
+        let shared = match &self.sharing {
+            Some(sharing) => sharing.below().finish().await,
+            None => Ok(()),
+        };
+        // Closed in any case; the first error is the one to tell.
+        let closed = self.disk().clone().close().await;
+        shared.and(closed)
     }
 
     /// Makes it one that does not tell whether it turns: qemu-nbd never does.
@@ -60,7 +88,10 @@ impl Layer for ChainDisk {
     }
 
     async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
-        self.disk().write(offset, buffer, flags).await
+        match &self.sharing {
+            Some(sharing) => sharing.write(offset, buffer, flags).await,
+            None => self.disk().write(offset, buffer, flags).await,
+        }
     }
 
     async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {

@@ -3,6 +3,7 @@
 //! * Never changed: an image below a temporary overlay; it may be read-only, and in use by others
 //!   who read.
 
+use lacuna::job::DedupWritesOptions;
 use lacuna::qcow2::Access;
 
 use super::asked::{self, Named};
@@ -16,8 +17,8 @@ use crate::format::Format;
 use crate::nodes::FileChain;
 use crate::persona::Tool;
 use crate::size;
-use crate::verbs::overlay;
 use crate::verbs::spec::tree::{DiskSpec, StorageSpec, Window};
+use crate::verbs::{dedup, overlay};
 
 /// Options that say which disk an image becomes, named as qemu-nbd names them.
 pub(super) const LOAD_SNAPSHOT: Flag = Flag::valued(
@@ -32,6 +33,9 @@ pub(super) const OFFSET: Flag =
     Flag::valued('o', "offset", "BYTES", "serve what lies behind this offset of the disk");
 pub(super) const SIZE: Flag =
     Flag::valued('\0', "size", "BYTES", "serve this much and no more").long_only();
+
+/// With so much waiting, a write of a client shares it first, which takes as long as two flushes.
+const ONLINE_BATCH_BYTES: u64 = 16 << 20;
 
 /// Which disk an image becomes.
 pub(crate) struct Becomes {
@@ -51,10 +55,15 @@ pub(super) fn open_all(
 ) -> CliResult<Vec<ChainDisk>> {
     check(parsed)?;
     let (becomes, wish) = (Becomes::of(parsed)?, Wish::of(parsed));
+    let sharing = sharing(parsed)?;
     let opened = |named: &Named| {
         let request = asked::request(named, parsed)?;
         let shown = request.image.shown.clone();
-        disk(tool, request, &becomes, &wish, |error| open::cannot_open(&shown, error))
+        let disk = disk(tool, request, &becomes, &wish, |error| open::cannot_open(&shown, error))?;
+        match sharing {
+            None => Ok(disk),
+            Some(options) => disk.with_sharing(options).map_err(|error| error.under(&shown)),
+        }
     };
     let disks = images.iter().map(opened).collect::<CliResult<Vec<_>>>()?;
     wish.check(disks.iter().map(ChainDisk::own_bitmaps))?;
@@ -81,6 +90,24 @@ impl Becomes {
             is_overlay: parsed.has("snapshot"),
             snapshot: parsed.last("load-snapshot").map(str::to_owned),
         })
+    }
+}
+
+/// Reads how writes are deduplicated, if they are.
+fn sharing(parsed: &Parsed) -> CliResult<Option<DedupWritesOptions>> {
+    let options = dedup::writes(parsed)?;
+    match parsed.last("dedup") {
+        Some("online") => {
+            let batch_bytes = ONLINE_BATCH_BYTES;
+            Ok(Some(DedupWritesOptions { batch_bytes, ..options }))
+        }
+        None | Some("off") if parsed.has("dedup-memory") => {
+            Err(CliError::usage("Use of --dedup-memory requires --dedup=online"))
+        }
+        None | Some("off") => Ok(None),
+        Some(other) => {
+            Err(CliError::usage(format!("--dedup expects 'off' or 'online' not '{other}'")))
+        }
     }
 }
 

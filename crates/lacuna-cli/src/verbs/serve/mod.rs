@@ -72,6 +72,8 @@ pub(super) const VERB: Verb = Verb {
         CACHE,
         DISCARD,
         DETECT_ZEROES,
+        DEDUP,
+        common::DEDUP_MEMORY,
         RESIZE,
         CONTROL,
         Flag::valued('\0', "pid-file", "PATH", "holds the process id while clients can come")
@@ -126,6 +128,13 @@ const CACHE: Flag = Flag::valued('T', "cache", "MODE", "cache mode of the host (
 const DISCARD: Flag = Flag::valued('\0', "discard", "MODE", "ignore or unmap (unmap)").long_only();
 const DETECT_ZEROES: Flag =
     Flag::valued('\0', "detect-zeroes", "MODE", "off, on, unmap or thorough (off)").long_only();
+const DEDUP: Flag = Flag::valued(
+    '\0',
+    "dedup",
+    "off|online",
+    "store equal clusters once as they are written (off)",
+)
+.long_only();
 const RESIZE: Flag = Flag::switch('\0', "resize", "let clients change the size").long_only();
 const CONTROL: Flag =
     Flag::valued('\0', "control", "PATH", "listen for `lacuna ctl` on a socket file").long_only();
@@ -315,7 +324,7 @@ fn watch_clients(server: &Server<ChainDisk>, end: mpsc::Sender<()>) {
 fn close_all(exports: &Exports<ChainDisk>) -> CliResult<()> {
     let mut result = Ok(());
     for export in exports.all() {
-        let closed = block_on(export.disk().disk().clone().close());
+        let closed = block_on(export.disk().close());
         result = result.and(closed);
     }
     Ok(result?)
