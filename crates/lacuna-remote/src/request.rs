@@ -29,9 +29,10 @@ impl Wanted {
         Self { flags: self.flags | flags, ..self }
     }
 
-    /// Says whether the server has something new to keep after this.
+    /// Says whether the server has something new to keep after this, which it may yet forget.
     pub(crate) const fn changes(&self) -> bool {
         matches!(self.command, Command::Trim | Command::Write | Command::WriteZeroes)
+            && !self.flags.contains(CommandFlags::FUA)
     }
 }
 

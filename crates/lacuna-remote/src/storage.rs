@@ -120,8 +120,8 @@ impl NbdStorage {
     }
 
     /// Reads or writes whole blocks, in as many pieces as it takes.
-    async fn transfer(&self, command: Command, start: u64, buffer: Buffer, kept: Kept) -> Transfer {
-        transfer(&self.session, command, start, buffer, kept, self.most_payload()).await
+    async fn transfer(&self, how: How, start: u64, buffer: Buffer, kept: Kept) -> Transfer {
+        transfer(&self.session, how, start, buffer, kept, self.most_payload()).await
     }
 
     /// Reads more than is asked for, to the ends of blocks.
@@ -130,7 +130,7 @@ impl NbdStorage {
         let from = start - start % unit;
         let to = (start + len).next_multiple_of(unit);
         let whole = Buffer::new((to - from) as usize);
-        let (result, whole) = self.transfer(Command::Read, from, whole, Kept::default()).await;
+        let (result, whole) = self.transfer(How::READ, from, whole, Kept::default()).await;
         let lead = (start - from) as usize;
         buffer.copy_from_slice(&whole[lead..lead + len as usize]);
         (result, buffer)
@@ -147,11 +147,17 @@ impl NbdStorage {
 
     /// Writes to parts of blocks: reads what is around, alone with it. Goes on when the caller has
     /// gone, since what was read must not be written later than what others write then.
-    async fn write_around(&self, start: u64, buffer: Buffer, hold: Arc<Hold>) -> Transfer {
+    async fn write_around(
+        &self,
+        start: u64,
+        buffer: Buffer,
+        flags: CommandFlags,
+        hold: Arc<Hold>,
+    ) -> Transfer {
         let (session, most) = (Arc::clone(&self.session), self.most_payload());
         let len = buffer.len();
         let task = self.session.runtime.spawn(async move {
-            let written = rewrite(session, start, buffer, most).await;
+            let written = rewrite(session, start, buffer, flags, most).await;
             drop(hold);
             written
         });
@@ -159,6 +165,31 @@ impl NbdStorage {
             let error = std::io::Error::other(error.to_string());
             (Err(Error::io(error, "Writing to a part of a block")), Buffer::new(len))
         })
+    }
+
+    /// Writes what lies in the export, and refuses what is not zeros behind it.
+    async fn write(&self, offset: HostOffset, mut buffer: Buffer, flags: CommandFlags) -> Transfer {
+        let range = HostRange::new(offset, buffer.len() as u64);
+        let there = self.within(offset, range.len) as usize;
+        let is_zero_behind = buffer[there..].iter().all(|byte| *byte == 0);
+        if let Err(error) = self.within_sector(range).and_then(|_| match is_zero_behind {
+            true => Ok(()),
+            false => Err(self.past_end(range)),
+        }) {
+            return (Err(error), buffer);
+        }
+        let beyond = buffer.split_off(there);
+        let (result, mut buffer) = match there {
+            0 => (Ok(()), buffer),
+            _ if self.is_aligned(offset.0, there as u64) => {
+                let kept = self.kept(Arc::default()).await;
+                let how = How { command: Command::Write, flags };
+                self.transfer(how, offset.0, buffer, kept).await
+            }
+            _ => self.write_around(offset.0, buffer, flags, Arc::default()).await,
+        };
+        buffer.unsplit(beyond);
+        (result, buffer)
     }
 
     /// Does something to a range without payload, in as many pieces as it takes.
@@ -195,7 +226,7 @@ impl NbdStorage {
             let at = piece * most;
             let zeros = Buffer::zeroed(most.min(range.len - at) as usize);
             let kept = kept.clone();
-            async move { self.transfer(Command::Write, range.start.0 + at, zeros, kept).await.0 }
+            async move { self.transfer(How::WRITE, range.start.0 + at, zeros, kept).await.0 }
         });
         stream::iter(pieces).buffer_unordered(PIECES_AT_ONCE).try_collect().await
     }
@@ -214,16 +245,28 @@ impl std::fmt::Debug for NbdStorage {
     }
 }
 
+/// A command with a payload or data, and its flags.
+#[derive(Clone, Copy)]
+struct How {
+    command: Command,
+    flags: CommandFlags,
+}
+
+impl How {
+    const READ: Self = Self { command: Command::Read, flags: CommandFlags::empty() };
+    const WRITE: Self = Self { command: Command::Write, flags: CommandFlags::empty() };
+}
+
 async fn transfer(
     session: &Arc<Session>,
-    command: Command,
+    how: How,
     start: u64,
     mut buffer: Buffer,
     kept: Kept,
     most: u64,
 ) -> Transfer {
     let ask = |at: u64, buffer: Buffer, kept: Kept| {
-        let wanted = Wanted::new(command, at, buffer.len() as u64);
+        let wanted = Wanted::new(how.command, at, buffer.len() as u64).with(how.flags);
         async move {
             let answer = session.ask(wanted, buffer, kept).await;
             (answer.result, answer.buffer)
@@ -267,7 +310,13 @@ fn join(pieces: Vec<Transfer>, empty: Buffer, hold: Arc<Hold>) -> Transfer {
 }
 
 /// Writes to parts of blocks, alone.
-async fn rewrite(session: Arc<Session>, start: u64, buffer: Buffer, most: u64) -> Transfer {
+async fn rewrite(
+    session: Arc<Session>,
+    start: u64,
+    buffer: Buffer,
+    flags: CommandFlags,
+    most: u64,
+) -> Transfer {
     let _alone = session.edges.write().await;
     let unit = u64::from(session.info().block_sizes.minimum());
     let end = start + buffer.len() as u64;
@@ -284,7 +333,8 @@ async fn rewrite(session: Arc<Session>, start: u64, buffer: Buffer, most: u64) -
     }
     let lead = (start - from) as usize;
     whole[lead..lead + buffer.len()].copy_from_slice(&buffer);
-    let written = transfer(&session, Command::Write, from, whole, Kept::default(), most).await;
+    let how = How { command: Command::Write, flags };
+    let written = transfer(&session, how, from, whole, Kept::default(), most).await;
     (written.0, buffer)
 }
 
@@ -308,7 +358,7 @@ impl Storage for NbdStorage {
         let (result, mut buffer) = match there {
             0 => (Ok(()), buffer),
             _ if self.is_aligned(offset.0, there) => {
-                self.transfer(Command::Read, offset.0, buffer, Kept::default()).await
+                self.transfer(How::READ, offset.0, buffer, Kept::default()).await
             }
             _ => self.read_around(offset.0, buffer).await,
         };
@@ -316,27 +366,18 @@ impl Storage for NbdStorage {
         (result, buffer)
     }
 
-    async fn write_at(&self, offset: HostOffset, mut buffer: Buffer) -> Transfer {
-        let range = HostRange::new(offset, buffer.len() as u64);
-        let there = self.within(offset, range.len) as usize;
-        let is_zero_behind = buffer[there..].iter().all(|byte| *byte == 0);
-        if let Err(error) = self.within_sector(range).and_then(|_| match is_zero_behind {
-            true => Ok(()),
-            false => Err(self.past_end(range)),
-        }) {
-            return (Err(error), buffer);
+    async fn write_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        self.write(offset, buffer, CommandFlags::empty()).await
+    }
+
+    async fn write_durably_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        if self.session.offers(TransmissionFlags::SEND_FUA) {
+            return self.write(offset, buffer, CommandFlags::FUA).await;
         }
-        let beyond = buffer.split_off(there);
-        let (result, mut buffer) = match there {
-            0 => (Ok(()), buffer),
-            _ if self.is_aligned(offset.0, there as u64) => {
-                let kept = self.kept(Arc::default()).await;
-                self.transfer(Command::Write, offset.0, buffer, kept).await
-            }
-            _ => self.write_around(offset.0, buffer, Arc::default()).await,
-        };
-        buffer.unsplit(beyond);
-        (result, buffer)
+        match self.write_at(offset, buffer).await {
+            (Ok(()), buffer) => (self.flush().await, buffer),
+            failed => failed,
+        }
     }
 
     async fn write_zeroes_at(&self, range: HostRange, mode: ZeroMode, hold: Hold) -> Result<()> {
@@ -350,7 +391,7 @@ impl Storage for NbdStorage {
         };
         for (from, to) in parts.into_iter().filter(|(from, to)| from < to) {
             let zeros = Buffer::zeroed((to - from) as usize);
-            self.write_around(from, zeros, Arc::clone(&hold)).await.0?;
+            self.write_around(from, zeros, CommandFlags::empty(), Arc::clone(&hold)).await.0?;
         }
         let whole = HostRange::new(HostOffset(inner), outer.saturating_sub(inner));
         let kept = self.kept(hold).await;

@@ -216,6 +216,28 @@ fn what_a_server_may_have_forgotten_fails_the_next_flush() {
 }
 
 #[test]
+fn one_durable_write_is_one_request_and_outlives_the_server() {
+    // nbdkit's own flush is not told of: what comes with FUA is what the server has.
+    let arguments =
+        ["--filter=log", "--filter=fua", "file", "disk", "fuamode=native", "logfile=log"];
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("disk"), vec![0; 1 << 20]).unwrap();
+    let process = spawn(folder.path(), &arguments);
+    let mut server = Server { folder, process };
+    let storage = server.open(&patient()).unwrap();
+    let durably =
+        |offset, len| block_on(storage.write_durably_at(HostOffset(offset), Buffer::zeroed(len))).0;
+    durably(4096, 4096).unwrap();
+    durably(100, 100).unwrap();
+    let log = std::fs::read_to_string(server.path("log")).unwrap();
+    let lines = |what| log.lines().filter(|line| line.contains(what)).count();
+    assert_eq!((lines(" Write id="), lines(" fua=1 "), lines(" Flush id=")), (2, 2, 0), "{log}");
+    server.crash(&arguments);
+    read(&storage, 0, 512).unwrap();
+    block_on(storage.flush()).unwrap();
+}
+
+#[test]
 fn an_export_that_comes_back_with_another_size_is_another_one() {
     let mut server = Server::start(&["memory", "1M"]);
     let storage = server.open(&patient()).unwrap();

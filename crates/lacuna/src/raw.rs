@@ -176,11 +176,10 @@ impl<S: Storage> Layer for Raw<S> {
             Ok(range) => range,
             Err(error) => return (Err(error), buffer),
         };
-        let (result, buffer) = self.storage.write_at(range.start, buffer).await;
-        if result.is_ok() && flags.contains(WriteFlags::FUA) {
-            return (self.storage.flush().await, buffer);
+        match flags.contains(WriteFlags::FUA) {
+            true => self.storage.write_durably_at(range.start, buffer).await,
+            false => self.storage.write_at(range.start, buffer).await,
         }
-        (result, buffer)
     }
 
     fn host_source(&self, extent: &Extent) -> Option<HostSource> {

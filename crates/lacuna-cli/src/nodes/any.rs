@@ -70,6 +70,7 @@ impl AnyStorage {
 pub(crate) trait DynStorage: Send + Sync {
     fn read_boxed(&self, offset: HostOffset, buffer: Buffer) -> BoxFuture<'_, Transfer>;
     fn write_boxed(&self, offset: HostOffset, buffer: Buffer) -> BoxFuture<'_, Transfer>;
+    fn write_durably_boxed(&self, offset: HostOffset, buffer: Buffer) -> BoxFuture<'_, Transfer>;
     fn zero_boxed(&self, range: HostRange, mode: ZeroMode, hold: Hold)
     -> BoxFuture<'_, Result<()>>;
     fn punch_boxed(&self, range: HostRange, hold: Hold) -> BoxFuture<'_, Result<()>>;
@@ -91,6 +92,10 @@ impl<S: Storage> DynStorage for S {
 
     fn write_boxed(&self, offset: HostOffset, buffer: Buffer) -> BoxFuture<'_, Transfer> {
         Box::pin(self.write_at(offset, buffer))
+    }
+
+    fn write_durably_boxed(&self, offset: HostOffset, buffer: Buffer) -> BoxFuture<'_, Transfer> {
+        Box::pin(self.write_durably_at(offset, buffer))
     }
 
     fn zero_boxed(
@@ -155,6 +160,15 @@ impl Storage for AnyStorage {
         match self {
             Self::File(file) => file.write_at(offset, buffer).await,
             Self::Export(other) | Self::Other(other) => other.write_boxed(offset, buffer).await,
+        }
+    }
+
+    async fn write_durably_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        match self {
+            Self::File(file) => file.write_durably_at(offset, buffer).await,
+            Self::Export(other) | Self::Other(other) => {
+                other.write_durably_boxed(offset, buffer).await
+            }
         }
     }
 

@@ -85,6 +85,13 @@ impl Storage for Window {
         }
     }
 
+    async fn write_durably_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        match self.changed(HostRange::new(offset, buffer.len() as u64)) {
+            Ok(range) => self.below.write_durably_at(range.start, buffer).await,
+            Err(error) => (Err(error), buffer),
+        }
+    }
+
     async fn write_zeroes_at(&self, range: HostRange, mode: ZeroMode, hold: Hold) -> Result<()> {
         self.below.write_zeroes_at(self.changed(range)?, mode, hold).await
     }

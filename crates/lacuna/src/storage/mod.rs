@@ -208,6 +208,21 @@ pub trait Storage: Send + Sync + 'static {
         hold: Hold,
     ) -> impl Future<Output = Result<()>> + Send;
 
+    /// Writes as [`write_at`](Self::write_at), and has these bytes durable when it returns; with
+    /// what a flush makes durable, unless the storage can do it for one write.
+    fn write_durably_at(
+        &self,
+        offset: HostOffset,
+        buffer: Buffer,
+    ) -> impl Future<Output = Transfer> + Send {
+        async move {
+            match self.write_at(offset, buffer).await {
+                (Ok(()), buffer) => (self.flush().await, buffer),
+                failed => failed,
+            }
+        }
+    }
+
     /// Gives the space of the range back; it reads as zeros then. Never changes the length.
     fn punch_hole_at(
         &self,

@@ -21,6 +21,14 @@ impl<S: Storage> Storage for Arc<S> {
         S::write_at(self, offset, buffer)
     }
 
+    fn write_durably_at(
+        &self,
+        offset: HostOffset,
+        buffer: Buffer,
+    ) -> impl Future<Output = Transfer> + Send {
+        S::write_durably_at(self, offset, buffer)
+    }
+
     fn write_zeroes_at(
         &self,
         range: HostRange,
