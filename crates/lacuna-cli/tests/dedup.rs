@@ -296,3 +296,70 @@ fn what_clients_write_to_a_server_is_stored_once() {
         assert!(got.text.contains(words), "{options}: {}", got.text);
     }
 }
+
+/// Three disks with much in common at the same places, zeros over it, sizes of their own.
+const FAMILY: &str = "
+    dd if=/dev/urandom of=random bs=1M count=4 status=none
+    for i in a b c; do
+        stock-img convert -f raw -O qcow2 -o cluster_size=4k random $i; stock-img resize -q $i 8M
+    done
+    stock-io -f qcow2 -c 'write -P 1 1M 64k' -c 'write -z 2M 64k' a >&2
+    stock-io -f qcow2 -c 'write -P 2 1M 64k' -c 'write -P 5 6M 12k' b >&2
+    stock-io -f qcow2 -c 'write -P 2 1M 64k' -c 'write -c -P 6 5M 4k' c >&2
+    stock-img resize -q c 12M
+    for i in a b c; do cp $i $i.before; done";
+
+#[test]
+fn what_images_have_in_common_becomes_their_base() {
+    let ours = Sandbox::ours();
+    ours.prepare(FAMILY);
+    ours.prepare("chmod 640 a");
+    let got = shown(&ours, "lacuna dedup --across a b c --base base.qcow2");
+    assert!(got.contains("\nbase.qcow2: 4 MiB in common, read-only."), "{got}");
+    for image in ["a", "b", "c"] {
+        ours.prepare(&format!(
+            "stock-img check -q {image} && stock-img compare -q {image}.before {image}"
+        ));
+        let info = shown(&ours, &format!("stock-img info {image}"));
+        assert!(info.contains("backing file: base.qcow2"), "{info}");
+        assert!(info.contains("cluster_size: 4096"), "{info}");
+    }
+    ours.prepare(
+        "stock-img check -q base.qcow2; [ ! -e a.lacuna-overlay ] && [ $(stat -c %a a) = 640 ]",
+    );
+    // What differs is all that an overlay holds; the compressed cluster stays one.
+    let info = shown(&ours, "lacuna info --output=json b");
+    assert!(info.contains("\"data\": 12288,"), "{info}");
+    let info = shown(&ours, "lacuna info --output=json c");
+    assert!(info.contains("\"compressed\": 4096"), "{info}");
+}
+
+#[test]
+fn images_that_cannot_stand_on_a_base_stay_as_they_are() {
+    let ours = Sandbox::ours();
+    ours.prepare(FAMILY);
+    ours.prepare(
+        "cp a snap; stock-img snapshot -c s snap; cp a bits; stock-img bitmap --add bits x
+         stock-img create -q -f qcow2 -b a -F qcow2 top; stock-img create -q -f qcow2 other 1M
+         stock-img create -q -f qcow2 -o cluster_size=4k none 1M; cp none none2; : > there
+         ln -s a link",
+    );
+    for (line, words) in [
+        ("a b", "--across needs --base"),
+        ("a --base x", "at least two"),
+        ("a b --base there", "exists, and is not written over"),
+        ("a snap --base x", "internal snapshots"),
+        ("a bits --base x", "bitmaps"),
+        ("b top --base x", "stands on a backing file already"),
+        ("a other --base x", "clusters of another size"),
+        ("a link --base x", "is named twice"),
+        ("none none2 --base x", "nothing in common"),
+        ("a random --base x", "is no qcow2 image"),
+        ("--report a b --base x", "mutually exclusive"),
+    ] {
+        let got = ours.run(&format!("lacuna dedup --across {line}"));
+        assert_eq!(got.code, Some(1), "{line}: {}", got.text);
+        assert!(got.text.contains(words), "{line}: {}", got.text);
+        ours.prepare("[ ! -e x ] && cmp a a.before && cmp b b.before");
+    }
+}

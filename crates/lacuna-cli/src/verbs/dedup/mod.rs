@@ -1,5 +1,6 @@
 //! `dedup`: clusters with equal content share a place; what that would save is told before.
 
+mod across;
 mod in_place;
 mod report;
 
@@ -23,11 +24,15 @@ pub(super) const VERB: Verb = Verb {
     name: "dedup",
     task: Task::Change,
     summary: "Store equal clusters once; --report: what would that save",
-    operands: "IMAGE | --report IMAGE...",
+    operands: "IMAGE...",
     flags: &[
         Flag::switch('\0', "report", "look only: what would be saved, at several cluster sizes")
             .long_only(),
         Flag::switch('\0', "dry-run", "tell how much would be freed, and change nothing")
+            .long_only(),
+        Flag::switch('\0', "across", "move what images have at the same places to --base")
+            .long_only(),
+        Flag::valued('\0', "base", "FILE", "with --across: the new backing file of all images")
             .long_only(),
         Flag::valued('\0', "bandwidth", "BYTES", "most bytes to read per second").long_only(),
         Flag::valued('\0', "memory", "SIZE", "most memory for fingerprints (256M)").long_only(),
@@ -43,6 +48,10 @@ pub(super) const VERB: Verb = Verb {
     examples: &[
         Example { shows: "store equal clusters once", line: "disk.qcow2" },
         Example { shows: "the same, in the background", line: "--bandwidth 20M -q disk.qcow2" },
+        Example {
+            shows: "two images become overlays of what they have in common",
+            line: "--across old.qcow2 new.qcow2 --base common.qcow2",
+        },
         Example { shows: "what is stored more than once", line: "--report disk.qcow2" },
         Example {
             shows: "in several images and across them, for programs",
@@ -58,9 +67,11 @@ pub(super) const VERB: Verb = Verb {
 };
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
-    match parsed.has("report") {
-        true => report(tool, parsed),
-        false => in_place::run(tool, parsed),
+    match (parsed.has("across"), parsed.has("report")) {
+        (true, _) => across::run(tool, parsed),
+        (false, _) if parsed.has("base") => Err(CliError::usage("--base goes with --across")),
+        (false, true) => report(tool, parsed),
+        (false, false) => in_place::run(tool, parsed),
     }
 }
 

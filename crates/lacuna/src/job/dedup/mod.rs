@@ -7,8 +7,10 @@
 //!   written.
 //! * [`candidates`] collects which clusters have equal fingerprints, and [`share`] has the image share
 //!   those whose bytes are equal as well.
+//! * [`across`] moves what disks hold at the same places to one that they stand on.
 //! * [`writes`] does so as a disk is written, with an [`index`] of what was written before.
 
+mod across;
 mod candidates;
 mod estimate;
 mod fingerprint;
@@ -20,6 +22,7 @@ mod tests;
 mod walk;
 mod writes;
 
+pub use across::{gather_common, write_difference};
 pub use estimate::{
     ClusterCounts, DuplicateOptions, DuplicateSource, Duplicates, SizeDuplicates, SourceFacts,
     estimate_duplicates,

@@ -1,14 +1,15 @@
 //! Counts against brute force.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use pollster::block_on;
 use testkit::Random;
 
 use super::*;
-use crate::block::{Layer, WriteFlags, is_zero};
+use crate::block::{DynLayer, Layer, WriteFlags, is_zero};
 use crate::buffer::Buffer;
-use crate::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, create};
+use crate::qcow2::{Access, BackingName, CreateOptions, Image, OpenOptions, Parts, create};
 use crate::raw::Raw;
 use crate::storage::MemoryStorage;
 use crate::units::GuestOffset;
@@ -181,4 +182,74 @@ fn a_sparse_disk_is_walked_by_its_data() {
         // Two clusters begin with the bytes, the last one ends with them.
         assert_eq!(found.sizes[1].total.distinct, 2);
     });
+}
+
+/// The bytes of a cluster of a disk, filled up; nothing where it has none, or only zeros.
+fn cluster_of(bytes: &[u8], index: usize, size: usize) -> Option<Vec<u8>> {
+    let part = bytes.get(index * size..)?;
+    let mut part = part[..part.len().min(size)].to_vec();
+    part.resize(size, 0);
+    (!is_zero(&part)).then_some(part)
+}
+
+/// Disks of several lengths, changed copies of one.
+async fn family(random: &mut Random) -> Vec<Raw<MemoryStorage>> {
+    let common = content(random, 1 << 20);
+    let mut disks = Vec::new();
+    for bytes in [3 << 20, (1 << 20) + 512, 1 << 20] {
+        let mut pieces = common.clone();
+        pieces.extend(content(random, bytes).into_iter().take(6));
+        disks.push(raw(&pieces, bytes).await);
+    }
+    disks
+}
+
+#[test]
+fn a_base_holds_what_most_disks_hold_and_overlays_on_it_read_as_the_disks_do() {
+    const SIZE: usize = 4096;
+    for seed in testkit::seeds(3) {
+        let mut random = Random::new(seed);
+        block_on(async {
+            let disks = family(&mut random).await;
+            let base = Raw::create(MemoryStorage::new(), 3 << 20).await.unwrap();
+            let sources: Vec<_> = disks.iter().collect();
+            gather_common(&sources, &base, SIZE as u64, &mut |_, _| ()).await.unwrap();
+            let held = all_of(&base).await;
+            let mut contents = Vec::new();
+            for disk in &disks {
+                contents.push(all_of(disk).await);
+            }
+            for index in 0..held.len() / SIZE {
+                let parts = contents.iter().filter_map(|bytes| cluster_of(bytes, index, SIZE));
+                let mut counts = HashMap::<Vec<u8>, usize>::new();
+                parts.for_each(|part| *counts.entry(part).or_default() += 1);
+                let most = counts.values().copied().max().unwrap_or(0);
+                match cluster_of(&held, index, SIZE) {
+                    Some(found) => assert!(most > 1 && counts.get(&found) == Some(&most), "{seed}"),
+                    None => assert!(most < 2, "seed {seed}, cluster {index}: {most} alike"),
+                }
+            }
+            let base = Arc::new(base);
+            for (disk, bytes) in disks.iter().zip(&contents) {
+                let storage = MemoryStorage::new();
+                let backing = Some(BackingName { name: "base".into(), format: None });
+                let size_bytes = disk.size_bytes();
+                let options = CreateOptions {
+                    size_bytes,
+                    cluster_bytes: 4096,
+                    backing,
+                    ..Default::default()
+                };
+                create(&storage, &options).await.unwrap();
+                let below: Arc<dyn DynLayer> = Arc::clone(&base) as _;
+                let parts = Parts { backing: Some(below), ..Parts::alone(storage) };
+                let overlay =
+                    Image::open(parts, OpenOptions::new(Access::ReadWrite)).await.unwrap();
+                write_difference(disk, &*base, &overlay, SIZE as u64, &mut |_, _| ())
+                    .await
+                    .unwrap();
+                assert!(all_of(&overlay).await == *bytes, "seed {seed}");
+            }
+        });
+    }
 }

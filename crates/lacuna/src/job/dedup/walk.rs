@@ -79,13 +79,40 @@ async fn next<L: Layer>(
         return Ok((GuestRange::new(rest.start, known_to - rest.start.0), Vec::new()));
     }
     let window = GuestRange::new(rest.start, rest.len.min(step - rest.start.0 % step));
-    let (mut parts, mut at) = (Vec::new(), window.start);
-    while at < window.end() {
-        let found = cursor.at(layer, GuestRange::new(at, window.end() - at)).await?;
+    Ok((window, parts_of(layer, cursor, window).await?))
+}
+
+/// Finds what of a range is data.
+async fn parts_of<L: Layer>(
+    layer: &L,
+    cursor: &mut ExtentCursor,
+    range: GuestRange,
+) -> Result<Vec<Extent>> {
+    let (mut parts, mut at) = (Vec::new(), range.start);
+    while at < range.end() {
+        let found = cursor.at(layer, GuestRange::new(at, range.end() - at)).await?;
         at = found.range.end();
         parts.extend(is_own_data(&found).then_some(found));
     }
-    Ok((window, parts))
+    Ok(parts)
+}
+
+/// Returns one window, of `step` bytes or cut at the end of the disk, with its bytes if it has data.
+pub(super) async fn window_at<L: Layer>(
+    layer: &L,
+    cursor: &mut ExtentCursor,
+    range: GuestRange,
+    step: u64,
+) -> Result<Window> {
+    // The whole rest is asked about, so that one answer serves many windows.
+    let rest = GuestRange::new(range.start, layer.size_bytes().saturating_sub(range.start.0));
+    cursor.at(layer, rest).await?;
+    let parts = parts_of(layer, cursor, range).await?;
+    let bytes = match parts.is_empty() {
+        true => Buffer::new(0),
+        false => read(layer, range, &parts, step).await?,
+    };
+    Ok(Window { range, bytes, parts })
 }
 
 /// Says whether a range is data of the top layer.
