@@ -14,6 +14,7 @@ mod bitmaps;
 pub mod check;
 mod clear;
 pub(crate) mod codec;
+mod compact;
 mod copy;
 mod create;
 mod dirty;
@@ -35,6 +36,7 @@ mod need;
 mod open;
 mod options;
 mod overlap;
+mod patch;
 mod plan_write;
 mod plan_zero;
 mod preallocate;
@@ -62,6 +64,10 @@ mod zero_cluster;
 pub(crate) use host_status::HostStatuses;
 
 pub use amend::AmendOptions;
+pub use compact::{
+    CompactClusters, CompactEstimate, CompactOptions, CompactPace, CompactPhase, CompactProgress,
+    CompactReport, CompactStep, KeptMapping, compact_estimate,
+};
 pub use create::{BackingName, CreateOptions, DataFileName, PreallocationLayout, create};
 pub use dirty::{BitmapFacts, DirtyBitmap, DirtyExtent, DirtyRanges};
 pub use encode::{Encoder, Stream};

@@ -8,6 +8,7 @@ mod bitmaps;
 mod cancellation;
 mod case;
 mod claims;
+mod compacting;
 mod crash;
 mod crash_random;
 mod dedup_writes;

@@ -67,6 +67,12 @@ impl Extensions {
         self.unknown.iter().any(|extension| extension.magic == KEEP_MAPPING)
     }
 
+    /// Returns the type of an extension that nobody here knows, which might name a place in the file.
+    pub(crate) fn stranger(&self) -> Option<u32> {
+        let magics = self.unknown.iter().map(|extension| extension.magic);
+        magics.into_iter().find(|magic| *magic != KEEP_MAPPING)
+    }
+
     pub(super) fn set_keep_mapping(&mut self) {
         if !self.keep_mapping() {
             self.unknown.push(UnknownExtension { magic: KEEP_MAPPING, data: Vec::new() });

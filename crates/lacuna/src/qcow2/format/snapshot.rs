@@ -274,6 +274,8 @@ fn extra_field(bytes: usize) -> Result<U32> {
 pub struct SnapshotTableDecoder {
     location: SnapshotTableLocation,
     decoded: Vec<Snapshot>,
+    /// Where in the table each entry begins.
+    starts: Vec<u64>,
     table_bytes: u64,
     /// Bytes behind the last decoded entry.
     pending: Vec<u8>,
@@ -283,7 +285,13 @@ impl SnapshotTableDecoder {
     /// Starts to decode the table at `location`.
     #[must_use]
     pub const fn new(location: SnapshotTableLocation) -> Self {
-        Self { location, decoded: Vec::new(), table_bytes: 0, pending: Vec::new() }
+        Self {
+            location,
+            decoded: Vec::new(),
+            starts: Vec::new(),
+            table_bytes: 0,
+            pending: Vec::new(),
+        }
     }
 
     /// Returns the bytes to feed next, or nothing once the table is complete. What lies past the
@@ -308,6 +316,7 @@ impl SnapshotTableDecoder {
             let rest = self.pending.get(taken..).unwrap_or_default();
             let Some((snapshot, len)) = Snapshot::decode(rest, index)? else { break };
             self.decoded.push(snapshot);
+            self.starts.push(self.table_bytes);
             taken = taken.saturating_add(len);
             self.table_bytes = self.table_bytes.saturating_add(len as u64);
             if self.table_bytes > MAX_TABLE_BYTES {
@@ -324,6 +333,12 @@ impl SnapshotTableDecoder {
     #[must_use]
     pub const fn table_bytes(&self) -> u64 {
         self.table_bytes
+    }
+
+    /// Returns where in the table each entry begins, in bytes.
+    #[must_use]
+    pub(crate) fn starts(&self) -> &[u64] {
+        &self.starts
     }
 
     /// Returns what was decoded, in the order of the table.

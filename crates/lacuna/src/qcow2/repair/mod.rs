@@ -29,6 +29,7 @@ use std::ops::Range;
 use self::copied::Scope;
 use self::snapshots::NewTable;
 use super::check::{CheckReport, FindingKind, Listener, Phase, Progress, Repair, Survey};
+use super::patch::write_changes;
 use crate::Result;
 use crate::buffer::{Buffer, Hold};
 use crate::qcow2::format::{AutoclearFeatures, IncompatibleFeatures, Version};
@@ -37,8 +38,6 @@ use crate::units::{HostOffset, HostRange};
 
 /// A repair may uncover something else; more often than this it goes nowhere.
 const ROUNDS: u64 = 4;
-/// Changed bytes are written in units that storage does not tear.
-const SECTOR: usize = 512;
 
 /// One round of a repair.
 struct Round<'a, S> {
@@ -140,20 +139,7 @@ impl<S: Storage> Round<'_, S> {
 
     /// Writes the sectors in which `new` differs from `old`.
     async fn write_changes(&mut self, at: HostOffset, old: &[u8], new: &[u8]) -> Result<()> {
-        let mut from = None;
-        let sectors = old.chunks(SECTOR).zip(new.chunks(SECTOR));
-        let changed: Vec<bool> = sectors.map(|(old, new)| old != new).collect();
-        for index in 0..=changed.len() {
-            match (from, changed.get(index).copied().unwrap_or(false)) {
-                (None, true) => from = Some(index),
-                (Some(first), false) => {
-                    let range = first * SECTOR..(index * SECTOR).min(new.len());
-                    self.write(at + range.start as u64, &new[range]).await?;
-                    from = None;
-                }
-                _ => {}
-            }
-        }
+        self.wrote |= write_changes(self.storage, at, old, new).await? > 0;
         Ok(())
     }
 

@@ -1,0 +1,230 @@
+//! Moving a batch: bytes, then pointers, then counts.
+//!
+//! | step | written | a crash before the next leaves |
+//! |---|---|---|
+//! | 1 | counts of the new places, then bytes there; *flush* | leaks |
+//! | 2 | every pointer, in any order; *flush* | both places whole, with a count that is high enough |
+//! | 3 | counts of the old places; *flush* | leaks |
+//! | 4 | holes punched in the old places that nobody uses any more | space not given back |
+//!
+//! * Always: counts are raised before bytes are copied, so that a refcount block which moves has both of
+//!   its places counted in both of its copies.
+
+use super::Compaction;
+use super::counts::Changes;
+use crate::buffer::{Buffer, Hold};
+use crate::qcow2::patch::{Word, write_words};
+use crate::storage::{HostStatus, Storage, ZeroMode};
+use crate::units::{HostOffset, HostRange};
+use crate::{Error, Result};
+
+/// Bytes that are copied at once, unless a cluster is larger.
+const COPY_BYTES: u64 = 1 << 20;
+
+/// Something that moves, and how its pointers change.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Move {
+    /// What is counted of the old place.
+    pub(super) from: HostRange,
+    /// Where to, and what is counted there; nothing while it has no place.
+    pub(super) to: Option<HostRange>,
+    /// Bytes to copy.
+    pub(super) len: u64,
+    /// What its pointers are, as far as `mask` goes.
+    pub(super) old: u64,
+    /// What they become.
+    pub(super) new: u64,
+    pub(super) mask: u64,
+    /// How many references its pointers are.
+    pub(super) weight: u64,
+}
+
+/// A word of some table that points to the move of that rank.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pointer {
+    pub(super) rank: u32,
+    pub(super) at: HostOffset,
+}
+
+/// What moves in a round, with all pointers to it.
+#[derive(Debug, Default)]
+pub(super) struct Load {
+    pub(super) moves: Vec<Move>,
+    pub(super) pointers: Vec<Pointer>,
+}
+
+impl Load {
+    /// Sorts the pointers by what they point to, and leaves out what has no place.
+    fn sort(&mut self) {
+        let moves = &self.moves;
+        self.pointers.retain(|it| moves[it.rank as usize].to.is_some());
+        self.pointers.sort_unstable_by_key(|pointer| (pointer.rank, pointer.at));
+    }
+}
+
+impl<S: Storage> Compaction<'_, S> {
+    /// Moves everything that has a place, in batches; ends early where somebody asks to.
+    pub(super) async fn carry(&mut self, mut load: Load) -> Result<()> {
+        load.sort();
+        let mut pointers = &load.pointers[..];
+        let mut first = 0;
+        while first < load.moves.len() && !self.report.is_stopped {
+            let (mut end, mut bytes) = (first, 0);
+            while let Some(next) = load.moves.get(end) {
+                let len = next.to.map_or(0, |to| to.len);
+                if bytes > 0 && bytes + len > self.batch_bytes {
+                    break;
+                }
+                bytes += len;
+                end += 1;
+            }
+            let count = pointers.partition_point(|pointer| (pointer.rank as usize) < end);
+            let (now, later) = pointers.split_at(count);
+            if bytes > 0 {
+                self.batch(&load.moves, first..end, now, bytes).await?;
+            }
+            pointers = later;
+            first = end;
+        }
+        Ok(())
+    }
+
+    async fn batch(
+        &mut self,
+        all: &[Move],
+        range: std::ops::Range<usize>,
+        pointers: &[Pointer],
+        bytes: u64,
+    ) -> Result<()> {
+        let before = (self.report.moved_bytes, self.report.metadata_bytes);
+        let moves: Vec<Move> = all[range].iter().filter(|it| it.to.is_some()).copied().collect();
+        let words = words(all, pointers);
+        let lowered = self.lowered(&moves)?;
+        let raised = self.raised(&moves);
+        self.report.metadata_bytes += self.counts.write(self.storage, &raised).await?;
+        self.copy_all(&moves).await?;
+        self.storage.flush().await?;
+        self.report.metadata_bytes += write_words(self.storage, &words).await?;
+        self.storage.flush().await?;
+        self.counts.reload(self.storage).await?;
+        self.report.metadata_bytes += self.counts.write(self.storage, &lowered).await?;
+        self.storage.flush().await?;
+        self.punch(&lowered).await;
+        self.moved_any = true;
+        self.report.peak_extra_bytes = self.report.peak_extra_bytes.max(bytes);
+        let moved = self.report.moved_bytes - before.0;
+        let written = moved + self.report.metadata_bytes - before.1;
+        self.tell_moved();
+        let step = self.options.after_batch(written).await;
+        self.report.is_stopped |= step == super::CompactStep::Stop;
+        Ok(())
+    }
+
+    fn raised(&self, moves: &[Move]) -> Changes {
+        let mut changes = Changes::new();
+        for (to, weight) in moves.iter().filter_map(|it| Some((it.to?, it.weight))) {
+            for cluster in self.clusters(to) {
+                let count = changes.entry(cluster).or_insert_with(|| self.counts.count(cluster));
+                *count += weight;
+            }
+        }
+        changes
+    }
+
+    fn lowered(&self, moves: &[Move]) -> Result<Changes> {
+        let mut changes = Changes::new();
+        for it in moves {
+            for cluster in self.clusters(it.from) {
+                let count = changes.entry(cluster).or_insert_with(|| self.counts.count(cluster));
+                *count = count.checked_sub(it.weight).ok_or_else(|| miscounted(it.from.start))?;
+            }
+        }
+        Ok(changes)
+    }
+
+    /// Copies in pieces that are neighbours at both ends.
+    async fn copy_all(&mut self, moves: &[Move]) -> Result<()> {
+        let mut rest = moves;
+        while let Some(first) = rest.first() {
+            let Some(to) = first.to else { break };
+            let (mut len, mut count) = (first.len, 1);
+            while let Some(next) = rest.get(count) {
+                let follows = next.from.start.0 == first.from.start.0 + len
+                    && next.to.is_some_and(|it| it.start.0 == to.start.0 + len);
+                if !follows || len + next.len > COPY_BYTES {
+                    break;
+                }
+                len += next.len;
+                count += 1;
+            }
+            self.copy(HostRange::new(first.from.start, len), to.start).await?;
+            self.report.moved_bytes += len;
+            rest = &rest[count..];
+        }
+        Ok(())
+    }
+
+    /// Copies bytes; what is a hole stays one.
+    async fn copy(&self, from: HostRange, to: HostOffset) -> Result<()> {
+        let mut done = 0;
+        while done < from.len {
+            let len = (from.len - done).min(COPY_BYTES);
+            let (source, target) = (HostRange::new(from.start + done, len), to + done);
+            let known = self.storage.status_at(source).await?;
+            if known.status == HostStatus::Hole && known.len == len {
+                let target = HostRange::new(target, len);
+                let mode = ZeroMode::MayUnmap;
+                self.storage.write_zeroes_at(target, mode, Hold::none()).await?;
+            } else {
+                let read = self.storage.read_at(source.start, Buffer::new(len as usize)).await;
+                read.0.map_err(|error| {
+                    error.context(format!("Reading what is to move from {}", source.start))
+                })?;
+                self.storage.write_at(target, read.1).await.0?;
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Gives back the space of what nobody uses any more, durably so.
+    pub(super) async fn punch(&mut self, changes: &Changes) {
+        let bytes = self.geometry.cluster_bytes();
+        let mut free: Vec<HostRange> = Vec::new();
+        for cluster in changes.iter().filter(|(_, count)| **count == 0).map(|(it, _)| *it) {
+            let start = HostOffset(cluster * bytes);
+            match free.last_mut() {
+                Some(last) if last.end() == start => last.len += bytes,
+                _ => free.push(HostRange::new(start, bytes)),
+            }
+        }
+        for range in free {
+            // Space that is not given back is no harm, and not every host can (D.1-6).
+            if self.storage.punch_hole_at(range, Hold::none()).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn clusters(&self, range: HostRange) -> std::ops::Range<u64> {
+        let bits = self.geometry.cluster_bits();
+        range.start.0 >> bits..((range.end().0 - 1) >> bits) + 1
+    }
+}
+
+/// Pointers as the words that they become, by place.
+fn words(moves: &[Move], pointers: &[Pointer]) -> Vec<Word> {
+    let word = |pointer: &Pointer| {
+        let Move { old, new, mask, .. } = moves[pointer.rank as usize];
+        Word { at: pointer.at, old, new, mask }
+    };
+    let mut words: Vec<Word> = pointers.iter().map(word).collect();
+    words.sort_unstable_by_key(|word| word.at);
+    words.dedup_by_key(|word| word.at);
+    words
+}
+
+#[cold]
+pub(super) fn miscounted(at: HostOffset) -> Error {
+    Error::corrupt(format!("What lies at {at} is not referenced as often as was counted")).at(at)
+}
