@@ -1,7 +1,10 @@
 //! Ctrl-C and termination during long work: what is half made goes, then the process.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::task::Poll;
 
 use lacuna::ErrorKind;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -101,6 +104,31 @@ impl Interrupted {
     pub(crate) fn is_so(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
+
+    /// Returns what becomes true, for work that looks at it by itself.
+    pub(crate) fn flag(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.0)
+    }
+
+    /// Runs `work`, or drops it half-way; nothing then. Noticed whenever the work goes a step on.
+    pub(crate) async fn or<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let mut work = pin!(work);
+        poll_fn(|context| match self.is_so() {
+            true => Poll::Ready(None),
+            false => work.as_mut().poll(context).map(Some),
+        })
+        .await
+    }
+}
+
+/// Exit code after Ctrl-C, as shells have it.
+pub(crate) const INTERRUPTED: u8 = 130;
+
+/// The error of work in place that was interrupted and left a valid image.
+pub(crate) fn interrupted_in_place() -> CliError {
+    CliError::new("Interrupted; what was done so far is kept, and the image is valid")
+        .with_code(INTERRUPTED)
+        .with_hint("run it again, and it goes on from here")
 }
 
 /// Makes `file` wholly, or removes it: where `make` fails, or the process is interrupted.

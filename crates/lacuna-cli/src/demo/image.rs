@@ -1,4 +1,4 @@
-//! The demo's qcow2 images: made, lived in, measured, converted.
+//! The demo's qcow2 images: made, lived in, measured, made short again.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use lacuna::block::{Extent, Layer, WriteFlags, ZeroFlags, is_zero};
 use lacuna::blocking::Disk;
 use lacuna::buffer::Buffer;
-use lacuna::job::{self, ConvertOptions, TargetContent};
-use lacuna::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, create};
+use lacuna::job::{self, DedupOptions};
+use lacuna::qcow2::{Access, CompactOptions, CreateOptions, Image, OpenOptions, Parts, create};
 use lacuna::storage::{FileOptions, FileStorage};
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
@@ -77,21 +77,30 @@ impl GuestImage {
     }
 }
 
-/// Copies an image into a new one, which leaves behind what holds nothing, and measures that.
-pub(super) fn convert(source: &Path, target: &Path) -> DemoResult<Measured> {
-    let source = open(source)?;
-    let copy = new_image(target)?;
-    let options = ConvertOptions { content: TargetContent::Zero, ..ConvertOptions::default() };
-    block_on(job::convert(&source, &copy, &options, &mut |_| ()))?;
-    let measured = measure(&copy, target)?;
-    block_on(copy.close())?;
-    Ok(measured)
+/// Gives back in place what an image does not need: zeros that it stores, equal clusters, the tail of
+/// the file. Tells how many clusters share a place now.
+pub(super) fn reclaim(path: &Path) -> DemoResult<(Measured, u64)> {
+    let image = open_as(path, Access::ReadWrite)?;
+    block_on(job::sweep(&image, &mut |_| ()))?;
+    let deduped = block_on(job::dedup(&image, DedupOptions::default(), &mut |_| ()))?;
+    block_on(image.close())?;
+    let image = open_as(path, Access::ReadWrite)?;
+    block_on(image.compact(&CompactOptions::default(), &mut |_| ()))?;
+    Ok((measure(&open(path)?, path)?, deduped.shared))
 }
 
 /// Opens an image for reading.
 pub(super) fn open(path: &Path) -> DemoResult<Image<FileStorage>> {
-    let storage = FileStorage::open(path, &FileOptions::read_only())?;
-    Ok(block_on(Image::open(Parts::alone(storage), OpenOptions::new(Access::ReadOnly)))?)
+    open_as(path, Access::ReadOnly)
+}
+
+fn open_as(path: &Path, access: Access) -> DemoResult<Image<FileStorage>> {
+    let options = match access {
+        Access::ReadOnly => FileOptions::read_only(),
+        Access::ReadWrite => FileOptions::read_write(),
+    };
+    let storage = FileStorage::open(path, &options)?;
+    Ok(block_on(Image::open(Parts::alone(storage), OpenOptions::new(access)))?)
 }
 
 fn new_image(path: &Path) -> DemoResult<Image<FileStorage>> {

@@ -32,7 +32,7 @@ use self::image::{Detection, GuestImage, Measured};
 use self::scratch::Scratch;
 
 /// The images of the demo.
-const NAMES: [&str; 3] = ["plain.qcow2", "detect.qcow2", "converted.qcow2"];
+const NAMES: [&str; 3] = ["plain.qcow2", "detect.qcow2", "reclaimed.qcow2"];
 
 /// The pictures are as low as those of a chain of so many files: all three fit on a screen.
 const LANES: usize = 5;
@@ -74,7 +74,7 @@ struct Progress {
 }
 
 impl Progress {
-    /// The steps of the guest, the conversion, the proofs.
+    /// The steps of the guest, the reclaiming, the proofs.
     const STEPS: u64 = STEPS.len() as u64 + 1 + NAMES.len() as u64;
 
     fn new(tool: &Tool, parsed: &Parsed) -> CliResult<Self> {
@@ -124,21 +124,24 @@ fn tell(scratch: &Scratch, progress: &mut Progress) -> DemoResult {
     let detected = detecting.measure()?;
     plain.close()?;
     detecting.close()?;
-    progress.begin("convert");
-    let converted = image::convert(&scratch.path("plain.qcow2"), &scratch.path("converted.qcow2"))?;
+    progress.begin("reclaim");
+    // In place; the copy is there to show both.
+    std::fs::copy(scratch.path("plain.qcow2"), scratch.path("reclaimed.qcow2"))?;
+    let (reclaimed, shared) = image::reclaim(&scratch.path("reclaimed.qcow2"))?;
 
     say("\nWhere it led:\n")?;
     let maps = [
         ("before: zero detection off", &before),
         ("zero detection on", &detected),
-        ("after: convert of the first", &converted),
+        ("after: reclaim --dedup of the first, in place", &reclaimed),
     ];
     for (title, measured) in maps {
         say(&chapter(title, measured, terminal))?;
     }
     say(&format!(
-        "\nThe same disk, {} of {} on the host given back.\n\nProof, byte by byte:\n\n",
-        size(before.host_bytes.saturating_sub(converted.host_bytes)),
+        "\nThe same disk, {} of {} on the host given back; {shared} clusters share a place.\n\nProof, byte \
+         by byte:\n\n",
+        size(before.host_bytes.saturating_sub(reclaimed.host_bytes)),
         size(before.host_bytes),
     ))?;
     for name in NAMES {

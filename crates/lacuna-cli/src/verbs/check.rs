@@ -118,7 +118,7 @@ fn check_backing(tool: &Tool, request: &Request) -> CliResult<()> {
 }
 
 /// Opens the image file alone: backing and data files are nobody's business here.
-fn opened(tool: &Tool, request: &Request) -> CliResult<AnyStorage> {
+pub(super) fn opened(tool: &Tool, request: &Request) -> CliResult<AnyStorage> {
     let opened = open::opening(tool, request).and_then(|opening| {
         let opened = block_on(opening.storage());
         opened.map_err(|error| open::reason(tool, &request.image, &error))
@@ -127,7 +127,12 @@ fn opened(tool: &Tool, request: &Request) -> CliResult<AnyStorage> {
 }
 
 /// Keeps others out as the format needs it.
-fn claim(tool: &Tool, storage: &AnyStorage, format: Format, request: &Request) -> CliResult<()> {
+pub(super) fn claim(
+    tool: &Tool,
+    storage: &AnyStorage,
+    format: Format,
+    request: &Request,
+) -> CliResult<()> {
     let claim = request.sharing().image_claim(open::of_library(format), request.access);
     storage.claim(claim).map_err(|error| match LockConflict::of(&error) {
         Some(conflict) => busy::refusal(tool, conflict, request.access),
@@ -151,7 +156,7 @@ fn checked(storage: &AnyStorage, repair: Repair, mut meter: Meter) -> lacuna::Re
     report
 }
 
-const fn phase(phase: engine::Phase) -> &'static str {
+pub(super) const fn phase(phase: engine::Phase) -> &'static str {
     match phase {
         engine::Phase::Walk => "references",
         engine::Phase::Compare => "refcounts",

@@ -77,8 +77,7 @@ pub(super) fn overview(tool: &Tool) -> CliResult<u8> {
     text += "\n";
     if tool.is_own() {
         text += &format!(
-            "`{name} help VERB` explains a verb; `{name} completions SHELL` and `{name} man`\n\
-             serve shells. For programs: --error-format=, --progress= and --output=json.\n"
+            "`{name} help VERB` explains one; completions, man; for programs: --output=json\n"
         );
     }
     if !tool.is_own() {

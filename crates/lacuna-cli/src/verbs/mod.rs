@@ -23,9 +23,11 @@ mod map;
 mod measure;
 pub(crate) mod open;
 pub(crate) mod overlay;
+mod pace;
 mod progress;
 mod qemu_words;
 mod rebase;
+mod reclaim;
 pub(crate) mod resize;
 pub(crate) mod serve;
 mod snapshot;
@@ -90,7 +92,7 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 21] = [
+const VERBS: [&Verb; 22] = [
     &amend::VERB,
     &bench::VERB,
     &check::VERB,
@@ -109,6 +111,7 @@ const VERBS: [&Verb; 21] = [
     &map::VERB,
     &measure::VERB,
     &rebase::VERB,
+    &reclaim::VERB,
     &resize::VERB,
     &serve::VERB,
     &snapshot::VERB,
@@ -132,7 +135,7 @@ const ERROR_FORMAT: Flag =
         .own();
 
 /// Verbs that only we have.
-const OWN: [&str; 8] = [
+const OWN: [&str; 9] = [
     completions::VERB.name,
     ctl::VERB.name,
     dedup::VERB.name,
@@ -140,6 +143,7 @@ const OWN: [&str; 8] = [
     help::VERB.name,
     io::VERB.name,
     man::VERB.name,
+    reclaim::VERB.name,
     serve::VERB.name,
 ];
 

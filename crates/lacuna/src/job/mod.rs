@@ -26,4 +26,4 @@ pub use dedup::{
 pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};
 pub use rebase::{OldZeros, Onto, RebaseOptions, Rebased, rebase, uncovered_bytes};
 pub use salvage::{Lost, LostPart, Salvage};
-pub use sweep::{SweepProgress, SweepReport, sweep};
+pub use sweep::{SweepProgress, SweepReport, sweep, sweep_estimate};

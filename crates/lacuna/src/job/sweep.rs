@@ -21,6 +21,8 @@ const PIECE_BYTES: u64 = 1 << 20;
 pub struct SweepReport {
     /// Clusters whose bytes were looked at.
     pub clusters: u64,
+    /// Guest bytes that were read.
+    pub read_bytes: u64,
     /// Guest bytes that were stored and are zeros by the map now.
     pub zeroed_bytes: u64,
     /// Bytes of the image file that nothing uses any more; the policy of the opened image decides
@@ -31,7 +33,7 @@ pub struct SweepReport {
 /// How far a sweep is.
 ///
 /// ```
-/// let progress = lacuna::job::SweepProgress { done_bytes: 1, total_bytes: 2 };
+/// let progress = lacuna::job::SweepProgress { done_bytes: 1, total_bytes: 2, read_bytes: 1 };
 /// assert!(progress.done_bytes < progress.total_bytes);
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub struct SweepProgress {
     pub done_bytes: u64,
     /// The size of the disk when the sweep began.
     pub total_bytes: u64,
+    /// Bytes that were read so far.
+    pub read_bytes: u64,
 }
 
 /// Turns clusters and subclusters that hold only zeros into zeros that take no space, as writing
@@ -78,7 +82,57 @@ pub async fn sweep<S: Storage>(
     image: &Image<S>,
     progress: &mut (dyn FnMut(SweepProgress) + Send),
 ) -> Result<SweepReport> {
-    let mut sweep = Sweep { image, report: SweepReport::default(), next_cluster: 0 };
+    let report = walk(image, Doing::Clear, progress).await?;
+    image.flush().await?;
+    Ok(report)
+}
+
+/// Tells what [`sweep`] would do, and changes nothing: the image may be opened read-only.
+///
+/// Reads as much as a sweep. What compressed clusters would free is not known before they are gone:
+/// it is left out of `freed_bytes`.
+///
+/// # Errors
+/// Those of reads.
+///
+/// ```
+/// use lacuna::block::{Layer, WriteFlags};
+/// use lacuna::buffer::Buffer;
+/// use lacuna::job::sweep_estimate;
+/// use lacuna::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, create};
+/// use lacuna::storage::MemoryStorage;
+/// use lacuna::units::GuestOffset;
+///
+/// pollster::block_on(async {
+///     let storage = MemoryStorage::new();
+///     create(&storage, &CreateOptions { size_bytes: 1 << 20, ..Default::default() }).await?;
+///     let image = Image::open(Parts::alone(storage), OpenOptions::new(Access::ReadWrite)).await?;
+///     image.write(GuestOffset(0), Buffer::zeroed(3 << 16), WriteFlags::empty()).await.0?;
+///     let report = sweep_estimate(&image, &mut |_| {}).await?;
+///     assert_eq!((report.clusters, report.freed_bytes), (3, 3 << 16));
+///     image.close().await
+/// }).unwrap();
+/// ```
+pub async fn sweep_estimate<S: Storage>(
+    image: &Image<S>,
+    progress: &mut (dyn FnMut(SweepProgress) + Send),
+) -> Result<SweepReport> {
+    walk(image, Doing::Count, progress).await
+}
+
+/// What is done about zeros that are found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doing {
+    Clear,
+    Count,
+}
+
+async fn walk<S: Storage>(
+    image: &Image<S>,
+    doing: Doing,
+    progress: &mut (dyn FnMut(SweepProgress) + Send),
+) -> Result<SweepReport> {
+    let mut sweep = Sweep { image, doing, report: SweepReport::default(), next_cluster: 0 };
     let total_bytes = image.size_bytes();
     let mut at = GuestOffset(0);
     while at.0 < total_bytes && image.can_say_zero() {
@@ -91,12 +145,11 @@ pub async fn sweep<S: Storage>(
         for extent in extents.iter().filter(|extent| is_data_of_this_image(extent)) {
             for piece in pieces(extent.range, image.geometry().cluster_bytes()) {
                 sweep.piece(piece).await?;
-                progress(SweepProgress { done_bytes: piece.end().0, total_bytes });
+                progress(sweep.reached(piece.end(), total_bytes));
             }
         }
-        progress(SweepProgress { done_bytes: at.0, total_bytes });
+        progress(sweep.reached(at, total_bytes));
     }
-    image.flush().await?;
     Ok(sweep.report)
 }
 
@@ -116,21 +169,30 @@ fn pieces(range: GuestRange, cluster_bytes: u64) -> impl Iterator<Item = GuestRa
 
 struct Sweep<'a, S: Storage> {
     image: &'a Image<S>,
+    doing: Doing,
     report: SweepReport,
     /// Clusters before this one are counted already.
     next_cluster: u64,
 }
 
 impl<S: Storage> Sweep<'_, S> {
+    const fn reached(&self, at: GuestOffset, total_bytes: u64) -> SweepProgress {
+        SweepProgress { done_bytes: at.0, total_bytes, read_bytes: self.report.read_bytes }
+    }
+
     async fn piece(&mut self, piece: GuestRange) -> Result<()> {
         let size_bytes = self.image.size_bytes();
         if piece.end().0 > size_bytes {
             return Ok(());
         }
-        let swept = self.image.sweep_range(piece).await?;
+        let swept = match self.doing {
+            Doing::Clear => self.image.sweep_range(piece).await?,
+            Doing::Count => self.image.count_sweepable(piece).await?,
+        };
         let geometry = self.image.geometry();
         let first = geometry.guest_cluster(piece.start).0.max(self.next_cluster);
         self.next_cluster = geometry.clusters_for(piece.end().0).max(first);
+        self.report.read_bytes += piece.len;
         self.report.clusters += self.next_cluster - first;
         self.report.zeroed_bytes += swept.zeroed_bytes;
         self.report.freed_bytes += swept.freed_bytes;

@@ -6,7 +6,7 @@
 
 use super::clear::{Clearing, cut};
 use super::image::Image;
-use super::mapping::Mapping;
+use super::mapping::{Mapping, OnWrite};
 use super::plan_zero::Intent;
 use super::view::View;
 use crate::block::is_zero;
@@ -37,15 +37,54 @@ impl<S: Storage> Image<S> {
             meta.before_change(GuestRange::new(range.start, 0))
         })
         .await?;
+        let mut swept = Swept::default();
+        for run in self.zero_units(range).await? {
+            self.sweep_run(run, &mut swept).await?;
+        }
+        Ok(swept)
+    }
+
+    /// Counts what [`sweep_range`](Self::sweep_range) would clear, and clears nothing. Of
+    /// compressed clusters it does not know what they would free.
+    pub(crate) async fn count_sweepable(&self, range: GuestRange) -> Result<Swept> {
+        self.plan(|meta| Ok(meta.check_bounds(range)?)).await?;
+        let mut swept = Swept::default();
+        for run in self.zero_units(range).await? {
+            let mut at = run.start;
+            while at < run.end() {
+                let rest = GuestRange::new(at, run.end() - at);
+                let found = self.plan(|meta| meta.run(rest)).await?;
+                self.count_run(GuestRange::new(at, found.len), found.mapping, &mut swept);
+                at = at + found.len;
+            }
+        }
+        Ok(swept)
+    }
+
+    fn count_run(&self, part: GuestRange, mapping: Mapping, swept: &mut Swept) {
+        let bytes = part.end().0.min(self.size()).saturating_sub(part.start.0);
+        match mapping {
+            Mapping::Compressed(_) => swept.zeroed_bytes += bytes,
+            Mapping::Data { on_write, .. } => {
+                swept.zeroed_bytes += bytes;
+                if on_write == OnWrite::InPlace {
+                    let geometry = self.geometry();
+                    let end_of_units = self.size().next_multiple_of(geometry.subcluster_bytes());
+                    let whole = cut(part, geometry.cluster_bytes(), end_of_units).middle;
+                    swept.freed_bytes += whole.len;
+                }
+            }
+            Mapping::Unallocated { .. } | Mapping::Zero { .. } => {}
+        }
+    }
+
+    /// Returns the runs of whole units in `range` that read as zeros. Reads all of it at once.
+    async fn zero_units(&self, range: GuestRange) -> Result<Vec<GuestRange>> {
         let unit = self.geometry().subcluster_bytes();
         let units = cut(range, unit, self.size()).middle;
         let len = units.end().0.min(range.end().0).saturating_sub(units.start.0);
         let bytes = self.look(GuestRange::new(units.start, len)).await?;
-        let mut swept = Swept::default();
-        for run in zero_runs(&bytes, units.start, unit) {
-            self.sweep_run(run, &mut swept).await?;
-        }
-        Ok(swept)
+        Ok(zero_runs(&bytes, units.start, unit))
     }
 
     /// Reads by the map; the caller keeps the clusters from being changed.

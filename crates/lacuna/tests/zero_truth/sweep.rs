@@ -1,6 +1,6 @@
 //! Zeros stored as data are found and given back.
 
-use lacuna::job::{SweepProgress, SweepReport, sweep};
+use lacuna::job::{SweepProgress, SweepReport, sweep, sweep_estimate};
 use lacuna::qcow2::format::SubclusterBitmap;
 use lacuna::qcow2::{OpenOptions, SharedZeroCluster, ZeroUnmap};
 use pollster::block_on;
@@ -22,8 +22,10 @@ const BEFORE: [Change; 5] = [
 fn swept(setup: &Setup<'_>, options: OpenOptions) -> (SweepReport, Left, Left, Disk) {
     let disk = Disk::make(&Setup { before: &BEFORE, ..*setup });
     let before = disk.left();
+    let estimate = estimated(&disk, options.clone());
+    assert_eq!(disk.left(), before, "an estimate changes nothing");
     let image = disk.open(options);
-    let mut last = SweepProgress { done_bytes: 0, total_bytes: SIZE };
+    let mut last = SweepProgress { done_bytes: 0, total_bytes: SIZE, read_bytes: 0 };
     let report = block_on(sweep(&image, &mut |progress| {
         assert!(progress.done_bytes >= last.done_bytes, "progress goes on");
         last = progress;
@@ -31,7 +33,19 @@ fn swept(setup: &Setup<'_>, options: OpenOptions) -> (SweepReport, Left, Left, D
     block_on(image.close()).unwrap();
     let after = disk.left();
     assert!(before.bytes == after.bytes, "a guest reads what it did");
-    (report.unwrap(), before, after, disk)
+    let report = report.unwrap();
+    assert_eq!((estimate.clusters, estimate.zeroed_bytes), (report.clusters, report.zeroed_bytes));
+    // What compressed clusters free is not known before.
+    let unknown = report.freed_bytes - estimate.freed_bytes;
+    assert!(unknown == 0 || unknown == CLUSTER, "{estimate:?} {report:?}");
+    (report, before, after, disk)
+}
+
+fn estimated(disk: &Disk, options: OpenOptions) -> SweepReport {
+    let image = disk.open(options);
+    let estimate = block_on(sweep_estimate(&image, &mut |_| {})).unwrap();
+    block_on(image.close()).unwrap();
+    estimate
 }
 
 #[test]
@@ -43,12 +57,20 @@ fn clusters_of_zeros_become_zero_and_their_space_goes_back() {
     assert_eq!(after.entries[0], before.entries[0]);
     assert_eq!(after.entries[15], before.entries[15]);
     // Five of data, and the one with compressed bytes.
-    let expected = SweepReport { clusters: 8, zeroed_bytes: 6 * CLUSTER, freed_bytes: 6 * CLUSTER };
+    let expected = SweepReport {
+        clusters: 8,
+        read_bytes: 8 * CLUSTER,
+        zeroed_bytes: 6 * CLUSTER,
+        freed_bytes: 6 * CLUSTER,
+    };
     assert_eq!(report, expected);
     // Of the compressed one the host had given a block only.
     assert_gave_back(before.allocated, after.allocated, 5 * CLUSTER + 4096);
     let again = block_on(sweep(&disk.open(writing()), &mut |_| {})).unwrap();
-    assert_eq!(again, SweepReport { clusters: 2, ..SweepReport::default() });
+    assert_eq!(
+        again,
+        SweepReport { clusters: 2, read_bytes: 2 * CLUSTER, ..SweepReport::default() }
+    );
 }
 
 #[test]
@@ -81,7 +103,12 @@ fn version_2_over_a_backing_file_shares_one_cluster_or_stays_as_it_is() {
     let (report, before, after, _) = swept(&setup, sharing);
     let shared = after.entries[1].word;
     assert!(after.entries[1..6].iter().all(|entry| entry.word == shared && !entry.is_copied()));
-    let expected = SweepReport { clusters: 8, zeroed_bytes: 5 * CLUSTER, freed_bytes: 5 * CLUSTER };
+    let expected = SweepReport {
+        clusters: 8,
+        read_bytes: 8 * CLUSTER,
+        zeroed_bytes: 5 * CLUSTER,
+        freed_bytes: 5 * CLUSTER,
+    };
     assert_eq!(report, expected);
     // The zeros, the pins and the L1 table came.
     assert_gave_back(before.allocated + 3 * CLUSTER, after.allocated, 4 * CLUSTER + 4096);
@@ -111,7 +138,15 @@ fn subclusters_of_zeros_become_zero_beside_data() {
     let expected = SubclusterBitmap::ALL_DATA.with_zero(4, 10);
     assert_eq!(after.entries[0].subclusters, expected);
     assert_eq!(after.bytes, allocated.bytes);
-    assert_eq!(report, SweepReport { clusters: 1, zeroed_bytes: 6 * SUB, freed_bytes: 6 * SUB });
+    assert_eq!(
+        report,
+        SweepReport {
+            clusters: 1,
+            read_bytes: 32 * SUB,
+            zeroed_bytes: 6 * SUB,
+            freed_bytes: 6 * SUB
+        }
+    );
     assert_gave_back(allocated.allocated, after.allocated, 6 * SUB);
 }
 

@@ -1,24 +1,19 @@
 //! `dedup IMAGE`: has equal clusters of one image share a place.
 
-use std::time::{Duration, Instant};
-
 use lacuna::ErrorKind;
 use lacuna::job::{Dedup, DedupOptions, DedupPhase, DedupProgress, Deduped};
 use lacuna::qcow2::{Access, Image};
 use pollster::block_on;
 use serde_json::json;
 
-use super::{FileChain, Form, HAZARD, Meter, Request, count, form, open, options};
+use super::{FileChain, Form, HAZARD, Meter, Request, form, open, options, would_free};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
-use crate::interrupt::Interrupted;
+use crate::interrupt::{INTERRUPTED, Interrupted};
 use crate::nodes::AnyStorage;
 use crate::output::{self, short_size};
 use crate::persona::Tool;
-use crate::size;
-
-/// Exit code after Ctrl-C, as shells have it.
-const INTERRUPTED: u8 = 130;
+use crate::verbs::pace::Pace;
 
 pub(super) fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let [name] = &parsed.operands[..] else {
@@ -29,7 +24,7 @@ pub(super) fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let pace = Pace::read(parsed)?;
     let options = DedupOptions {
         memory_bytes: options(parsed)?.memory_bytes,
-        slice_bytes: pace.slice_bytes(),
+        slice_bytes: pace.slice_bytes(DedupOptions::default().slice_bytes),
     };
     // A look changes nothing, not even what opening for writing repairs.
     let access = if parsed.has("dry-run") { Access::ReadOnly } else { Access::ReadWrite };
@@ -72,13 +67,10 @@ fn raw(name: &str) -> CliError {
 
 /// Only looks.
 fn dry_run(tool: &Tool, parsed: &Parsed, chain: &FileChain, name: &str) -> CliResult<Outcome> {
-    let mut looking = options(parsed)?;
-    looking.cluster_sizes.clear();
-    let chains = std::slice::from_ref(chain);
-    let found = count(chains, looking, Meter::new(tool, parsed, "dedup")?)?;
-    let report = super::report::Report { chains, names: &[], found: &found };
-    let would_free = report.in_place_bytes().unwrap_or(0);
-    Ok(Outcome::Looked { name: name.to_owned(), would_free })
+    let mut meter = Meter::new(tool, parsed, "dedup")?;
+    let found = would_free(chain, options(parsed)?, &mut meter);
+    meter.finish(found.is_ok());
+    Ok(Outcome::Looked { name: name.to_owned(), would_free: found? })
 }
 
 /// Goes on until all is done, or somebody interrupts it.
@@ -111,45 +103,12 @@ fn steps(
     Ok(Outcome::Shared { name: name.to_owned(), done: dedup.so_far(), is_whole: false })
 }
 
-fn show(meter: &mut Meter, progress: &DedupProgress) {
+pub(crate) fn show(meter: &mut Meter, progress: &DedupProgress) {
     let phase = match progress.phase {
         DedupPhase::Find => "find",
         DedupPhase::Share => "share",
     };
     meter.update(phase, progress.done_bytes, progress.total_bytes);
-}
-
-/// How fast it may go.
-struct Pace {
-    bytes_per_second: Option<u64>,
-    start: Instant,
-    read_bytes: u64,
-}
-
-impl Pace {
-    fn read(parsed: &Parsed) -> CliResult<Self> {
-        let bound = parsed.last("bandwidth");
-        let bound = bound.map(|text| size::within("bandwidth", text, 1, 1 << 62)).transpose()?;
-        Ok(Self { bytes_per_second: bound, start: Instant::now(), read_bytes: 0 })
-    }
-
-    /// Small steps where it is to be slow: four a second.
-    fn slice_bytes(&self) -> u64 {
-        let most = DedupOptions::default().slice_bytes;
-        self.bytes_per_second.map_or(most, |bound| (bound / 4).min(most))
-    }
-
-    /// Waits until what was read fits the bound.
-    fn keep(&mut self, read_bytes: u64, interrupted: &Interrupted) {
-        self.read_bytes += read_bytes;
-        let Some(bound) = self.bytes_per_second else { return };
-        let due = Duration::from_secs_f64(self.read_bytes as f64 / bound as f64);
-        while !interrupted.is_so()
-            && let Some(rest) = due.checked_sub(self.start.elapsed())
-        {
-            std::thread::sleep(rest.min(Duration::from_millis(100)));
-        }
-    }
 }
 
 enum Outcome {

@@ -1,7 +1,7 @@
 //! `dedup`: clusters with equal content share a place; what that would save is told before.
 
 mod across;
-mod in_place;
+pub(super) mod in_place;
 mod report;
 
 use lacuna::job::{
@@ -11,6 +11,7 @@ use lacuna::qcow2::Shared;
 use pollster::block_on;
 
 use super::open::{self, FileChain, Request};
+use super::pace;
 use super::progress::Meter;
 use super::{Example, ExitCode, Form, Task, Verb, common, form};
 use crate::args::{Flag, Parsed};
@@ -34,7 +35,7 @@ pub(super) const VERB: Verb = Verb {
             .long_only(),
         Flag::valued('\0', "base", "FILE", "with --across: the new backing file of all images")
             .long_only(),
-        Flag::valued('\0', "bandwidth", "BYTES", "most bytes to read per second").long_only(),
+        pace::BANDWIDTH,
         Flag::valued('\0', "memory", "SIZE", "most memory for fingerprints (256M)").long_only(),
         common::QUIET,
         common::PROGRESS,
@@ -88,12 +89,15 @@ fn report(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     for name in &parsed.operands {
         chains.push(open::open_for_content(tool, &Request::reading(name, parsed, "format")?)?);
     }
-    let found = count(&chains, options, Meter::new(tool, parsed, "dedup")?)?;
+    let mut meter = Meter::new(tool, parsed, "dedup")?;
+    let found = count(&chains, options, &mut meter);
+    meter.finish(found.is_ok());
+    let found = found?;
     let report = report::Report { chains: &chains, names: &parsed.operands, found: &found };
     output::print(&report.text(form)).map(|()| 0)
 }
 
-fn options(parsed: &Parsed) -> CliResult<DuplicateOptions> {
+pub(super) fn options(parsed: &Parsed) -> CliResult<DuplicateOptions> {
     let mut options = DuplicateOptions::default();
     if let Some(text) = parsed.last("memory") {
         options.memory_bytes = size::within("memory bound", text, 1 << 20, 1 << 62)?;
@@ -119,7 +123,7 @@ pub(crate) fn told(shared: &Shared) -> String {
 }
 
 /// Who must not write to such an image.
-const HAZARD: &str = "\
+pub(super) const HAZARD: &str = "\
 Whoever writes to it must heed the COPIED flag, as with internal snapshots. QEMU does;
 cloud-hypervisor, crosvm and qcow2-rs did not when looked at, and corrupt such images.
 ";
@@ -133,7 +137,7 @@ fn cluster_bytes(chain: &FileChain) -> Option<u64> {
 fn count(
     chains: &[FileChain],
     mut options: DuplicateOptions,
-    mut meter: Meter,
+    meter: &mut Meter,
 ) -> CliResult<Duplicates> {
     options.cluster_sizes.extend(chains.iter().filter_map(cluster_bytes));
     options.cluster_sizes.sort_unstable();
@@ -144,7 +148,18 @@ fn count(
     };
     let sources: Vec<_> = chains.iter().map(source).collect();
     let mut update = |done, total| meter.update("count", done, total);
-    let found = block_on(estimate_duplicates(&sources, &options, &mut update));
-    meter.finish(found.is_ok());
-    Ok(found?)
+    Ok(block_on(estimate_duplicates(&sources, &options, &mut update))?)
+}
+
+/// Tells how many bytes sharing in place would free in one image.
+pub(super) fn would_free(
+    chain: &FileChain,
+    mut options: DuplicateOptions,
+    meter: &mut Meter,
+) -> CliResult<u64> {
+    options.cluster_sizes.clear();
+    let chains = std::slice::from_ref(chain);
+    let found = count(chains, options, meter)?;
+    let report = report::Report { chains, names: &[], found: &found };
+    Ok(report.in_place_bytes().unwrap_or(0))
 }

@@ -24,7 +24,7 @@ mod structures;
 
 use self::counts::Counts;
 use self::plan::Plan;
-use self::refuse::{refuse_findings, refuse_header};
+use self::refuse::{Leaks, refuse_findings, refuse_header};
 use self::structures::Structures;
 use super::check::{Progress, Survey};
 use super::format::{AutoclearFeatures, Geometry, IncompatibleFeatures};
@@ -106,7 +106,7 @@ impl<S: Storage> Image<S> {
         refuse_header(&self.header(), options)?;
         self.clone().close().await?;
         let storage = self.storage();
-        let survey = survey(storage, options, progress).await?;
+        let survey = survey(storage, options, Leaks::Refused, progress).await?;
         let claim = AutoclearFeatures::MAPPING_KEPT;
         if survey.header.features.autoclear.contains(claim) {
             let off = |header: &mut super::format::Header| {
@@ -122,10 +122,11 @@ impl<S: Storage> Image<S> {
     }
 }
 
-/// Says what compacting the image would do. Nothing is written; nobody may write meanwhile.
+/// Says what compacting the image would do. Nothing is written; nobody may write meanwhile. Leaks count
+/// as free, as they would be repaired before.
 ///
 /// # Errors
-/// As [`Image::compact`] has them before anything moves; what reading gives.
+/// As [`Image::compact`] has them before anything moves, but for leaks; what reading gives.
 ///
 /// ```
 /// use lacuna::qcow2::{CompactOptions, CreateOptions, compact_estimate, create};
@@ -145,7 +146,7 @@ pub async fn compact_estimate<S: Storage>(
 ) -> Result<CompactEstimate> {
     refuse_header(&super::read_header(storage).await?, options)?;
     let mut nobody = |_| ();
-    let survey = survey(storage, options, &mut nobody).await?;
+    let survey = survey(storage, options, Leaks::Ignored, &mut nobody).await?;
     let compaction = Compaction::new(storage, survey, options, &mut nobody).await?;
     Ok(CompactEstimate {
         before_bytes: compaction.report.before_bytes,
@@ -155,10 +156,11 @@ pub async fn compact_estimate<S: Storage>(
     })
 }
 
-/// Checks the image; only a clean one goes on.
+/// Checks the image; only a sound one goes on.
 async fn survey<S: Storage>(
     storage: &S,
     options: &CompactOptions,
+    leaks: Leaks,
     listener: Listener<'_>,
 ) -> Result<Survey> {
     let mut heard = |progress: Progress| {
@@ -171,7 +173,7 @@ async fn survey<S: Storage>(
     if survey.header.features.incompatible.intersects(bits) {
         return Err(Error::corrupt("The image is marked dirty or corrupt; repair it first"));
     }
-    refuse_findings(&survey)?;
+    refuse_findings(&survey, leaks)?;
     Ok(survey)
 }
 

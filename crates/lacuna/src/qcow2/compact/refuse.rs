@@ -36,10 +36,20 @@ pub(super) fn refuse_header(header: &Header, options: &CompactOptions) -> Result
     Ok(())
 }
 
+/// What is thought of clusters that nothing refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Leaks {
+    /// They count as free.
+    Ignored,
+    /// They are to be repaired first.
+    Refused,
+}
+
 /// Refuses what a check does not find clean.
-pub(super) fn refuse_findings(survey: &Survey) -> Result<()> {
+pub(super) fn refuse_findings(survey: &Survey, leaks: Leaks) -> Result<()> {
     let report = &survey.report;
-    if report.is_clean() && survey.is_complete {
+    let is_sound = report.check_errors == 0 && report.corruptions == 0;
+    if is_sound && survey.is_complete && (report.leaks == 0 || leaks == Leaks::Ignored) {
         return Ok(());
     }
     let first =

@@ -1,0 +1,78 @@
+//! A bound on bytes per second, kept by waiting.
+
+use std::time::{Duration, Instant};
+
+use crate::args::{Flag, Parsed};
+use crate::error::CliResult;
+use crate::interrupt::Interrupted;
+use crate::size;
+
+/// What verbs with such a bound offer.
+pub(crate) const BANDWIDTH: Flag =
+    Flag::valued('\0', "bandwidth", "BYTES", "read and write at most so much per second")
+        .long_only();
+
+/// Longest single wait, so that an interruption is noticed.
+const LONGEST: Duration = Duration::from_millis(100);
+
+/// Holds work back to a rate.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pace {
+    bytes_per_second: Option<u64>,
+    start: Instant,
+    done_bytes: u64,
+}
+
+impl Pace {
+    /// Reads `--bandwidth`; without one nothing waits.
+    pub(crate) fn read(parsed: &Parsed) -> CliResult<Self> {
+        let bound = parsed.last(BANDWIDTH.long);
+        let bound = bound.map(|text| size::within(BANDWIDTH.long, text, 1, 1 << 62)).transpose()?;
+        Ok(Self { bytes_per_second: bound, start: Instant::now(), done_bytes: 0 })
+    }
+
+    /// Returns how much to do at once, `most` at most: where it is to be slow, a quarter of a second.
+    pub(crate) fn slice_bytes(&self, most: u64) -> u64 {
+        self.bytes_per_second.map_or(most, |bound| (bound / 4).min(most))
+    }
+
+    /// Begins to count anew.
+    pub(crate) fn restart(&mut self) {
+        (self.start, self.done_bytes) = (Instant::now(), 0);
+    }
+
+    /// Takes note of more bytes, and waits until all since the start fit the bound.
+    pub(crate) fn keep(&mut self, more_bytes: u64, interrupted: &Interrupted) {
+        self.done_bytes += more_bytes;
+        while !interrupted.is_so()
+            && let Some(rest) = self.due().checked_sub(self.start.elapsed())
+            && !rest.is_zero()
+        {
+            std::thread::sleep(rest.min(LONGEST));
+        }
+    }
+
+    /// Returns how long all that was moved should have taken.
+    fn due(&self) -> Duration {
+        self.bytes_per_second.map_or(Duration::ZERO, |bound| {
+            Duration::from_secs_f64(self.done_bytes as f64 / bound as f64)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_moved_is_due_by_the_rate_and_at_once_without_one() {
+        let pace = |bytes_per_second| Pace {
+            bytes_per_second,
+            start: Instant::now(),
+            done_bytes: 3 << 20,
+        };
+        assert_eq!(pace(Some(1 << 20)).due(), Duration::from_secs(3));
+        assert_eq!(pace(None).due(), Duration::ZERO);
+        assert_eq!(pace(Some(1 << 20)).slice_bytes(8 << 20), 1 << 18);
+    }
+}
