@@ -363,3 +363,52 @@ fn images_that_cannot_stand_on_a_base_stay_as_they_are() {
         ours.prepare("[ ! -e x ] && cmp a a.before && cmp b b.before");
     }
 }
+
+/// An image with a persistent bitmap, in which clusters share places.
+const SHARED: &str = "
+    stock-img create -q -f qcow2 a 8M
+    stock-io -f qcow2 -c 'write -P 1 0 1M' -c 'write -P 2 1M 1M' a >&2
+    stock-img bitmap --add a b0
+    lacuna dedup -q a
+    cp a before";
+
+#[test]
+fn pins_that_stock_qemu_dropped_are_noticed_and_made_again() {
+    let ours = Sandbox::ours();
+    ours.prepare(SHARED);
+    assert!(ours.run("lacuna info a").text.contains("pins of shared clusters: 2 clusters"));
+    // Something to repair, so that all is repaired: a leak behind the end.
+    ours.prepare("stock-img check -q -r all a; stock-img snapshot -l a >&2");
+    let info = ours.run("lacuna info a").text;
+    assert!(info.contains("`lacuna dedup --repin` before stock QEMU writes"), "{info}");
+    assert_eq!(
+        ours.run("lacuna dedup --repin a").text,
+        "a: 2 shared clusters are pinned now and were not before\n"
+    );
+    // All sharers but one are overwritten, and the check goes on finding nothing.
+    ours.prepare(
+        "stock-img check -q a && stock-img compare -q a before
+         stock-io -f qcow2 -c 'write -P 3 64k 960k' -c 'read -P 1 0 64k' a >&2
+         stock-img check -q a",
+    );
+    assert_eq!(ours.run("lacuna dedup --repin a").text, "a: no shared cluster lacked a pin\n");
+}
+
+#[test]
+fn pins_are_taken_off_on_request() {
+    let ours = Sandbox::ours();
+    ours.prepare(SHARED);
+    let got = ours.run("lacuna dedup --unpin a");
+    assert_eq!(got.code, Some(0), "{}", got.text);
+    assert!(!ours.run("lacuna snapshot -l a").text.contains("lacuna-pin"));
+    ours.prepare("stock-img check -q a && stock-img compare -q a before");
+    for (line, reason) in [
+        ("--repin --unpin a", "mutually exclusive"),
+        ("--repin --dry-run a", "does not go with"),
+        ("--unpin", "one image"),
+    ] {
+        let got = ours.run(&format!("lacuna dedup {line}"));
+        assert_eq!(got.code, Some(1), "{}", got.text);
+        assert!(got.text.contains(reason), "{}", got.text);
+    }
+}

@@ -58,7 +58,7 @@ fn prepare(
     Dedup::new(image, options).map_err(refusal)
 }
 
-fn raw(name: &str) -> CliError {
+pub(super) fn raw(name: &str) -> CliError {
     let text = format!("'{}' is a raw disk, which has no clusters to share", output::tame(name));
     CliError::new(text)
         .with_class(ErrorKind::Unsupported)

@@ -2,6 +2,7 @@
 
 mod across;
 pub(super) mod in_place;
+mod pins;
 mod report;
 
 use lacuna::job::{
@@ -10,6 +11,7 @@ use lacuna::job::{
 use lacuna::qcow2::Shared;
 use pollster::block_on;
 
+use self::pins::Pins;
 use super::open::{self, FileChain, Request};
 use super::pace;
 use super::progress::Meter;
@@ -35,6 +37,8 @@ pub(super) const VERB: Verb = Verb {
             .long_only(),
         Flag::valued('\0', "base", "FILE", "with --across: the new backing file of all images")
             .long_only(),
+        Flag::switch('\0', "repin", "pin shared clusters whose pins somebody dropped").long_only(),
+        Flag::switch('\0', "unpin", "take the pins of shared clusters off").long_only(),
         pace::BANDWIDTH,
         Flag::valued('\0', "memory", "SIZE", "most memory for fingerprints (256M)").long_only(),
         common::QUIET,
@@ -53,6 +57,7 @@ pub(super) const VERB: Verb = Verb {
             shows: "two images become overlays of what they have in common",
             line: "--across old.qcow2 new.qcow2 --base common.qcow2",
         },
+        Example { shows: "pins that `qemu-img check -r all` dropped", line: "--repin disk.qcow2" },
         Example { shows: "what is stored more than once", line: "--report disk.qcow2" },
         Example {
             shows: "in several images and across them, for programs",
@@ -68,6 +73,9 @@ pub(super) const VERB: Verb = Verb {
 };
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
+    if let Some(pins) = Pins::read(parsed)? {
+        return pins.run(tool, parsed);
+    }
     match (parsed.has("across"), parsed.has("report")) {
         (true, _) => across::run(tool, parsed),
         (false, _) if parsed.has("base") => Err(CliError::usage("--base goes with --across")),

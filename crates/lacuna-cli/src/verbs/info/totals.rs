@@ -5,6 +5,7 @@
 //! * Never: an image goes undescribed since its tables cannot be added up, unless they were asked for.
 
 use lacuna::chain::LevelInfo;
+use lacuna::qcow2::format::Header;
 use lacuna::qcow2::{PinFacts, Totals, pin_facts, totals};
 use pollster::block_on;
 use serde_json::{Value, json};
@@ -57,13 +58,24 @@ pub(super) fn add(
     members.insert("totals".into(), found.as_ref().map_or(Value::Null, members_of));
     match block_on(pin_facts(&level.storage, header, most_table_bytes)) {
         Ok(Some(facts)) => members.insert("pins".into(), pins_of(&facts)),
-        Ok(None) => None,
+        Ok(None) => {
+            let shared_bytes = found.map_or(0, |found| found.shared_bytes);
+            let is_unpinned = shared_bytes > 0 && is_for_pins(header);
+            is_unpinned
+                .then(|| members.insert("unpinned-bytes".into(), shared_bytes.into()))
+                .flatten()
+        }
         Err(error) if effort == Effort::Free => {
             members.insert("pins-error".into(), error.to_string().into())
         }
         Err(error) => return Err(error.into()),
     };
     Ok(())
+}
+
+/// Says whether nothing but deduplication lets clusters of an image share a place.
+const fn is_for_pins(header: &Header) -> bool {
+    header.snapshots.count == 0 && header.extensions.zero_cluster.is_none()
 }
 
 fn pins_of(facts: &PinFacts) -> Value {
@@ -79,6 +91,12 @@ fn pins_of(facts: &PinFacts) -> Value {
 fn pins_text(node: &Value) -> String {
     if let Some(reason) = node.get("pins-error").and_then(Value::as_str) {
         return format!("pins of shared clusters: unknown: {reason}\n");
+    }
+    if let Some(bytes) = node.get("unpinned-bytes").and_then(Value::as_u64) {
+        return format!(
+            "pins of shared clusters: none for {}; `lacuna dedup --repin` before stock QEMU writes\n",
+            short_size(bytes)
+        );
     }
     let Some(pins) = node.get("pins") else { return String::new() };
     let number = |key: &str| pins.get(key).and_then(Value::as_u64).unwrap_or(0);
