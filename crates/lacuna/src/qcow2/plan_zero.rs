@@ -181,6 +181,8 @@ fn cleared(meta: &Meta, old: L2Entry, intent: Intent) -> L2Entry {
         Intent::Cut | Intent::Forget => L2Entry::UNALLOCATED,
         Intent::Discard if !meta.has_backing && old == L2Entry::UNALLOCATED => old,
         Intent::Discard if !meta.has_zero_flag() => L2Entry::UNALLOCATED,
+        // Reads as zeros, and no entry of version 2 may say so.
+        Intent::ZeroFree if !meta.has_zero_flag() && !meta.has_backing => L2Entry::UNALLOCATED,
         Intent::Discard | Intent::ZeroFree => match meta.on_discard {
             OnDiscard::Free => zero_entry(meta, None),
             OnDiscard::KeepMapping => zero_entry(meta, place),

@@ -84,6 +84,16 @@ fn where_unallocated_reads_as_zeros_it_may_be_that() {
 }
 
 #[test]
+fn version_2_has_no_flag_and_unallocates() {
+    let setup = Setup { options: "compat=0.10", ..Setup::default() };
+    let (report, _, after, disk) = swept(&setup, writing());
+    assert!(after.entries[1..7].iter().all(|entry| entry.word == 0), "{:?}", after.entries);
+    assert_eq!((report.zeroed_bytes, report.freed_bytes), (6 * CLUSTER, 6 * CLUSTER));
+    let path = disk.path.to_str().unwrap();
+    testkit::foreign::QEMU_IMG.succeed(["check", path]);
+}
+
+#[test]
 fn over_a_backing_file_zeros_hide_it() {
     let (report, _, after, _) = swept(&Setup { backing: true, ..Setup::default() }, writing());
     assert!(after.entries[1..6].iter().all(|entry| entry.has_zero_flag()));
