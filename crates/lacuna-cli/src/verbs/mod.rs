@@ -315,11 +315,16 @@ pub(crate) enum Form {
 
 /// Reads `--output`.
 pub(crate) fn form(parsed: &Parsed) -> CliResult<Form> {
-    match parsed.last("output") {
+    form_by(parsed, "output")
+}
+
+/// Reads an option that says how to print.
+fn form_by(parsed: &Parsed, flag: &str) -> CliResult<Form> {
+    match parsed.last(flag) {
         None | Some("human") => Ok(Form::Human),
         Some("json") => Ok(Form::Json),
         Some(other) => {
-            let text = format!("--output expects 'human' or 'json' not '{other}'");
+            let text = format!("--{flag} expects 'human' or 'json' not '{other}'");
             Err(CliError::usage(text))
         }
     }

@@ -54,10 +54,14 @@ impl Pace {
 
     /// Returns how long all that was moved should have taken.
     fn due(&self) -> Duration {
-        self.bytes_per_second.map_or(Duration::ZERO, |bound| {
-            Duration::from_secs_f64(self.done_bytes as f64 / bound as f64)
-        })
+        self.bytes_per_second.map_or(Duration::ZERO, |bound| due(self.done_bytes, bound))
     }
+}
+
+/// Returns how long so many bytes take at a rate above zero.
+pub(crate) fn due(bytes: u64, bytes_per_second: u64) -> Duration {
+    let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(bytes_per_second);
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]

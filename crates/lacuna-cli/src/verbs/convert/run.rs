@@ -13,6 +13,7 @@ use pollster::block_on;
 
 use super::super::dedup;
 use super::super::open::FileChain;
+use super::super::pace;
 use super::super::progress::Meter;
 use super::asked;
 use super::concat::Concat;
@@ -178,8 +179,7 @@ impl Limit {
 
     /// Returns how long after the start so many bytes may be written.
     fn due(&self, written_bytes: u64) -> Duration {
-        let nanos = u128::from(written_bytes) * 1_000_000_000 / u128::from(self.bytes_per_second);
-        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+        pace::due(written_bytes, self.bytes_per_second)
     }
 }
 

@@ -6,7 +6,7 @@ use lacuna::qcow2::{Access, Image};
 use pollster::block_on;
 use serde_json::json;
 
-use super::{FileChain, Form, HAZARD, Meter, Request, form, open, options, would_free};
+use super::{FileChain, Form, HAZARD, Meter, Request, form, memory_bytes, open, would_free};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
 use crate::interrupt::{INTERRUPTED, Interrupted};
@@ -22,10 +22,7 @@ pub(super) fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     };
     let form = form(parsed)?;
     let pace = Pace::read(parsed)?;
-    let options = DedupOptions {
-        memory_bytes: options(parsed)?.memory_bytes,
-        slice_bytes: pace.slice_bytes(DedupOptions::default().slice_bytes),
-    };
+    let memory_bytes = memory_bytes(parsed)?;
     // A look changes nothing, not even what opening for writing repairs.
     let access = if parsed.has("dry-run") { Access::ReadOnly } else { Access::ReadWrite };
     let request = Request { access, ..Request::reading(name, parsed, "format")? };
@@ -33,9 +30,8 @@ pub(super) fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let result = match chain.disk().as_qcow2() {
         None => Err(raw(name)),
         Some(_) if access == Access::ReadOnly => dry_run(tool, parsed, &chain, name),
-        Some(image) => {
-            prepare(image, options, name).and_then(|dedup| steps(tool, parsed, dedup, pace, name))
-        }
+        Some(image) => prepare(image, memory_bytes, &pace, name)
+            .and_then(|dedup| steps(tool, parsed, dedup, pace, name)),
     };
     // The image is closed in any case; the first error is the one to tell.
     let closed = block_on(chain.into_disk().close());
@@ -49,13 +45,23 @@ pub(super) fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 
 fn prepare(
     image: &Image<AnyStorage>,
-    options: DedupOptions,
+    memory_bytes: u64,
+    pace: &Pace,
     name: &str,
 ) -> CliResult<Dedup<AnyStorage>> {
-    let refusal = |error: lacuna::Error| {
+    begin(image, memory_bytes, pace).map_err(|error| {
         CliError::from(error).under(format!("Clusters of '{}' cannot share", output::tame(name)))
-    };
-    Dedup::new(image, options).map_err(refusal)
+    })
+}
+
+/// Prepares to share in steps that are as large as the pace allows.
+pub(crate) fn begin(
+    image: &Image<AnyStorage>,
+    memory_bytes: u64,
+    pace: &Pace,
+) -> lacuna::Result<Dedup<AnyStorage>> {
+    let slice_bytes = pace.slice_bytes(DedupOptions::default().slice_bytes);
+    Dedup::new(image, DedupOptions { memory_bytes, slice_bytes })
 }
 
 pub(super) fn raw(name: &str) -> CliError {
@@ -68,7 +74,7 @@ pub(super) fn raw(name: &str) -> CliError {
 /// Only looks.
 fn dry_run(tool: &Tool, parsed: &Parsed, chain: &FileChain, name: &str) -> CliResult<Outcome> {
     let mut meter = Meter::new(tool, parsed, "dedup")?;
-    let found = would_free(chain, options(parsed)?, &mut meter);
+    let found = would_free(chain, memory_bytes(parsed)?, &mut meter);
     meter.finish(found.is_ok());
     Ok(Outcome::Looked { name: name.to_owned(), would_free: found? })
 }
@@ -83,27 +89,39 @@ fn steps(
 ) -> CliResult<Outcome> {
     let interrupted = Interrupted::watch();
     let mut meter = Meter::new(tool, parsed, "dedup")?;
-    while !interrupted.is_so() {
-        match block_on(dedup.step())? {
-            None => {
-                meter.finish(true);
-                return Ok(Outcome::Shared {
-                    name: name.to_owned(),
-                    done: dedup.so_far(),
-                    is_whole: true,
-                });
-            }
-            Some(progress) => {
-                show(&mut meter, &progress);
-                pace.keep(progress.read_bytes, &interrupted);
-            }
-        }
-    }
-    meter.finish(false);
-    Ok(Outcome::Shared { name: name.to_owned(), done: dedup.so_far(), is_whole: false })
+    let run = run_through(&mut dedup, &mut pace, &mut meter, &interrupted)?;
+    meter.finish(run.is_whole);
+    Ok(Outcome::Shared { name: name.to_owned(), done: dedup.so_far(), is_whole: run.is_whole })
 }
 
-pub(crate) fn show(meter: &mut Meter, progress: &DedupProgress) {
+/// How far the steps came.
+pub(crate) struct Run {
+    /// Nobody interrupted them.
+    pub(crate) is_whole: bool,
+    /// What they read.
+    pub(crate) read_bytes: u64,
+}
+
+/// Takes all steps, or those before an interruption.
+pub(crate) fn run_through(
+    dedup: &mut Dedup<AnyStorage>,
+    pace: &mut Pace,
+    meter: &mut Meter,
+    interrupted: &Interrupted,
+) -> CliResult<Run> {
+    let mut read_bytes = 0;
+    while !interrupted.is_so() {
+        let Some(progress) = block_on(dedup.step())? else {
+            return Ok(Run { is_whole: true, read_bytes });
+        };
+        show(meter, &progress);
+        read_bytes += progress.read_bytes;
+        pace.keep(progress.read_bytes, interrupted);
+    }
+    Ok(Run { is_whole: false, read_bytes })
+}
+
+fn show(meter: &mut Meter, progress: &DedupProgress) {
     let phase = match progress.phase {
         DedupPhase::Find => "find",
         DedupPhase::Share => "share",

@@ -18,6 +18,7 @@ use super::progress::Meter;
 use super::{Example, ExitCode, Form, Task, Verb, common, form};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
+use crate::interrupt::INTERRUPTED;
 use crate::output;
 use crate::persona::Tool;
 use crate::size;
@@ -67,7 +68,10 @@ pub(super) const VERB: Verb = Verb {
     codes: &[
         ExitCode { code: 0, means: "done" },
         ExitCode { code: 1, means: "an image could not be opened, read or changed" },
-        ExitCode { code: 130, means: "interrupted; the image is valid, and another run goes on" },
+        ExitCode {
+            code: INTERRUPTED,
+            means: "interrupted; the image is valid, and another run goes on",
+        },
     ],
     run,
 };
@@ -92,7 +96,8 @@ fn report(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     if let Some(flag) = ["dry-run", "bandwidth"].into_iter().find(|flag| parsed.has(flag)) {
         return Err(CliError::usage(format!("--{flag} and --report are mutually exclusive")));
     }
-    let options = options(parsed)?;
+    let memory_bytes = memory_bytes(parsed)?;
+    let options = DuplicateOptions { memory_bytes, ..DuplicateOptions::default() };
     let mut chains = Vec::new();
     for name in &parsed.operands {
         chains.push(open::open_for_content(tool, &Request::reading(name, parsed, "format")?)?);
@@ -105,12 +110,12 @@ fn report(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     output::print(&report.text(form)).map(|()| 0)
 }
 
-pub(super) fn options(parsed: &Parsed) -> CliResult<DuplicateOptions> {
-    let mut options = DuplicateOptions::default();
-    if let Some(text) = parsed.last("memory") {
-        options.memory_bytes = size::within("memory bound", text, 1 << 20, 1 << 62)?;
+/// Reads `--memory`.
+pub(super) fn memory_bytes(parsed: &Parsed) -> CliResult<u64> {
+    match parsed.last("memory") {
+        None => Ok(DuplicateOptions::default().memory_bytes),
+        Some(text) => size::within("memory bound", text, 1 << 20, 1 << 62),
     }
-    Ok(options)
 }
 
 /// Reads the options of deduplication on the way of writes.
@@ -162,10 +167,10 @@ fn count(
 /// Tells how many bytes sharing in place would free in one image.
 pub(super) fn would_free(
     chain: &FileChain,
-    mut options: DuplicateOptions,
+    memory_bytes: u64,
     meter: &mut Meter,
 ) -> CliResult<u64> {
-    options.cluster_sizes.clear();
+    let options = DuplicateOptions { memory_bytes, cluster_sizes: Vec::new() };
     let chains = std::slice::from_ref(chain);
     let found = count(chains, options, meter)?;
     let report = report::Report { chains, names: &[], found: &found };

@@ -17,7 +17,7 @@ use self::steps::Work;
 use super::open::{self, FileChain, Request};
 use super::pace::{self, Pace};
 use super::progress::Meter;
-use super::{Example, ExitCode, Form, Task, Verb, common, dedup, one_image};
+use super::{Example, ExitCode, Form, Task, Verb, common, dedup, form_by, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::interrupt::{INTERRUPTED, Interrupted};
@@ -68,14 +68,14 @@ pub(super) const VERB: Verb = Verb {
 };
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
-    let form = form(parsed)?;
+    let form = form_by(parsed, "report")?;
     let is_dry = parsed.has("dry-run");
     let request = request(parsed, is_dry)?;
     let mut work = Work {
         pace: Pace::read(parsed)?,
         meter: Meter::new(tool, parsed, "reclaim")?,
         interrupted: Interrupted::watch(),
-        memory: dedup::options(parsed)?,
+        memory_bytes: dedup::memory_bytes(parsed)?,
         dedups: parsed.has("dedup"),
         kept_mapping: keep_or_move(parsed.has("move-kept")),
         is_dry,
@@ -106,17 +106,6 @@ fn on_image(tool: &Tool, request: &Request, work: &mut Work, report: &mut Report
 
 const fn keep_or_move(moves: bool) -> KeptMapping {
     if moves { KeptMapping::Move } else { KeptMapping::Refuse }
-}
-
-fn form(parsed: &Parsed) -> CliResult<Form> {
-    match parsed.last("report") {
-        None | Some("human") => Ok(Form::Human),
-        Some("json") => Ok(Form::Json),
-        Some(other) => {
-            let text = format!("--report expects 'human' or 'json' not '{other}'");
-            Err(CliError::usage(text))
-        }
-    }
 }
 
 fn request(parsed: &Parsed, is_dry: bool) -> CliResult<Request> {

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use lacuna::job::{Dedup, DedupOptions, DuplicateOptions, SweepProgress, sweep, sweep_estimate};
+use lacuna::job::{SweepProgress, sweep, sweep_estimate};
 use lacuna::qcow2::{CompactOptions, CompactPhase, CompactProgress, KeptMapping, compact_estimate};
 use pollster::block_on;
 
@@ -21,7 +21,8 @@ pub(super) struct Work {
     pub(super) pace: Pace,
     pub(super) meter: Meter,
     pub(super) interrupted: Interrupted,
-    pub(super) memory: DuplicateOptions,
+    /// For each step.
+    pub(super) memory_bytes: u64,
     pub(super) dedups: bool,
     pub(super) kept_mapping: KeptMapping,
     pub(super) is_dry: bool,
@@ -78,26 +79,19 @@ fn sweeping(image: &Image, work: &mut Work) -> CliResult<Step> {
 
 /// Equal clusters share a place.
 fn sharing(image: &Image, work: &mut Work) -> CliResult<Step> {
-    let (start, mut read_bytes) = (Instant::now(), 0);
+    let start = Instant::now();
     work.pace.restart();
-    let options = DedupOptions {
-        memory_bytes: work.memory.memory_bytes,
-        slice_bytes: work.pace.slice_bytes(DedupOptions::default().slice_bytes),
-    };
-    let mut dedup = Dedup::new(image, options)?;
-    while let Some(progress) = block_on(dedup.step())? {
-        in_place::show(&mut work.meter, &progress);
-        read_bytes += progress.read_bytes;
-        work.pace.keep(progress.read_bytes, &work.interrupted);
-        if work.interrupted.is_so() {
-            return Err(interrupted_in_place());
-        }
+    let mut dedup = in_place::begin(image, work.memory_bytes, &work.pace)?;
+    let Work { pace, meter, interrupted, .. } = work;
+    let run = in_place::run_through(&mut dedup, pace, meter, interrupted)?;
+    if !run.is_whole {
+        return Err(interrupted_in_place());
     }
     let done = dedup.so_far();
     Ok(Step {
         freed_bytes: done.freed_bytes,
         shared_clusters: done.shared,
-        read_bytes,
+        read_bytes: run.read_bytes,
         written_bytes: done.keepers * image.geometry().cluster_bytes(),
         seconds: start.elapsed().as_secs_f64(),
         ..Step::nothing("dedup")
@@ -107,7 +101,7 @@ fn sharing(image: &Image, work: &mut Work) -> CliResult<Step> {
 /// Tells what sharing would free.
 fn counting_equals(chain: &FileChain, work: &mut Work) -> CliResult<Step> {
     let start = Instant::now();
-    let freed_bytes = would_free(chain, work.memory.clone(), &mut work.meter)?;
+    let freed_bytes = would_free(chain, work.memory_bytes, &mut work.meter)?;
     let seconds = start.elapsed().as_secs_f64();
     Ok(Step { freed_bytes, seconds, ..Step::nothing("dedup") })
 }
@@ -167,7 +161,7 @@ fn estimated(image: &Image, work: &Work, report: &Report) -> CliResult<Step> {
 
 fn options(work: &Work) -> CompactOptions {
     CompactOptions {
-        memory_bytes: work.memory.memory_bytes,
+        memory_bytes: work.memory_bytes,
         kept_mapping: work.kept_mapping,
         stop: Some(work.interrupted.flag()),
         ..CompactOptions::default()
