@@ -20,6 +20,7 @@ mod live_extents;
 mod qemu_differential;
 mod random_operations;
 mod rebase;
+mod scene;
 mod sharing;
 mod sharing_rules;
 mod sharing_stock;

@@ -1,17 +1,16 @@
 //! Sharing equal clusters changes no byte: through power cuts, dropped at every await, among writers.
 
-use std::sync::Arc;
-
 use lacuna::block::{Layer, WriteFlags};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::{Image, OnDiscard};
 use lacuna::units::{GuestCluster, GuestOffset, GuestRange};
 use testkit::sim::{Fault, OperationKind, Pace, SimHost, SimStorage, crash};
-use testkit::{DropPoint, Executor, ModelDisk, Operation, Random, content, seeds};
+use testkit::{DropPoint, ModelDisk, Operation, Random, content, seeds};
 
 use crate::case::{Case, Kind};
 use crate::crash::{Recorded, kinds};
 use crate::drive::{assert_qemu_agrees, assert_safe, is_dirty, perform, whole_content};
+use crate::scene::Scene;
 
 /// Guest clusters that are filled, and groups of which are alike.
 const FILLED: u64 = 14;
@@ -167,49 +166,12 @@ fn taking_pins_off_and_making_them_again_leaves_leaks_at_worst_or_the_dirty_bit(
     }
 }
 
-struct Scene {
-    host: SimHost,
-    executor: Executor<'static>,
-    image: Image<SimStorage>,
-    model: ModelDisk,
-}
-
-impl Scene {
-    fn set(case: &Case, seed: u64) -> Self {
-        let host = SimHost::without_record(Pace::Executor, seed);
-        let mut executor = Executor::new(seed);
-        executor.attach(Arc::new(host.clone()));
-        let files = case.on(&host);
-        let mut model = case.model();
-        let image = executor.block_on(async move { files.open().await }).unwrap();
-        let (filled, cluster) = (image.clone(), case.kind.cluster_bytes());
-        let fill = async move {
-            fill(&filled, &mut model, cluster).await;
-            model
-        };
-        let model = executor.block_on(fill);
-        Self { host, executor, image, model }
-    }
-
-    /// Every byte is as it should be, also after a close, and for QEMU.
-    fn judge(mut self, case: &Case, story: &str) {
-        let (image, model) = (self.image.clone(), self.model.clone());
-        let seen = self.executor.block_on(async move { whole_content(&image).await }).unwrap();
-        let same = seen.to_vec() == model.content().to_vec();
-        assert!(same, "{story}: the content has changed");
-        self.executor.block_on(self.image.clone().close()).unwrap();
-        let after = case.with_content(vec![self.host.content(0)]);
-        pollster::block_on(assert_safe(&after, false)).unwrap();
-        assert_qemu_agrees(&after, &self.model, story);
-    }
-}
-
 #[test]
 fn sharing_dropped_at_any_await_changes_no_byte_and_leaks_nothing() {
     for kind in few() {
         let case = build(&kind, 1);
         for polls in (1..).step_by(5) {
-            let mut scene = Scene::set(&case, 1);
+            let mut scene = Scene::set(&case, 1, fill);
             let image = scene.image.clone();
             let run = async move { image.share(&groups()).await };
             let task = scene.executor.spawn_until(DropPoint::AfterPoll(polls), run);
@@ -229,7 +191,7 @@ fn what_is_written_while_clusters_are_shared_is_kept() {
     for seed in seeds(6) {
         for (number, kind) in (0..).zip(few()) {
             let case = build(&kind, seed);
-            let mut scene = Scene::set(&case, seed * 100 + number);
+            let mut scene = Scene::set(&case, seed * 100 + number, fill);
             let mut random = Random::new(seed);
             let cluster = kind.cluster_bytes();
             let images = [scene.image.clone(), scene.image.clone()];
@@ -338,7 +300,7 @@ fn a_disk_that_shrinks_while_its_clusters_are_shared_keeps_the_rest() {
     for seed in seeds(6) {
         for (number, kind) in (0..).zip(few()) {
             let case = build(&kind, seed);
-            let mut scene = Scene::set(&case, seed * 100 + number);
+            let mut scene = Scene::set(&case, seed * 100 + number, fill);
             let images = [scene.image.clone(), scene.image.clone()];
             let [first, second] = images;
             let sharing = scene.executor.spawn(async move { first.share(&groups()).await });

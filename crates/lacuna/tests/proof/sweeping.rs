@@ -1,18 +1,17 @@
 //! A sweep for zeros changes no byte: through power cuts, dropped at every await, among writers.
 
-use std::sync::Arc;
-
 use lacuna::block::{Layer, WriteFlags};
 use lacuna::buffer::Buffer;
 use lacuna::job::sweep;
 use lacuna::qcow2::Image;
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::sim::{Pace, SimHost, SimStorage};
-use testkit::{DropPoint, Executor, ModelDisk, Operation, Random, content, seeds};
+use testkit::{DropPoint, ModelDisk, Operation, Random, content, seeds};
 
 use crate::case::{Case, Kind};
 use crate::crash::{Recorded, kinds};
-use crate::drive::{assert_qemu_agrees, assert_safe, perform, whole_content};
+use crate::drive::perform;
+use crate::scene::Scene;
 
 /// Clusters of data and of zeros, by turns, all of them stored.
 async fn fill(image: &Image<SimStorage>, model: &mut ModelDisk, cluster: u64) {
@@ -74,48 +73,6 @@ fn sweeping_leaves_leaks_at_worst() {
     }
 }
 
-struct Scene {
-    host: SimHost,
-    executor: Executor<'static>,
-    image: Image<SimStorage>,
-    model: ModelDisk,
-}
-
-impl Scene {
-    fn set(case: &Case, seed: u64) -> Self {
-        let host = SimHost::without_record(Pace::Executor, seed);
-        let mut executor = Executor::new(seed);
-        executor.attach(Arc::new(host.clone()));
-        let files = case.on(&host);
-        let mut model = case.model();
-        let image = executor.block_on(async move { files.open().await }).unwrap();
-        let (filled, cluster) = (image.clone(), case.kind.cluster_bytes());
-        let fill = async move {
-            fill(&filled, &mut model, cluster).await;
-            model
-        };
-        let model = executor.block_on(fill);
-        Self { host, executor, image, model }
-    }
-
-    /// Every byte is as it should be, also after a close, and for QEMU.
-    fn judge(mut self, case: &Case, story: &str) {
-        let (image, model) = (self.image.clone(), self.model.clone());
-        let seen = self.executor.block_on(async move { whole_content(&image).await }).unwrap();
-        let same = seen.to_vec() == model.content().to_vec();
-        assert!(same, "{story}: the content has changed");
-        self.executor.block_on(self.image.clone().close()).unwrap();
-        let after = case.with_content(self.files(case));
-        pollster::block_on(assert_safe(&after, false)).unwrap();
-        assert_qemu_agrees(&after, &self.model, story);
-    }
-
-    fn files(&self, case: &Case) -> Vec<testkit::SparseBytes> {
-        let data = case.data.as_ref().map(|_| self.host.content(1));
-        std::iter::once(self.host.content(0)).chain(data).collect()
-    }
-}
-
 fn few() -> Vec<Kind> {
     let wanted = |kind: &Kind| kind.shared_zero || kind.extended || kind.has_data_file();
     let all = kinds(9).into_iter().chain(kinds(14));
@@ -127,7 +84,7 @@ fn a_sweep_dropped_at_any_await_changes_no_byte_and_leaks_nothing() {
     for kind in few() {
         let case = kind.build(1);
         for polls in (1..).step_by(3) {
-            let mut scene = Scene::set(&case, 1);
+            let mut scene = Scene::set(&case, 1, fill);
             let image = scene.image.clone();
             let run = async move { sweep(&image, &mut |_| {}).await };
             let task = scene.executor.spawn_until(DropPoint::AfterPoll(polls), run);
@@ -147,7 +104,7 @@ fn what_is_written_during_a_sweep_is_kept() {
     for seed in seeds(6) {
         for (number, kind) in (0..).zip(few()) {
             let case = kind.build(seed);
-            let mut scene = Scene::set(&case, seed * 100 + number);
+            let mut scene = Scene::set(&case, seed * 100 + number, fill);
             let mut random = Random::new(seed);
             let cluster = kind.cluster_bytes();
             let image = scene.image.clone();
