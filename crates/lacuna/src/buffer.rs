@@ -188,6 +188,17 @@ impl Buffer {
         self.len += tail.len;
     }
 
+    /// Joins a part that is done, if there is one, with the part behind it.
+    pub(crate) fn joined(done: Option<Self>, next: Self) -> Self {
+        match done {
+            Some(mut done) => {
+                done.unsplit(next);
+                done
+            }
+            None => next,
+        }
+    }
+
     /// Shortens the buffer to its first `len` bytes; longer is no change.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);

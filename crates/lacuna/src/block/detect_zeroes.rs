@@ -94,12 +94,12 @@ impl<L: Layer> DetectZeroes<L> {
             let (result, part) = self.write_run(at, rest, run.is_zero).await;
             at = at + run.len as u64;
             rest = behind;
-            done = Some(join(done, part));
+            done = Some(Buffer::joined(done, part));
             if let Err(error) = result {
-                return (Err(error), join(done, rest));
+                return (Err(error), Buffer::joined(done, rest));
             }
         }
-        (Ok(()), join(done, rest))
+        (Ok(()), Buffer::joined(done, rest))
     }
 
     async fn write_run(&self, at: GuestOffset, bytes: Buffer, is_zero: bool) -> Transfer {
@@ -166,16 +166,6 @@ fn zero_ends(bytes: &[u8], at: u64, unit: u64) -> Ends {
     Ends {
         head: zeros(head, bytes.get(..head).filter(|_| head < len)),
         tail: zeros(tail, len.checked_sub(tail).filter(|from| *from > 0).map(|it| &bytes[it..])),
-    }
-}
-
-fn join(done: Option<Buffer>, next: Buffer) -> Buffer {
-    match done {
-        Some(mut done) => {
-            done.unsplit(next);
-            done
-        }
-        None => next,
     }
 }
 

@@ -111,16 +111,16 @@ impl<S: Storage> Layer for Below<S> {
             let range = GuestRange::new(at, rest.len() as u64);
             let found = match self.find(&mut cursors, range).await {
                 Ok(found) => found,
-                Err(error) => return (Err(error), join(done, rest)),
+                Err(error) => return (Err(error), Buffer::joined(done, rest)),
             };
             let behind = rest.split_off(found.extent.range.len as usize);
             let (result, part) = self.fill(&found, rest).await;
-            (done, rest, at) = (Some(join(done, part)), behind, found.extent.range.end());
+            (done, rest, at) = (Some(Buffer::joined(done, part)), behind, found.extent.range.end());
             if let Err(error) = result {
-                return (Err(error), join(done, rest));
+                return (Err(error), Buffer::joined(done, rest));
             }
         }
-        (Ok(()), join(done, rest))
+        (Ok(()), Buffer::joined(done, rest))
     }
 
     fn host_source(&self, extent: &Extent) -> Option<HostSource> {
@@ -155,17 +155,6 @@ impl<S: Storage> Layer for Below<S> {
             builder.push(found.extent);
         }
         Ok(builder.finish())
-    }
-}
-
-/// Joins a part that is done with the part behind it.
-fn join(done: Option<Buffer>, next: Buffer) -> Buffer {
-    match done {
-        Some(mut done) => {
-            done.unsplit(next);
-            done
-        }
-        None => next,
     }
 }
 

@@ -63,26 +63,26 @@ impl<S: Storage> Image<S> {
         loop {
             let range = GuestRange::new(at, rest.len() as u64);
             if range.is_empty() {
-                return (Ok(()), join(done, rest));
+                return (Ok(()), Buffer::joined(done, rest));
             }
             let run = match first.take() {
                 Some(run) => run,
                 None => match self.plan(|meta| meta.run_in(view, range)).await {
                     Ok(run) => run,
-                    Err(error) => return (Err(error), join(done, rest)),
+                    Err(error) => return (Err(error), Buffer::joined(done, rest)),
                 },
             };
             if run.len == range.len {
                 let (result, last) = self.fill(run, at, rest).await;
-                return (result, join(done, last));
+                return (result, Buffer::joined(done, last));
             }
             let behind = rest.split_off(run.len as usize);
             let (result, part) = self.fill(run, at, rest).await;
-            done = Some(join(done, part));
+            done = Some(Buffer::joined(done, part));
             rest = behind;
             at = at + run.len;
             if let Err(error) = result {
-                return (Err(error), join(done, rest));
+                return (Err(error), Buffer::joined(done, rest));
             }
         }
     }
@@ -153,15 +153,4 @@ fn begin(meta: &mut Meta, view: View<'_>, range: GuestRange) -> Result<Token> {
 /// Looks up what a range begins with; nothing where that takes more than a look at cached tables.
 fn first_run(meta: &mut Meta, view: View<'_>, range: GuestRange) -> Option<Run> {
     if range.is_empty() { None } else { meta.run_in(view, range).ok() }
-}
-
-/// Joins a part that is done with the part behind it.
-pub(super) fn join(done: Option<Buffer>, next: Buffer) -> Buffer {
-    match done {
-        Some(mut done) => {
-            done.unsplit(next);
-            done
-        }
-        None => next,
-    }
 }

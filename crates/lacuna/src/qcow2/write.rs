@@ -10,7 +10,6 @@ use super::need::{Need, Planned};
 use super::options::OnDiscard;
 use super::plan_write::{NewData, WritePiece, link_data, plan_write};
 use super::quarantine::FreedBy;
-use super::read::join;
 use super::view::View;
 use crate::block::WriteFlags;
 use crate::buffer::{Buffer, Hold};
@@ -46,20 +45,20 @@ impl<S: Storage> Image<S> {
             let range = GuestRange::new(at, rest.len() as u64);
             let piece = match self.plan(|meta| plan_write(meta, range, behind)).await {
                 Ok(piece) => piece,
-                Err(error) => return (Err(error), join(done, rest)),
+                Err(error) => return (Err(error), Buffer::joined(done, rest)),
             };
             let len = piece.len();
             behind = Some(piece.host_end());
             let later = rest.split_off(len as usize);
             let (result, part) = self.write_piece_of_guest(piece, rest).await;
-            done = Some(join(done, part));
+            done = Some(Buffer::joined(done, part));
             rest = later;
             at = at + len;
             if let Err(error) = result {
-                return (Err(error), join(done, rest));
+                return (Err(error), Buffer::joined(done, rest));
             }
         }
-        (Ok(()), join(done, rest))
+        (Ok(()), Buffer::joined(done, rest))
     }
 
     async fn write_piece_of_guest(&self, piece: WritePiece, mut bytes: Buffer) -> Transfer {

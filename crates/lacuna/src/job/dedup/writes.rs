@@ -12,7 +12,7 @@ use std::collections::HashMap;
 
 use parking_lot::Mutex;
 
-use super::fingerprint::Fingerprinter;
+use super::fingerprint::{Fingerprint, Fingerprinter};
 use super::index::Index;
 use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags, is_zero};
 use crate::buffer::Buffer;
@@ -123,7 +123,14 @@ enum Start {
     /// So many bytes to write as they are.
     Plain(usize),
     /// A cluster that looks like another.
-    Like(GuestCluster),
+    Like(Alike),
+}
+
+/// What a cluster looks like.
+#[derive(Clone, Copy)]
+struct Alike {
+    other: GuestCluster,
+    fingerprint: Fingerprint,
 }
 
 impl<S: Storage> DedupWrites<S> {
@@ -193,12 +200,12 @@ impl<S: Storage> DedupWrites<S> {
             };
             at = at + len as u64;
             rest = behind;
-            done = Some(join(done, part));
+            done = Some(Buffer::joined(done, part));
             if let Err(error) = result {
-                return (Err(error), join(done, rest));
+                return (Err(error), Buffer::joined(done, rest));
             }
         }
-        (Ok(()), join(done, rest))
+        (Ok(()), Buffer::joined(done, rest))
     }
 
     /// Notes the clusters that a write begins with, up to one that looks like another.
@@ -218,18 +225,18 @@ impl<S: Storage> DedupWrites<S> {
     }
 
     /// Returns a cluster that looks like this one, or notes it.
-    fn meet(&self, cluster: GuestCluster, content: &[u8]) -> Option<GuestCluster> {
+    fn meet(&self, cluster: GuestCluster, content: &[u8]) -> Option<Alike> {
         if is_zero(content) {
             return None;
         }
         let fingerprint = self.fingerprinter.of(content);
         let index = &mut self.known.lock().index;
-        match index.find(fingerprint).filter(|like| *like != cluster) {
+        match index.find(fingerprint).filter(|other| *other != cluster) {
             None => {
                 index.note(fingerprint, cluster);
                 None
             }
-            found => found,
+            Some(other) => Some(Alike { other, fingerprint }),
         }
     }
 
@@ -238,14 +245,14 @@ impl<S: Storage> DedupWrites<S> {
         at: GuestOffset,
         buffer: Buffer,
         flags: WriteFlags,
-        like: GuestCluster,
+        like: Alike,
     ) -> Transfer {
         match self.write_without_place(at, &buffer, like).await {
             Ok(true) if flags.contains(WriteFlags::FUA) => (self.image.flush().await, buffer),
             Ok(true) => (Ok(()), buffer),
             Ok(false) => {
                 let (result, buffer) = self.image.write(at, buffer, flags).await;
-                (self.wait(at, &buffer, like, result).await, buffer)
+                (self.wait(at, like, result).await, buffer)
             }
             Err(error) => (Err(error), buffer),
         }
@@ -255,42 +262,24 @@ impl<S: Storage> DedupWrites<S> {
         &self,
         at: GuestOffset,
         bytes: &[u8],
-        like: GuestCluster,
+        like: Alike,
     ) -> Result<bool> {
         let cluster = self.image.geometry().guest_cluster(at);
-        let is_done = self.image.write_shared(cluster, bytes, like).await?;
+        let is_done = self.image.write_shared(cluster, bytes, like.other).await?;
         self.known.lock().shared.shared += u64::from(is_done);
         Ok(is_done)
     }
 
     /// Has a cluster that was written wait for being shared.
-    async fn wait(
-        &self,
-        at: GuestOffset,
-        bytes: &[u8],
-        like: GuestCluster,
-        written: Result<()>,
-    ) -> Result<()> {
+    async fn wait(&self, at: GuestOffset, like: Alike, written: Result<()>) -> Result<()> {
         written?;
         let cluster = self.image.geometry().guest_cluster(at);
-        let fingerprint = self.fingerprinter.of(bytes);
         {
             let known = &mut *self.known.lock();
-            known.index.note(fingerprint, cluster);
-            known.waiting.add(like, cluster);
+            known.index.note(like.fingerprint, cluster);
+            known.waiting.add(like.other, cluster);
         }
         self.share_when_many().await
-    }
-}
-
-/// Joins what a request was cut into.
-fn join(done: Option<Buffer>, part: Buffer) -> Buffer {
-    match done {
-        None => part,
-        Some(mut done) => {
-            done.unsplit(part);
-            done
-        }
     }
 }
 
@@ -375,7 +364,7 @@ impl<S: Storage> Target for DedupWrites<S> {
             Ok(true) => (Ok(()), buffer),
             Ok(false) => {
                 let (result, buffer) = self.image.write_encoded(offset, buffer, stream).await;
-                (self.wait(offset, &buffer, like, result).await, buffer)
+                (self.wait(offset, like, result).await, buffer)
             }
             Err(error) => (Err(error), buffer),
         }
