@@ -85,6 +85,19 @@ impl Extent {
     pub fn is_continued_by(&self, next: &Self) -> bool {
         self.range.end() == next.range.start && self.status.advanced(self.range.len) == next.status
     }
+
+    /// Says whether the top layer itself holds bytes there that are not known to be zeros.
+    ///
+    /// ```
+    /// use lacuna::block::{Extent, ExtentStatus};
+    /// use lacuna::units::{GuestOffset, GuestRange};
+    /// let range = GuestRange::new(GuestOffset(0), 512);
+    /// assert!(!Extent { range, status: ExtentStatus::UNALLOCATED }.is_own_data());
+    /// ```
+    #[must_use]
+    pub fn is_own_data(&self) -> bool {
+        self.status.depth == AllocationDepth::TOP && !self.status.reads_zero
+    }
 }
 
 /// Collects runs in guest order and joins neighbours of one status.

@@ -4,7 +4,7 @@
 //! * The image may be in use: clusters are given back only while nobody can write to them.
 
 use crate::Result;
-use crate::block::{AllocationDepth, Extent, Layer};
+use crate::block::Layer;
 use crate::qcow2::Image;
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange};
@@ -142,7 +142,7 @@ async fn walk<S: Storage>(
         let extents = image.extents(rest).await?;
         let Some(last) = extents.last() else { break };
         at = last.range.end();
-        for extent in extents.iter().filter(|extent| is_data_of_this_image(extent)) {
+        for extent in extents.iter().filter(|extent| extent.is_own_data()) {
             for piece in pieces(extent.range, image.geometry().cluster_bytes()) {
                 sweep.piece(piece).await?;
                 progress(sweep.reached(piece.end(), total_bytes));
@@ -151,10 +151,6 @@ async fn walk<S: Storage>(
         progress(sweep.reached(at, total_bytes));
     }
     Ok(sweep.report)
-}
-
-fn is_data_of_this_image(extent: &Extent) -> bool {
-    extent.status.depth == AllocationDepth::TOP && !extent.status.reads_zero
 }
 
 /// Cuts a range at multiples of a piece, which is whole clusters.

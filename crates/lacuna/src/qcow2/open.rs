@@ -189,8 +189,7 @@ async fn load_meta<S: Storage>(
 ) -> Result<Meta> {
     let geometry = header.geometry;
     let file_bytes = parts.storage.len().await?;
-    let l1_range = HostRange::new(header.l1.offset, u64::from(header.l1.entries) * 8);
-    let l1 = words(&parts.storage, l1_range).await?;
+    let l1 = words(&parts.storage, header.l1.range()).await?;
     let l1: Vec<L1Entry> = l1.into_iter().map(L1Entry).collect();
     let writable = options.access == Access::ReadWrite;
     let table_bytes = match writable {

@@ -12,6 +12,16 @@ pub(super) async fn read_table<S: Storage>(
     storage: &S,
     header: &Header,
 ) -> Result<(Vec<Snapshot>, u64)> {
+    let decoder = decode_table(storage, header).await?;
+    let table_bytes = decoder.table_bytes();
+    Ok((decoder.into_snapshots(), table_bytes))
+}
+
+/// Reads the snapshot table to its end, which lies in the file.
+pub(super) async fn decode_table<S: Storage>(
+    storage: &S,
+    header: &Header,
+) -> Result<SnapshotTableDecoder> {
     let mut decoder = SnapshotTableDecoder::new(header.snapshots);
     let file_bytes = storage.len().await?;
     while let Some(range) = decoder.wanted() {
@@ -26,8 +36,7 @@ pub(super) async fn read_table<S: Storage>(
         result.map_err(|error| error.context("Reading the snapshot table"))?;
         decoder.feed(&bytes)?;
     }
-    let table_bytes = decoder.table_bytes();
-    Ok((decoder.into_snapshots(), table_bytes))
+    Ok(decoder)
 }
 
 /// Adds the snapshot table and the snapshots' L1 tables to what no write may hit.
@@ -40,8 +49,7 @@ pub(super) async fn add_structures<S: Storage>(
     structures.add(HostRange::new(header.snapshots.offset, table_bytes), Structure::SnapshotTable);
     for snapshot in snapshots {
         snapshot.check_l1(&header.geometry)?;
-        let range = HostRange::new(snapshot.l1.offset, u64::from(snapshot.l1.entries) * 8);
-        structures.add_inactive_l1(range);
+        structures.add_inactive_l1(snapshot.l1.range());
     }
     Ok(())
 }

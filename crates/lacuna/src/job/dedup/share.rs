@@ -6,16 +6,14 @@
 //!   is shared, while nobody can write to them.
 //! * Memory: [`DedupOptions::memory_bytes`], what [`walk`](super::walk) takes, and a batch of groups.
 
-use std::future::poll_fn;
 use std::pin::pin;
-use std::task::Poll;
 
 use futures_util::TryStreamExt;
 
 use super::candidates::{Candidates, Groups, Passes};
 use super::fingerprint::Fingerprinter;
-use super::walk::{Window, is_own_data, window_bytes, windows};
-use crate::block::{Layer, is_zero, no_status};
+use super::walk::{Window, window_bytes, windows};
+use crate::block::{Layer, is_zero, no_status, step_aside};
 use crate::qcow2::Image;
 use crate::storage::Storage;
 use crate::units::{GuestCluster, GuestOffset, GuestRange};
@@ -214,7 +212,7 @@ impl<S: Storage> Dedup<S> {
             let rest = GuestRange::new(at, self.image.size_bytes() - at.0);
             let extents = self.image.extents(rest).await?;
             at = extents.last().ok_or_else(|| no_status(rest))?.range.end();
-            let data = extents.iter().filter(|extent| is_own_data(extent));
+            let data = extents.iter().filter(|extent| extent.is_own_data());
             data_bytes += data.map(|extent| extent.range.len).sum::<u64>();
         }
         Ok(data_bytes.div_ceil(self.cluster_bytes()))
@@ -337,20 +335,7 @@ pub async fn dedup<S: Storage>(
     let mut dedup = Dedup::new(image, options)?;
     while let Some(reached) = dedup.step().await? {
         progress(reached);
-        give_way().await;
+        step_aside().await;
     }
     Ok(dedup.so_far())
-}
-
-/// Lets others run first.
-async fn give_way() {
-    let mut was_here = false;
-    poll_fn(|context| {
-        if std::mem::replace(&mut was_here, true) {
-            return Poll::Ready(());
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }

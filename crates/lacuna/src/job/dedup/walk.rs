@@ -6,7 +6,7 @@
 use futures_util::{Stream, StreamExt, stream};
 
 use crate::Result;
-use crate::block::{AllocationDepth, Extent, ExtentCursor, Layer};
+use crate::block::{Extent, ExtentCursor, Layer};
 use crate::buffer::Buffer;
 use crate::units::GuestRange;
 
@@ -75,7 +75,7 @@ async fn next<L: Layer>(
         true => rest.end().0,
         false => first.range.end().0 / step * step,
     };
-    if !is_own_data(&first) && known_to > rest.start.0 {
+    if !first.is_own_data() && known_to > rest.start.0 {
         return Ok((GuestRange::new(rest.start, known_to - rest.start.0), Vec::new()));
     }
     let window = GuestRange::new(rest.start, rest.len.min(step - rest.start.0 % step));
@@ -92,7 +92,7 @@ async fn parts_of<L: Layer>(
     while at < range.end() {
         let found = cursor.at(layer, GuestRange::new(at, range.end() - at)).await?;
         at = found.range.end();
-        parts.extend(is_own_data(&found).then_some(found));
+        parts.extend(found.is_own_data().then_some(found));
     }
     Ok(parts)
 }
@@ -113,11 +113,6 @@ pub(super) async fn window_at<L: Layer>(
         false => read(layer, range, &parts, step).await?,
     };
     Ok(Window { range, bytes, parts })
-}
-
-/// Says whether a range is data of the top layer.
-pub(super) fn is_own_data(extent: &Extent) -> bool {
-    extent.status.depth == AllocationDepth::TOP && !extent.status.reads_zero
 }
 
 async fn read<L: Layer>(

@@ -13,7 +13,7 @@ use crate::Result;
 use crate::buffer::{Buffer, Hold};
 use crate::qcow2::check::read::read_bytes;
 use crate::qcow2::check::refcounts::Block;
-use crate::qcow2::patch::{Word, write_words};
+use crate::qcow2::patch::{Word, write_changes, write_words};
 use crate::storage::{Capability, Storage};
 use crate::units::{HostCluster, HostOffset};
 
@@ -120,7 +120,7 @@ impl<S: Storage> Compaction<'_, S> {
             for within in end.saturating_sub(index * per_block)..per_block {
                 self.counts.table.width.write(&mut new, within as usize, 0);
             }
-            let written = crate::qcow2::patch::write_changes(self.storage, at, &old, &new).await?;
+            let written = write_changes(self.storage, at, &old, &new).await?;
             self.report.metadata_bytes += written;
         }
         Ok(())

@@ -13,14 +13,14 @@ use crate::Result;
 use crate::qcow2::check::copied::entries;
 use crate::qcow2::check::read::read_words;
 use crate::qcow2::check::tables::{Uses, batches, read_batch};
-use crate::qcow2::format::{BitmapCluster, BitmapTableEntry, Geometry, L1Entry, L2Entry};
+use crate::qcow2::format::{
+    BitmapCluster, BitmapTableEntry, Geometry, L1Entry, L2Entry, OFFSET_MASK,
+};
 use crate::storage::Storage;
 use crate::units::{HostOffset, HostRange};
 
 /// Batches of tables in flight.
 const READS_IN_FLIGHT: usize = 8;
-/// The bits of a pointer that are a host offset: the same in every table but for compressed clusters.
-pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// What was found so far.
 pub(super) struct Collector<'a> {

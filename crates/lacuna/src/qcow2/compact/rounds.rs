@@ -1,7 +1,7 @@
 //! The order in which kinds move: nothing moves together with a table that points to it.
 
 use super::bits::Bits;
-use super::collect::{Collector, OFFSET_MASK};
+use super::collect::Collector;
 use super::moves::{Load, Move, Pointer, miscounted};
 use super::plan::{Facts, Plan, Run};
 use super::streams::Packer;
@@ -9,6 +9,7 @@ use super::structures::{Kind, Structures, Table};
 use super::{CompactClusters, Compaction};
 use crate::Result;
 use crate::qcow2::check::refcounts::Block;
+use crate::qcow2::format::OFFSET_MASK;
 use crate::storage::Storage;
 use crate::units::{HostCluster, HostOffset, HostRange};
 

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use super::plan::Run;
 use crate::qcow2::bitmaps;
 use crate::qcow2::check::read::{read_vec, read_words};
-use crate::qcow2::format::{Geometry, Header, L1Entry, L1Location, Snapshot, SnapshotTableDecoder};
+use crate::qcow2::format::{BITMAPS_MAGIC, Geometry, Header, L1Entry};
+use crate::qcow2::snapshots::decode_table;
 use crate::storage::Storage;
 use crate::units::{HostOffset, HostRange};
 use crate::{Error, Result};
@@ -51,7 +52,7 @@ impl Structures {
         let header = crate::qcow2::read_header(storage).await?;
         let geometry = header.geometry;
         let mut all = Self { geometry, tables: BTreeMap::new(), l2: BTreeMap::new() };
-        all.add(Kind::L1, l1_range(header.l1), L1_AT)?;
+        all.add(Kind::L1, header.l1.range(), L1_AT)?;
         let refcounts = header.refcount_table;
         let bytes = u64::from(refcounts.clusters) << geometry.cluster_bits();
         all.add(Kind::Refcounts, HostRange::new(refcounts.offset, bytes), REFCOUNTS_AT)?;
@@ -65,12 +66,13 @@ impl Structures {
         if header.snapshots.count == 0 {
             return Ok(());
         }
-        let (snapshots, bytes) = read_snapshots(storage, header).await?;
+        let decoder = decode_table(storage, header).await?;
         let table = header.snapshots.offset;
-        self.add(Kind::Snapshots, HostRange::new(table, bytes), SNAPSHOTS_AT)?;
-        for (start, snapshot) in snapshots {
+        self.add(Kind::Snapshots, HostRange::new(table, decoder.table_bytes()), SNAPSHOTS_AT)?;
+        let starts = decoder.starts().to_vec();
+        for (start, snapshot) in starts.into_iter().zip(decoder.into_snapshots()) {
             snapshot.check_l1(&self.geometry)?;
-            self.add(Kind::L1, l1_range(snapshot.l1), table + start)?;
+            self.add(Kind::L1, snapshot.l1.range(), table + start)?;
         }
         Ok(())
     }
@@ -134,22 +136,6 @@ impl Structures {
     }
 }
 
-fn l1_range(l1: L1Location) -> HostRange {
-    HostRange::new(l1.offset, u64::from(l1.entries) * 8)
-}
-
-async fn read_snapshots<S: Storage>(
-    storage: &S,
-    header: &Header,
-) -> Result<(Vec<(u64, Snapshot)>, u64)> {
-    let mut decoder = SnapshotTableDecoder::new(header.snapshots);
-    while let Some(range) = decoder.wanted() {
-        decoder.feed(&read_vec(storage, range.start, range.len).await?)?;
-    }
-    let (starts, bytes) = (decoder.starts().to_vec(), decoder.table_bytes());
-    Ok((starts.into_iter().zip(decoder.into_snapshots()).collect(), bytes))
-}
-
 /// Finds the word of the header extension that names the bitmap directory (B.3): behind its magic and
 /// length lie the number of bitmaps, a reserved word and the size.
 async fn directory_pointer<S: Storage>(
@@ -157,7 +143,6 @@ async fn directory_pointer<S: Storage>(
     header: &Header,
     directory: HostOffset,
 ) -> Result<HostOffset> {
-    const MAGIC: u32 = 0x2385_2875;
     let bytes = read_vec(storage, HostOffset(0), header.geometry.cluster_bytes()).await?;
     let word = |at: usize| {
         let bytes = bytes.get(at..at + 4).and_then(|it| it.try_into().ok());
@@ -169,7 +154,7 @@ async fn directory_pointer<S: Storage>(
     };
     while word(at) != 0 {
         let pointer = u64::from(word(at + 24)) << 32 | u64::from(word(at + 28));
-        if word(at) == MAGIC && pointer == directory.0 {
+        if word(at) == BITMAPS_MAGIC && pointer == directory.0 {
             return Ok(HostOffset(at as u64 + 24));
         }
         at = at.saturating_add(8 + (word(at + 4) as usize).next_multiple_of(8));

@@ -26,6 +26,7 @@ mod snapshot;
 
 pub use bitmap::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry};
 pub use compressed::CompressedRun;
+pub(crate) use extension::BITMAPS as BITMAPS_MAGIC;
 pub use extension::{
     BitmapsExtension, EncryptionHeader, Extensions, UnknownExtension, ZeroClusterHint,
 };
@@ -41,6 +42,7 @@ pub use header::{
     MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, RefcountTableLocation, SnapshotTableLocation,
 };
 pub use l1::L1Entry;
+pub(crate) use l1::OFFSET_MASK;
 pub use l2::{L2Entry, SubclusterBitmap, SubclusterState};
 pub use name::StoredName;
 pub use refcount::{RefcountTableEntry, RefcountWidth};

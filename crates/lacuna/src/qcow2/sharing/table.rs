@@ -136,8 +136,7 @@ fn longer(entries: &[L1Entry], len: usize) -> Vec<L1Entry> {
 
 /// Returns where the L1 table of the snapshot lies, if it has one.
 pub(super) fn pin_l1_range(pin: &Snapshot) -> Option<HostRange> {
-    let len = u64::from(pin.l1.entries) * 8;
-    (pin.l1.offset.0 != 0).then(|| HostRange::new(pin.l1.offset, len))
+    (pin.l1.offset.0 != 0).then(|| pin.l1.range())
 }
 
 /// Returns the snapshot with the pins; where there is none, one is added, whose L1 table is nowhere.

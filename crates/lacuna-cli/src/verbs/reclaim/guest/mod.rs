@@ -6,7 +6,7 @@
 mod file_systems;
 mod partitions;
 
-use lacuna::block::{AllocationDepth, DynLayer};
+use lacuna::block::DynLayer;
 use lacuna::buffer::Buffer;
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
@@ -50,10 +50,7 @@ fn stored_bytes(disk: &dyn DynLayer, found: &FileSystem) -> u64 {
         let extents = block_on(disk.extents_boxed(range)).unwrap_or_default();
         let Some(last) = extents.last() else { break };
         at = last.range.end().0;
-        let is_data = |status: lacuna::block::ExtentStatus| {
-            status.depth == AllocationDepth::TOP && !status.reads_zero
-        };
-        let data = extents.iter().filter(|extent| is_data(extent.status));
+        let data = extents.iter().filter(|extent| extent.is_own_data());
         bytes += data.map(|extent| extent.range.len).sum::<u64>();
     }
     bytes

@@ -2,7 +2,7 @@
 //!
 //! * Always: the 12 bytes lie within one sector, so that a crash leaves the old or the new ones.
 
-use crate::units::HostOffset;
+use crate::units::{HostOffset, HostRange};
 
 /// Where the active L1 table lies.
 ///
@@ -62,6 +62,12 @@ fn joined<const A: usize, const B: usize>(first: [u8; A], second: [u8; B]) -> [u
 }
 
 impl L1Location {
+    /// Returns where the entries lie.
+    #[must_use]
+    pub(crate) fn range(&self) -> HostRange {
+        HostRange::new(self.offset, u64::from(self.entries).saturating_mul(8))
+    }
+
     /// Returns the 12 header bytes that name the table and where they go.
     #[must_use]
     pub fn header_update(&self) -> (HostOffset, [u8; 12]) {
