@@ -304,3 +304,137 @@ fn certificates_come_from_the_uri_or_an_object_and_strangers_are_refused() {
         got.text
     );
 }
+
+/// Runs lines while our server offers `target.qcow2` with `RESIZE` as `$uri`.
+fn growing(sandbox: &Sandbox, lines: &str) -> Outcome {
+    let run = "--run 'bash lines'";
+    std::fs::write(sandbox.path("lines"), lines).unwrap();
+    sandbox.run(&format!("lacuna serve --resize -f qcow2 {run} target.qcow2"))
+}
+
+#[test]
+fn a_target_grows_where_its_server_offers_that() {
+    let sandbox = ours();
+    let start = "rm -f target.qcow2; stock-img create -q -f qcow2 target.qcow2 1M";
+    for (lines, size) in [
+        ("lacuna resize -f raw $uri 6M", "6291456"),
+        ("lacuna resize -f raw $uri +1M && lacuna resize --shrink -f raw $uri 512k", "524288"),
+        ("lacuna create -f raw $uri 3M", "3145728"),
+        (
+            "lacuna convert -O raw disk.qcow2 $uri && lacuna compare -F raw disk.qcow2 $uri",
+            "8388608",
+        ),
+        (
+            "lacuna convert -O qcow2 disk.raw $uri && lacuna check -f qcow2 $uri && \
+             lacuna compare -f raw -F qcow2 disk.raw $uri",
+            "",
+        ),
+        // More than the export has is written to the image within, by many requests at once.
+        (
+            "lacuna create -f qcow2 $uri 64M && lacuna io -f qcow2 -c 'write -P 9 5M 40M' \
+             -c 'write -z -u 50M 4M' $uri && lacuna check -f qcow2 $uri && \
+             lacuna io -f qcow2 -c 'read -P 9 5M 40M' $uri",
+            "",
+        ),
+    ] {
+        sandbox.prepare(start);
+        fine(&growing(&sandbox, lines));
+        sandbox.prepare("stock-img check -q target.qcow2");
+        let info = sandbox.run("stock-img info --output=json target.qcow2").text;
+        assert!(info.contains(&format!("\"virtual-size\": {size}")), "{lines}: {info}");
+    }
+    sandbox.prepare(start);
+    let refused = growing(&sandbox, "lacuna resize -f raw --preallocation=full $uri 6M");
+    assert!(refused.text.contains("cannot be reserved in an export"), "{}", refused.text);
+    // Nobody asked for another size here.
+    let kept = growing(&sandbox, "lacuna convert -n -O raw disk.qcow2 $uri");
+    assert!(kept.text.contains("is smaller (1048576 bytes)"), "{}", kept.text);
+}
+
+#[test]
+fn a_zeroing_that_has_to_be_durable_is_one_request() {
+    let sandbox = ours();
+    for server in
+        ["--filter=log memory 8M logfile=log", "--filter=log --filter=nozero memory 8M logfile=log"]
+    {
+        let line = "lacuna io -f raw -c \"write -f -P 9 0 64k\" -c \"write -z -f 64k 64k\" $uri && \
+                    lacuna io -c \"write -f -P 9 0 64k\" -c \"write -z -f 64k 64k\" \
+                    \"json:{'driver':'raw','file':{'driver':'blkdebug','image':{'driver':'nbd',\
+                    'server':{'type':'unix','path':'$unixsocket'}}}}\" && cp log told";
+        fine(&nbdkit(&sandbox, server, line));
+        let log = sandbox.run("grep -ac 'fua=1' told; grep -ac ' Flush ' told").text;
+        let counts: Vec<u32> = log.lines().map(|count| count.parse().unwrap()).collect();
+        // One flush for each of the two when they close.
+        assert!(counts[0] == 4 && counts[1] <= 2, "{server}: {counts:?}");
+    }
+}
+
+#[test]
+fn a_bitmap_is_seen_as_stock_sees_it() {
+    let (stock, ours) = (prepared(Sandbox::stock()), ours());
+    let bitmap = "stock-img bitmap --add disk.qcow2 b && \
+                  stock-io -f qcow2 -c 'write -P 3 4M 64k' disk.qcow2 >&2";
+    for sandbox in [&stock, &ours] {
+        sandbox.prepare(bitmap);
+    }
+    let options = "driver=nbd,server.type=unix,server.path=s,export=x,x-dirty-bitmap=";
+    for (context, verb) in
+        [("qemu:dirty-bitmap:b", "map --output=json"), ("qemu:dirty-bitmap:b", "map")]
+    {
+        let line = format!("qemu-img {verb} --image-opts {options}{context}");
+        let run = |sandbox| served(sandbox, "-B b -x x -f qcow2 disk.qcow2", &line);
+        assert_eq!(run(&ours), run(&stock), "{line}");
+    }
+    let line = format!("qemu-img map --image-opts {options}qemu:dirty-bitmap:c");
+    let missing = served(&ours, "-B b -x x -f qcow2 disk.qcow2", &line);
+    assert!(missing.text.contains("has no meta context qemu:dirty-bitmap:c"), "{}", missing.text);
+    // Nothing is taken for zeros by what another context says.
+    ours.prepare("stock-img convert -O raw disk.qcow2 expected.raw");
+    let line = format!(
+        "lacuna convert --image-opts -O raw {options}qemu:allocation-depth copy.raw && \
+         stock-img compare -f raw -F raw copy.raw expected.raw"
+    );
+    fine(&served(&ours, "-A -x x -f qcow2 disk.qcow2", &line));
+}
+
+#[test]
+fn a_server_that_is_late_is_waited_for_when_opening() {
+    let sandbox = ours();
+    let options = "driver=nbd,server.type=unix,server.path=s,open-timeout";
+    fine(&sandbox.run(&format!(
+        "rm -f s; (sleep 0.3; exec stock-nbd -k $PWD/s -f raw disk.raw) & \
+         qemu-io --image-opts -c 'read 0 4k' {options}=60"
+    )));
+    let line = format!("rm -f s; qemu-io --image-opts -c 'read 0 4k' {options}=0");
+    let once = sandbox.run(&line).text;
+    assert_eq!(once, "qemu-io: can't open: Failed to connect to 's': No such file or directory\n");
+}
+
+#[test]
+fn create_finds_certificates_among_the_objects() {
+    let sandbox = ours();
+    sandbox.prepare("mkdir pki");
+    let authority = Authority::new("ours");
+    authority.trusted_in(&sandbox.path("pki"));
+    authority.server_in(&sandbox.path("pki"), &LOCAL);
+    authority.client_in(&sandbox.path("pki"));
+    let server = "--object tls-creds-x509,id=t,endpoint=server,dir=$PWD/pki --tls-creds t -x x \
+                  -f raw disk.raw";
+    let target = "\"json:{'driver':'nbd','server':{'type':'unix','path':'s'},'export':'x',\
+                  'tls-creds':'c','tls-hostname':'localhost'}\"";
+    let object = "--object tls-creds-x509,id=c,endpoint=client,dir=$PWD/pki";
+    let got = served(
+        &sandbox,
+        server,
+        &format!(
+            "lacuna create {object} -f raw {target} 4M || exit 1
+            lacuna create {object} -f qcow2 {target} 4M || exit 2
+            lacuna check {object} --image-opts driver=qcow2,file.driver=nbd,file.path=s,\
+            file.export=x,file.tls-creds=c,file.tls-hostname=localhost || exit 3
+            lacuna create -f raw {target} 4M && exit 4
+            true"
+        ),
+    );
+    fine(&got);
+    assert!(got.text.contains("No TLS credentials with id 'c'"), "{}", got.text);
+}

@@ -29,6 +29,8 @@ pub(crate) struct Endpoint {
     pub(crate) uri: Uri,
     pub(crate) tls: Option<Target>,
     pub(crate) writes: bool,
+    /// What block status is asked of, where not `base:allocation`.
+    pub(crate) context: Option<String>,
 }
 
 /// A connection that both sides agree on.
@@ -137,7 +139,7 @@ impl Endpoint {
     fn wish(&self) -> Wish {
         Wish {
             tls: if self.tls.is_some() { TlsWish::Required } else { TlsWish::Never },
-            contexts: vec![BASE_ALLOCATION.into()],
+            contexts: vec![self.context.clone().unwrap_or_else(|| BASE_ALLOCATION.into())],
             ..Wish::to_use(self.uri.export.clone())
         }
     }
@@ -147,6 +149,10 @@ impl Endpoint {
         if self.writes && info.flags.contains(TransmissionFlags::READ_ONLY) {
             let text = "The export is read-only; it can be opened for reading alone";
             return Err(Error::new(ErrorKind::ReadOnly, text));
+        }
+        if let (Some(context), []) = (&self.context, &info.contexts[..]) {
+            let text = format!("The export has no meta context {context}");
+            return Err(Error::new(ErrorKind::NotFound, text));
         }
         let unit = info.block_sizes.minimum();
         match info.size_bytes.is_multiple_of(unit.into()) {

@@ -4,6 +4,7 @@
 //! when it is done once more.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use lacuna::{Error, Result};
@@ -23,6 +24,10 @@ pub(crate) struct Common {
     /// What the first connection was told.
     pub(crate) info: ExportInfo,
     pub(crate) durability: Mutex<Durability>,
+    /// How large the export is now; only a resize of ours changes it.
+    size_bytes: AtomicU64,
+    /// The size that a resize under way asks for.
+    resizing_to: Mutex<Option<u64>>,
     /// Why nothing can be asked any more.
     failure: Mutex<Option<Error>>,
 }
@@ -40,8 +45,39 @@ pub(crate) struct Durability {
 
 impl Common {
     pub(crate) fn new(endpoint: Endpoint, reconnect_delay: Duration, info: ExportInfo) -> Self {
-        let (durability, failure) = (Mutex::default(), Mutex::default());
-        Self { endpoint, reconnect_delay, info, durability, failure }
+        let size_bytes = AtomicU64::new(info.size_bytes);
+        Self {
+            endpoint,
+            reconnect_delay,
+            info,
+            durability: Mutex::default(),
+            size_bytes,
+            resizing_to: Mutex::default(),
+            failure: Mutex::default(),
+        }
+    }
+
+    /// Returns how large the export is now.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// Notes that a resize is about to be asked for; one at a time.
+    pub(crate) fn resizing(&self, to: u64) {
+        *self.resizing_to.lock() = Some(to);
+    }
+
+    /// Notes what became of a resize.
+    pub(crate) fn resized(&self, to: u64, result: &Result<()>) {
+        if result.is_ok() {
+            self.size_bytes.store(to, Ordering::Release);
+        }
+        *self.resizing_to.lock() = None;
+    }
+
+    /// Says whether the export may be so large: a resize under way may be done, and its answer lost.
+    fn may_have(&self, size_bytes: u64) -> bool {
+        size_bytes == self.size_bytes() || *self.resizing_to.lock() == Some(size_bytes)
     }
 
     /// Returns why nothing can be asked any more, if so.
@@ -70,8 +106,8 @@ impl Common {
     /// Refuses an export that is not what it was.
     pub(crate) fn compare(&self, now: &ExportInfo) -> Result<()> {
         let (was, sizes) = (&self.info, (self.info.block_sizes, now.block_sizes));
-        let what = if now.size_bytes != was.size_bytes {
-            format!("has {} bytes; it had {}", now.size_bytes, was.size_bytes)
+        let what = if !self.may_have(now.size_bytes) {
+            format!("has {} bytes; it had {}", now.size_bytes, self.size_bytes())
         } else if !now.flags.contains(was.flags) {
             let (now, was) = (now.flags.bits(), was.flags.bits());
             format!("can do less (flags {now:#x}; they were {was:#x})")

@@ -13,13 +13,13 @@ use std::task::{Context, Poll};
 
 use lacuna::{Error, Result};
 use lacuna_nbd::client::{Ask, Command, Failure, Transmission, TransmissionEvent};
-use lacuna_nbd::wire::AllocationFlags;
 use lacuna_nbd::{ByteRange, Cookie, HeaderBytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::connect::Connected;
 use crate::request::{Request, StatusRun};
+use crate::status::meaning;
 use crate::stream::Stream;
 use crate::wording::{hung_up, lost, of_failure, of_protocol};
 
@@ -105,6 +105,7 @@ impl Link {
 
     /// Sends a request.
     pub(crate) fn start(&mut self, request: Request) {
+        self.learn_size(request.common.size_bytes());
         let ask = Ask::new(request.wanted.command, request.wanted.range);
         match self.transmission.request(&ask.with(request.wanted.flags)) {
             Ok((cookie, header)) => {
@@ -112,6 +113,13 @@ impl Link {
                 self.flights.insert(cookie, Flight { request, runs: Vec::new(), early: None });
             }
             Err(error) => request.answer(Err(of_protocol(&error)), Vec::new()),
+        }
+    }
+
+    /// Takes the size that the export has since a resize, on whichever connection.
+    fn learn_size(&mut self, size_bytes: u64) {
+        if self.transmission.info().size_bytes != size_bytes {
+            self.transmission.set_size_bytes(size_bytes);
         }
     }
 
@@ -308,7 +316,7 @@ impl Flight {
     }
 
     fn add_run(&mut self, len: u64, flags: u64) {
-        let flags = AllocationFlags::from_bits_truncate(flags as u32);
+        let flags = meaning(self.request.common.endpoint.context.as_deref(), flags);
         // What follows is asked about again.
         if self.runs.len() == MAX_RUNS {
             return;

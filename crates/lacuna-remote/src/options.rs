@@ -29,6 +29,9 @@ pub struct NbdOptions {
     pub reconnect_delay: Duration,
     /// Whom to believe and who to be, instead of what the URI says.
     pub tls: Option<Tls>,
+    /// The meta context that block status is asked of, instead of `base:allocation`; an export that
+    /// does not have it is refused. See [`NbdStorage`](crate::NbdStorage).
+    pub status_context: Option<String>,
     /// Whether changes are wanted: an export that takes none is refused then.
     pub writes: bool,
 }
@@ -39,6 +42,7 @@ impl Default for NbdOptions {
             connections: 4,
             open_timeout: Duration::ZERO,
             reconnect_delay: Duration::ZERO,
+            status_context: None,
             tls: None,
             writes: false,
         }

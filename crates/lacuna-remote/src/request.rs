@@ -8,7 +8,7 @@ use lacuna::buffer::{Buffer, Hold};
 use lacuna_nbd::ByteRange;
 use lacuna_nbd::client::Command;
 use lacuna_nbd::wire::{AllocationFlags, CommandFlags};
-use tokio::sync::{OwnedRwLockReadGuard, oneshot};
+use tokio::sync::{OwnedMutexGuard, OwnedRwLockReadGuard, oneshot};
 
 use crate::keeper::Common;
 
@@ -44,6 +44,8 @@ pub(crate) struct Kept {
     pub(crate) hold: Option<Arc<Hold>>,
     /// Keeps edges of blocks from being rewritten meanwhile.
     pub(crate) edges: Option<Arc<OwnedRwLockReadGuard<()>>>,
+    /// Keeps the size from being changed in two ways at once.
+    pub(crate) turn: Option<Arc<OwnedMutexGuard<()>>>,
 }
 
 /// A request that belongs to a connection until it is answered.
@@ -93,6 +95,9 @@ impl Request {
     /// Answers, also where nobody waits any more.
     pub(crate) fn answer(self, result: Result<()>, runs: Vec<StatusRun>) {
         let Self { wanted, buffer, kept, load, common, waiter } = self;
+        if wanted.command == Command::Resize {
+            common.resized(wanted.range.start, &result);
+        }
         if result.is_ok() && wanted.changes() {
             common.durability.lock().acknowledged += 1;
         }

@@ -32,6 +32,8 @@ pub(crate) struct Session {
     /// Taken for writing by who rewrites the edges of blocks, for reading by all who change
     /// something meanwhile.
     pub(crate) edges: Arc<RwLock<()>>,
+    /// Held by who changes the size of the export.
+    resizing: Arc<tokio::sync::Mutex<()>>,
     links: Mutex<Links>,
     most: usize,
 }
@@ -60,7 +62,8 @@ impl Session {
     /// Connects to an export.
     pub(crate) async fn open(uri: &Uri, options: &NbdOptions) -> Result<Arc<Self>> {
         let tls = target(uri, options)?;
-        let endpoint = Endpoint { uri: uri.clone(), tls, writes: options.writes };
+        let context = options.status_context.clone();
+        let endpoint = Endpoint { uri: uri.clone(), tls, writes: options.writes, context };
         let runtime = runtime::handle()?;
         let (timeout, first) = (options.open_timeout, endpoint.clone());
         // Sockets are made where they live.
@@ -80,6 +83,7 @@ impl Session {
             common: Arc::new(Common::new(endpoint, options.reconnect_delay, info)),
             runtime,
             edges: Arc::default(),
+            resizing: Arc::default(),
             links: Mutex::new(links),
             most,
         };
@@ -164,6 +168,22 @@ impl Session {
             keep(connected, requests, common).await;
             drop(alive);
         });
+    }
+
+    /// Gives the export another size, if the one that it has by then gives reason to.
+    pub(crate) async fn resize(
+        self: &Arc<Self>,
+        size_bytes: u64,
+        kept: Kept,
+        when: impl Fn(u64) -> bool + Send,
+    ) -> Result<()> {
+        let turn = Arc::clone(&self.resizing).lock_owned().await;
+        if !when(self.common.size_bytes()) {
+            return Ok(());
+        }
+        self.common.resizing(size_bytes);
+        let kept = Kept { turn: Some(Arc::new(turn)), ..kept };
+        self.ask(Wanted::new(Command::Resize, size_bytes, 0), Buffer::new(0), kept).await.result
     }
 
     /// Makes durable what was acknowledged before.

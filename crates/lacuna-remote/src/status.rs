@@ -5,6 +5,23 @@ use lacuna_nbd::wire::AllocationFlags;
 
 use crate::request::StatusRun;
 
+/// The context in which numbers count files, not bits.
+const ALLOCATION_DEPTH: &str = "qemu:allocation-depth";
+
+/// Tells what a status means for a reader of block status.
+///
+/// As QEMU has it, the lowest bit of any context stands where `base:allocation` says "hole": what
+/// is dirty in a bitmap looks as if no space were reserved. What such a context does not know is
+/// whether something reads as zeros, so that is never said.
+pub(crate) fn meaning(context: Option<&str>, status: u64) -> AllocationFlags {
+    let hole = match context {
+        None => return AllocationFlags::from_bits_truncate(status as u32),
+        Some(ALLOCATION_DEPTH) => status == 1,
+        Some(_) => status & 1 != 0,
+    };
+    if hole { AllocationFlags::HOLE } else { AllocationFlags::empty() }
+}
+
 /// Turns runs that start `lead` bytes before what was asked about into extents of `len` bytes at
 /// most.
 pub(crate) fn extents(runs: &[StatusRun], lead: u64, len: u64) -> Vec<HostExtent> {
@@ -36,6 +53,24 @@ const fn status(flags: AllocationFlags) -> HostStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_other_context_says_that_something_reads_as_zeros() {
+        let (hole, none) = (AllocationFlags::HOLE, AllocationFlags::empty());
+        for (context, status, means) in [
+            (None, 3, AllocationFlags::HOLE | AllocationFlags::ZERO),
+            (None, 2, AllocationFlags::ZERO),
+            (Some("qemu:dirty-bitmap:b"), 0, none),
+            (Some("qemu:dirty-bitmap:b"), 1, hole),
+            (Some("qemu:dirty-bitmap:b"), 3, hole),
+            (Some(ALLOCATION_DEPTH), 0, none),
+            (Some(ALLOCATION_DEPTH), 1, hole),
+            (Some(ALLOCATION_DEPTH), 2, none),
+            (Some(ALLOCATION_DEPTH), 3, none),
+        ] {
+            assert_eq!(meaning(context, status), means, "{context:?} {status}");
+        }
+    }
 
     #[test]
     fn hole_and_zero_are_told_apart_and_cut_to_what_was_asked() {

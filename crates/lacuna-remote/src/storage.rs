@@ -29,13 +29,20 @@ const MAX_EXTENDED_BYTES: u64 = 1 << 40;
 const ZEROS_BYTES: u64 = 1 << 20;
 /// Requests without payload in flight for one call.
 const PIECES_AT_ONCE: usize = 8;
+/// An export that is written past its end grows by this part of its size at least,
+const GROWTH_SHARE: u64 = 16;
+/// and to a multiple of this.
+const LEAST_GROWTH_BYTES: u64 = 1 << 20;
 /// The unit in which disks are measured: one may end in the midst of it.
 const SECTOR_BYTES: u64 = 512;
 
 /// An export of an NBD server.
 ///
-/// All that a [`Storage`] promises holds. The length is fixed: a write past the end fails with
-/// `NoSpace`, but for zeros that fill the last sector. What was lost with a connection, after it was
+/// All that a [`Storage`] promises holds. Where the server offers `RESIZE`, a write past the end has
+/// it grow the export, in steps. Elsewhere the length is fixed: such a write fails with `NoSpace`,
+/// but for zeros that fill the last sector. With [`NbdOptions::status_context`] that context's
+/// lowest bit stands for [`is_hole`](lacuna::storage::HostStatus::is_hole), and nothing is known to
+/// read as zeros. What was lost with a connection, after it was
 /// acknowledged, fails the next flush. Closing says goodbye.
 ///
 /// ```no_run
@@ -72,8 +79,28 @@ impl NbdStorage {
         self.session.info()
     }
 
+    /// Says whether the server changes the size of the export when it is asked.
+    #[must_use]
+    pub fn can_resize(&self) -> bool {
+        self.writes && self.session.offers(TransmissionFlags::SEND_RESIZE)
+    }
+
     fn size_bytes(&self) -> u64 {
-        self.info().size_bytes
+        self.session.common.size_bytes()
+    }
+
+    /// Has the export grow for a range that passes its end, where the server does that.
+    async fn make_room(&self, range: HostRange) -> Result<()> {
+        let (size, end) = (self.size_bytes(), range.start.0.saturating_add(range.len));
+        if end <= size.next_multiple_of(SECTOR_BYTES) || !self.can_resize() {
+            return Ok(());
+        }
+        // Steps that grow with the export: a file that gets longer cluster by cluster asks seldom.
+        let step = (size / GROWTH_SHARE).max(end - size);
+        let room = (size + step).checked_next_multiple_of(LEAST_GROWTH_BYTES);
+        let room = room.filter(|room| i64::try_from(*room).is_ok());
+        let room = room.ok_or_else(|| self.past_end(range))?;
+        self.session.resize(room, Kept::default(), |now| now < end).await
     }
 
     fn unit(&self) -> u64 {
@@ -142,7 +169,7 @@ impl NbdStorage {
             1 => None,
             _ => Some(Arc::new(Arc::clone(&self.session.edges).read_owned().await)),
         };
-        Kept { hold: Some(hold), edges }
+        Kept { hold: Some(hold), edges, turn: None }
     }
 
     /// Writes to parts of blocks: reads what is around, alone with it. Goes on when the caller has
@@ -170,6 +197,9 @@ impl NbdStorage {
     /// Writes what lies in the export, and refuses what is not zeros behind it.
     async fn write(&self, offset: HostOffset, mut buffer: Buffer, flags: CommandFlags) -> Transfer {
         let range = HostRange::new(offset, buffer.len() as u64);
+        if let Err(error) = self.make_room(range).await {
+            return (Err(error), buffer);
+        }
         let there = self.within(offset, range.len) as usize;
         let is_zero_behind = buffer[there..].iter().all(|byte| *byte == 0);
         if let Err(error) = self.within_sector(range).and_then(|_| match is_zero_behind {
@@ -206,27 +236,57 @@ impl NbdStorage {
         stream::iter(pieces).buffer_unordered(PIECES_AT_ONCE).try_collect().await
     }
 
-    /// Zeros whole blocks.
-    async fn zero(&self, range: HostRange, mode: ZeroMode, kept: &Kept) -> Result<()> {
-        if !self.session.offers(TransmissionFlags::SEND_WRITE_ZEROES) {
-            return self.send_zeros(range, kept).await;
-        }
-        let flags = match mode {
-            ZeroMode::Allocate => CommandFlags::NO_HOLE,
-            ZeroMode::MayUnmap => CommandFlags::empty(),
+    /// Makes a range read as zeros; `flags` go with every request.
+    async fn write_zeroes(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        flags: CommandFlags,
+        hold: Hold,
+    ) -> Result<()> {
+        self.make_room(range).await?;
+        let (range, unit, hold) = (self.within_sector(range)?, self.unit(), Arc::new(hold));
+        let (start, end) = (range.start.0, range.end().0);
+        let (inner, outer) = (start.next_multiple_of(unit), end - end % unit);
+        // Parts of blocks at both ends are written.
+        let parts = match inner > outer {
+            true => [(start, end), (end, end)],
+            false => [(start, inner), (outer, end)],
         };
+        for (from, to) in parts.into_iter().filter(|(from, to)| from < to) {
+            let zeros = Buffer::zeroed((to - from) as usize);
+            self.write_around(from, zeros, flags, Arc::clone(&hold)).await.0?;
+        }
+        let whole = HostRange::new(HostOffset(inner), outer.saturating_sub(inner));
+        let kept = self.kept(hold).await;
+        self.zero(whole, mode, flags, &kept).await
+    }
+
+    /// Zeros whole blocks.
+    async fn zero(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        mut flags: CommandFlags,
+        kept: &Kept,
+    ) -> Result<()> {
+        if !self.session.offers(TransmissionFlags::SEND_WRITE_ZEROES) {
+            return self.send_zeros(range, flags, kept).await;
+        }
+        flags.set(CommandFlags::NO_HOLE, mode == ZeroMode::Allocate);
         let wanted = Wanted::new(Command::WriteZeroes, range.start.0, range.len);
         self.tell(wanted.with(flags), kept).await
     }
 
     /// Zeros whole blocks of a server that has to be sent every one of them.
-    async fn send_zeros(&self, range: HostRange, kept: &Kept) -> Result<()> {
+    async fn send_zeros(&self, range: HostRange, flags: CommandFlags, kept: &Kept) -> Result<()> {
+        let how = How { command: Command::Write, flags };
         let most = ZEROS_BYTES.min(self.most_payload());
         let pieces = (0..range.len.div_ceil(most)).map(|piece| {
             let at = piece * most;
             let zeros = Buffer::zeroed(most.min(range.len - at) as usize);
             let kept = kept.clone();
-            async move { self.transfer(How::WRITE, range.start.0 + at, zeros, kept).await.0 }
+            async move { self.transfer(how, range.start.0 + at, zeros, kept).await.0 }
         });
         stream::iter(pieces).buffer_unordered(PIECES_AT_ONCE).try_collect().await
     }
@@ -254,7 +314,6 @@ struct How {
 
 impl How {
     const READ: Self = Self { command: Command::Read, flags: CommandFlags::empty() };
-    const WRITE: Self = Self { command: Command::Write, flags: CommandFlags::empty() };
 }
 
 async fn transfer(
@@ -381,21 +440,20 @@ impl Storage for NbdStorage {
     }
 
     async fn write_zeroes_at(&self, range: HostRange, mode: ZeroMode, hold: Hold) -> Result<()> {
-        let (range, unit, hold) = (self.within_sector(range)?, self.unit(), Arc::new(hold));
-        let (start, end) = (range.start.0, range.end().0);
-        let (inner, outer) = (start.next_multiple_of(unit), end - end % unit);
-        // Parts of blocks at both ends are written.
-        let parts = match inner > outer {
-            true => [(start, end), (end, end)],
-            false => [(start, inner), (outer, end)],
-        };
-        for (from, to) in parts.into_iter().filter(|(from, to)| from < to) {
-            let zeros = Buffer::zeroed((to - from) as usize);
-            self.write_around(from, zeros, CommandFlags::empty(), Arc::clone(&hold)).await.0?;
+        self.write_zeroes(range, mode, CommandFlags::empty(), hold).await
+    }
+
+    async fn write_zeroes_durably_at(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        hold: Hold,
+    ) -> Result<()> {
+        if self.session.offers(TransmissionFlags::SEND_FUA) {
+            return self.write_zeroes(range, mode, CommandFlags::FUA, hold).await;
         }
-        let whole = HostRange::new(HostOffset(inner), outer.saturating_sub(inner));
-        let kept = self.kept(hold).await;
-        self.zero(whole, mode, &kept).await
+        self.write_zeroes_at(range, mode, hold).await?;
+        self.flush().await
     }
 
     async fn punch_hole_at(&self, range: HostRange, hold: Hold) -> Result<()> {
@@ -435,11 +493,21 @@ impl Storage for NbdStorage {
         Ok(self.size_bytes())
     }
 
-    async fn set_len(&self, len: u64, _: Hold) -> Result<()> {
-        match len == self.size_bytes() {
-            true => Ok(()),
-            false => Err(Error::unsupported("Cannot resize NBD nodes")),
+    async fn set_len(&self, len: u64, hold: Hold) -> Result<()> {
+        if len == self.size_bytes() {
+            return Ok(());
         }
+        if !self.can_resize() {
+            return Err(Error::unsupported("The server keeps the export at its size (no RESIZE)"));
+        }
+        if !len.is_multiple_of(self.unit()) {
+            let unit = self.unit();
+            let text =
+                format!("{len} bytes are no multiple of the export's smallest block, {unit}");
+            return Err(Error::invalid(text));
+        }
+        let kept = Kept { hold: Some(Arc::new(hold)), ..Kept::default() };
+        self.session.resize(len, kept, |now| now != len).await
     }
 
     async fn status_at(&self, range: HostRange) -> Result<HostExtent> {

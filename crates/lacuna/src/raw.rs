@@ -201,8 +201,10 @@ impl<S: Storage> Layer for Raw<S> {
         if flags.contains(ZeroFlags::FAST) && native != Capability::Native {
             return Err(Error::unsupported("The host cannot zero faster than writing"));
         }
-        self.storage.write_zeroes_at(range, mode, Hold::none()).await?;
-        if flags.contains(ZeroFlags::FUA) { self.storage.flush().await } else { Ok(()) }
+        match flags.contains(ZeroFlags::FUA) {
+            true => self.storage.write_zeroes_durably_at(range, mode, Hold::none()).await,
+            false => self.storage.write_zeroes_at(range, mode, Hold::none()).await,
+        }
     }
 
     async fn discard(&self, range: GuestRange, _: DiscardMode) -> Result<()> {

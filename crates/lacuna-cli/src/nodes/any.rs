@@ -73,6 +73,12 @@ pub(crate) trait DynStorage: Send + Sync {
     fn write_durably_boxed(&self, offset: HostOffset, buffer: Buffer) -> BoxFuture<'_, Transfer>;
     fn zero_boxed(&self, range: HostRange, mode: ZeroMode, hold: Hold)
     -> BoxFuture<'_, Result<()>>;
+    fn zero_durably_boxed(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        hold: Hold,
+    ) -> BoxFuture<'_, Result<()>>;
     fn punch_boxed(&self, range: HostRange, hold: Hold) -> BoxFuture<'_, Result<()>>;
     fn discard_boxed(&self, range: HostRange, hold: Hold) -> BoxFuture<'_, Result<()>>;
     fn allocate_boxed(&self, range: HostRange) -> BoxFuture<'_, Result<()>>;
@@ -105,6 +111,15 @@ impl<S: Storage> DynStorage for S {
         hold: Hold,
     ) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.write_zeroes_at(range, mode, hold))
+    }
+
+    fn zero_durably_boxed(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        hold: Hold,
+    ) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.write_zeroes_durably_at(range, mode, hold))
     }
 
     fn punch_boxed(&self, range: HostRange, hold: Hold) -> BoxFuture<'_, Result<()>> {
@@ -176,6 +191,20 @@ impl Storage for AnyStorage {
         match self {
             Self::File(file) => file.write_zeroes_at(range, mode, hold).await,
             Self::Export(other) | Self::Other(other) => other.zero_boxed(range, mode, hold).await,
+        }
+    }
+
+    async fn write_zeroes_durably_at(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        hold: Hold,
+    ) -> Result<()> {
+        match self {
+            Self::File(file) => file.write_zeroes_durably_at(range, mode, hold).await,
+            Self::Export(other) | Self::Other(other) => {
+                other.zero_durably_boxed(range, mode, hold).await
+            }
         }
     }
 

@@ -96,6 +96,15 @@ impl Storage for Window {
         self.below.write_zeroes_at(self.changed(range)?, mode, hold).await
     }
 
+    async fn write_zeroes_durably_at(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        hold: Hold,
+    ) -> Result<()> {
+        self.below.write_zeroes_durably_at(self.changed(range)?, mode, hold).await
+    }
+
     async fn punch_hole_at(&self, range: HostRange, hold: Hold) -> Result<()> {
         self.below.punch_hole_at(self.changed(range)?, hold).await
     }

@@ -118,6 +118,8 @@ pub(super) struct Plan {
     shown: String,
     format: Format,
     values: Values,
+    /// What is there already, where the name leads to no file.
+    export: Option<Box<NbdSpec>>,
 }
 
 impl Plan {
@@ -151,18 +153,35 @@ impl Plan {
             return Err(CliError::new("Image creation needs a size parameter")
                 .with_hint("give a size, like 20G, behind the name, or a backing file with -b"));
         }
-        Ok(Self::checked(tool, format, values, file))
+        let export = create_export::described(file, parsed)?;
+        Ok(Self::with_values(tool, format, values, file, export))
     }
 
     /// Takes values that are complete: with a size, and a format for the backing file.
-    pub(super) fn checked(tool: &Tool, format: Format, values: Values, file: &str) -> Self {
+    pub(super) fn checked(
+        tool: &Tool,
+        format: Format,
+        values: Values,
+        file: &str,
+    ) -> CliResult<Self> {
+        Ok(Self::with_values(tool, format, values, file, create_export::named(file)?))
+    }
+
+    fn with_values(
+        tool: &Tool,
+        format: Format,
+        values: Values,
+        file: &str,
+        export: Option<Box<NbdSpec>>,
+    ) -> Self {
         let path = spec::split_protocol(file).map_or_else(|_| file.to_owned(), |(_, path)| path);
-        Self { tool: tool.clone(), file: path.into(), shown: file.to_owned(), format, values }
+        let (tool, shown) = (tool.clone(), file.to_owned());
+        Self { tool, file: path.into(), shown, format, values, export }
     }
 
     /// Refuses names that lead to no file: those with a protocol, and `json:`.
     fn check_name(&self) -> CliResult<()> {
-        if create_export::is_export(&self.shown) {
+        if self.export.is_some() {
             return Ok(());
         }
         match spec::split_protocol(&self.shown)? {
@@ -213,8 +232,8 @@ impl Plan {
         let size = self.size_bytes().checked_next_multiple_of(512);
         let size =
             size.filter(|size| i64::try_from(*size).is_ok()).ok_or_else(|| self.too_large())?;
-        if create_export::is_export(&self.shown) {
-            return create_export::make_raw(&self.shown, size);
+        if let Some(export) = &self.export {
+            return create_export::make_raw(export, size);
         }
         let storage = self.replace(&self.file)?;
         let _watch = self.watch();
@@ -242,8 +261,8 @@ impl Plan {
 
     fn make_qcow2(&self) -> CliResult<()> {
         let options = self.create_options()?;
-        if create_export::is_export(&self.shown) {
-            return self.fill_qcow2(&create_export::open(&self.shown)?, &options);
+        if let Some(export) = &self.export {
+            return self.fill_qcow2(&create_export::open(export)?, &options);
         }
         let storage = self.replace(&self.file)?;
         let _watch = self.watch();

@@ -155,8 +155,7 @@ impl Change {
             None if self.mode == Preallocation::Metadata => {
                 Err(CliError::new("Unsupported preallocation mode: metadata"))
             }
-            None if self.is_of_server(chain) => Err(CliError::new("Cannot resize NBD nodes")
-                .in_our_words("The size of an export is its server's to change")),
+            None if self.is_of_server(chain) => self.resize_export(chain),
             None => block_on(raw::resize(chain.disk().storage(), self.new, self.mode))
                 .map_err(|error| create::no_room(&error, self.mode)),
         }
@@ -165,6 +164,21 @@ impl Change {
     /// Says whether another size is asked for than the one that a server gives.
     fn is_of_server(self, chain: &FileChain) -> bool {
         chain.disk().storage().is_export() && self.new != chain.disk().size_bytes()
+    }
+
+    /// Asks the server; few of them have a word for that.
+    fn resize_export(self, chain: &FileChain) -> CliResult<()> {
+        if self.mode != Preallocation::Off {
+            return Err(CliError::new("Cannot resize NBD nodes").in_our_words(
+                "Space cannot be reserved in an export: --preallocation is for files",
+            ));
+        }
+        let storage = chain.disk().storage();
+        block_on(raw::resize(storage, self.new, self.mode)).map_err(|error| match error.kind() {
+            ErrorKind::Unsupported => CliError::new("Cannot resize NBD nodes")
+                .in_our_words("The size of this export is its server's to change"),
+            _ => error.into(),
+        })
     }
 
     fn resize_image(self, image: &Image<AnyStorage>) -> CliResult<()> {

@@ -59,7 +59,8 @@ pub struct Capabilities {
     pub write_zeroes: Capability,
     /// Giving the space of a range back to the host.
     pub punch_hole: Capability,
-    /// Changing the length: `Unsupported` on block devices.
+    /// Changing the length: `Unsupported` where it is somebody else's to decide, as that of a block
+    /// device or of an export. A server may still grow an export when it is asked.
     pub set_len: Capability,
     /// Whether the object may be written at all.
     pub writable: bool,
@@ -220,6 +221,20 @@ pub trait Storage: Send + Sync + 'static {
                 (Ok(()), buffer) => (self.flush().await, buffer),
                 failed => failed,
             }
+        }
+    }
+
+    /// Zeroes as [`write_zeroes_at`](Self::write_zeroes_at), and has the zeros durable when it
+    /// returns; with what a flush makes durable, unless the storage can do it for one request.
+    fn write_zeroes_durably_at(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        hold: Hold,
+    ) -> impl Future<Output = Result<()>> + Send {
+        async move {
+            self.write_zeroes_at(range, mode, hold).await?;
+            self.flush().await
         }
     }
 

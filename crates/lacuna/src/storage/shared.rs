@@ -38,6 +38,15 @@ impl<S: Storage> Storage for Arc<S> {
         S::write_zeroes_at(self, range, mode, hold)
     }
 
+    fn write_zeroes_durably_at(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        hold: Hold,
+    ) -> impl Future<Output = Result<()>> + Send {
+        S::write_zeroes_durably_at(self, range, mode, hold)
+    }
+
     fn punch_hole_at(
         &self,
         range: HostRange,

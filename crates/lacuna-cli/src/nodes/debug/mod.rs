@@ -42,6 +42,34 @@ impl Storage for Debug {
         }
     }
 
+    async fn write_durably_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        if self.below.is_export() {
+            return match self.rules.check("write", offset.0, buffer.len() as u64) {
+                Ok(()) => self.below.write_durably_at(offset, buffer).await,
+                Err(error) => (Err(error), buffer),
+            };
+        }
+        // A flush of its own, to which rules apply.
+        match self.write_at(offset, buffer).await {
+            (Ok(()), buffer) => (self.flush().await, buffer),
+            failed => failed,
+        }
+    }
+
+    async fn write_zeroes_durably_at(
+        &self,
+        range: HostRange,
+        mode: ZeroMode,
+        hold: Hold,
+    ) -> Result<()> {
+        if self.below.is_export() {
+            self.rules.check("write-zeroes", range.start.0, range.len)?;
+            return self.below.write_zeroes_durably_at(range, mode, hold).await;
+        }
+        self.write_zeroes_at(range, mode, hold).await?;
+        self.flush().await
+    }
+
     async fn write_zeroes_at(&self, range: HostRange, mode: ZeroMode, hold: Hold) -> Result<()> {
         self.rules.check("write-zeroes", range.start.0, range.len)?;
         self.below.write_zeroes_at(range, mode, hold).await

@@ -299,7 +299,7 @@ impl Wish {
         self.set_backing(tool, &mut values, format)?;
         asked::check_compressed(self.options.encoding, &values)?;
         let plan = create::Plan::checked(tool, format, values, &self.target_name);
-        plan.make().map_err(|error| error.under(self.while_converting()))
+        plan.and_then(|plan| plan.make()).map_err(|error| error.under(self.while_converting()))
     }
 
     fn set_backing(&self, tool: &Tool, values: &mut Values, format: Format) -> CliResult<()> {

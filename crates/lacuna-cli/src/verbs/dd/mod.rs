@@ -166,7 +166,7 @@ fn target_format(parsed: &Parsed) -> CliResult<Format> {
 fn create_target(tool: &Tool, file: &str, format: Format, size_bytes: u64) -> CliResult<()> {
     let mut values = Values::new(format, &Given::default())?;
     values.set("size", size_bytes.to_string());
-    let made = create::Plan::checked(tool, format, values, file).make();
+    let made = create::Plan::checked(tool, format, values, file).and_then(|plan| plan.make());
     made.map_err(|error| error.under(format!("{file}: error while creating output image")))
 }
 

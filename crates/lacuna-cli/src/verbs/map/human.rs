@@ -6,7 +6,7 @@
 use lacuna::chain::{LevelFacts, MapRun};
 use pollster::block_on;
 
-use super::is_data;
+use super::{as_qemu, is_data};
 use crate::error::{CliError, CliResult};
 use crate::nodes::{FileChain, FileMap};
 use crate::output::{self, Lines};
@@ -67,7 +67,7 @@ fn data(chain: &FileChain, mut map: FileMap<'_>) -> CliResult<u8> {
     let mut lines =
         Lines::starting(&format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to"));
     block_on(async {
-        while let Some(run) = map.next().await? {
+        while let Some(run) = map.next().await?.map(as_qemu) {
             if !is_data(&run) {
                 continue;
             }

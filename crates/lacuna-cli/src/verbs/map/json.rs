@@ -4,7 +4,7 @@ use lacuna::chain::MapRun;
 use lacuna::units::GuestOffset;
 use pollster::block_on;
 
-use super::is_data;
+use super::{as_qemu, is_data};
 use crate::error::CliResult;
 use crate::nodes::FileMap;
 use crate::output::Lines;
@@ -17,6 +17,7 @@ pub(super) fn list(tool: &Tool, mut map: FileMap<'_>, start: GuestOffset) -> Cli
         let mut is_empty = true;
         while let Some(run) = map.next().await? {
             lines.text(if is_empty { "" } else { ",\n" });
+            let run = if tool.is_own() { run } else { as_qemu(run) };
             line(tool, &mut lines, &run);
             lines.print_when_full()?;
             is_empty = false;

@@ -7,7 +7,7 @@ mod human;
 mod json;
 mod picture;
 
-use lacuna::block::Layer;
+use lacuna::block::{AllocationDepth, Layer};
 use lacuna::chain::MapRun;
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
@@ -104,6 +104,16 @@ fn offset(parsed: &Parsed, flag: &str, shown: &str) -> CliResult<Option<u64>> {
             i64::MAX
         ))),
     }
+}
+
+/// Shows a run as QEMU's programs do: what has no space and is not known to be zeros is not there.
+/// Devices have such places where they were discarded, and exports what another context marks.
+fn as_qemu(mut run: MapRun) -> MapRun {
+    let status = &mut run.status;
+    if status.is_hole && !status.reads_zero && !status.is_compressed {
+        (status.depth, status.host) = (AllocationDepth::NOWHERE, None);
+    }
+    run
 }
 
 /// Says whether the run holds bytes that may be anything.

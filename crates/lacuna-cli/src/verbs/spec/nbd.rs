@@ -26,6 +26,8 @@ pub(crate) struct NbdSpec {
     pub(crate) uri: Uri,
     reconnect_delay: Duration,
     open_timeout: Duration,
+    /// The context that stands in for `base:allocation`.
+    status_context: Option<String>,
     connections: Option<usize>,
     /// The name of an object with certificates.
     tls_creds: Option<String>,
@@ -66,21 +68,18 @@ impl NbdSpec {
             keys.take_number(key).map(|seconds| Duration::from_secs(seconds.unwrap_or(0)))
         };
         let reconnect_delay = seconds(&mut keys, "reconnect-delay")?;
-        // Milliseconds, unlike the other.
-        let open_timeout = Duration::from_millis(keys.take_number("open-timeout")?.unwrap_or(0));
+        let open_timeout = seconds(&mut keys, "open-timeout")?;
         let connections = connections(&mut keys, &uri)?;
         let (tls_creds, tls_hostname) =
             (keys.take_text("tls-creds"), keys.take_text("tls-hostname"));
-        if keys.take_text("x-dirty-bitmap").is_some() {
-            return Err(CliError::new("x-dirty-bitmap is not supported")
-                .with_hint("an export with a bitmap can be asked by nbdinfo --map"));
-        }
+        let status_context = keys.take_text("x-dirty-bitmap");
         keys.none_for_storage("nbd")?;
         let shown = shown(&uri).into();
         Ok(Self {
             uri,
             reconnect_delay,
             open_timeout,
+            status_context,
             connections,
             tls_creds,
             tls_hostname,
@@ -110,6 +109,7 @@ impl NbdSpec {
             connections: self.connections.unwrap_or(usual.connections),
             open_timeout: self.open_timeout,
             reconnect_delay: self.reconnect_delay,
+            status_context: self.status_context.clone(),
             writes: writes && self.common.read_only != Some(true),
             tls: self.tls()?,
         })
