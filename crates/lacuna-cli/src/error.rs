@@ -91,6 +91,11 @@ impl CliError {
         Self { hint, ..self }
     }
 
+    /// Replaces what would help by what helps better.
+    pub(crate) fn with_better_hint(self, hint: impl Into<String>) -> Self {
+        Self { hint: Some(hint.into().into()), ..self }
+    }
+
     /// Adds a fact for programs: `file`, `offset`, `holder_pid`. What is known already stays, since
     /// whoever is nearer to the failure knows better.
     pub(crate) fn with_fact(mut self, name: &'static str, value: impl Into<Value>) -> Self {

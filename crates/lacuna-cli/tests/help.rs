@@ -17,6 +17,7 @@ const CAST: &str = "
     stock-img convert -f raw -O qcow2 disk.raw disk.qcow2
     cp disk.qcow2 old.qcow2; cp disk.qcow2 new.qcow2; cp disk.qcow2 base.qcow2
     cp disk.qcow2 snapshots.qcow2; stock-img snapshot -c monday snapshots.qcow2
+    cp disk.qcow2 bitmaps.qcow2; stock-img bitmap --add bitmaps.qcow2 monday
     stock-img create -q -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
     stock-io -f qcow2 -c 'write -P 8 2M 64k' overlay.qcow2 >&2";
 
@@ -35,8 +36,9 @@ fn verbs(sandbox: &Sandbox) -> Vec<String> {
     let lines = overview.lines().filter(|line| line.starts_with("  "));
     let names = lines.map(|line| line[10..20].trim().to_owned());
     // Verbs about the program are in the text below.
-    let names: Vec<String> =
-        names.chain(["ctl", "help", "completions", "man"].map(str::to_owned)).collect();
+    let names: Vec<String> = names
+        .chain(["bench", "completions", "ctl", "help", "io", "man"].map(str::to_owned))
+        .collect();
     assert!(names.len() >= 8, "{overview}");
     names
 }

@@ -44,7 +44,7 @@ type DemoResult<T = ()> = Result<T, Box<dyn std::error::Error>>;
 pub(crate) const VERB: Verb = Verb {
     name: "demo",
     task: Task::Try,
-    summary: "Show the main job on a file system made of the files at hand",
+    summary: "Show the main job; bench: how fast requests are; io: by hand",
     operands: "",
     flags: &[
         Flag::valued('k', "keep", "DIR", "leave the images in this folder").long_only(),

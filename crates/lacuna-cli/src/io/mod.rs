@@ -31,7 +31,7 @@ use session::Session;
 /// The verb.
 pub(crate) const VERB: Verb = Verb {
     name: "io",
-    task: Task::Try,
+    task: Task::About,
     summary: "Read and write a disk by hand, with qemu-io's commands",
     operands: "[FILENAME]",
     flags: &[

@@ -32,7 +32,7 @@ const MOST: u64 = i32::MAX as u64;
 /// The verb.
 pub(super) const VERB: Verb = Verb {
     name: "bench",
-    task: Task::Try,
+    task: Task::About,
     summary: "Measure how fast requests are",
     operands: "FILENAME",
     flags: &[

@@ -6,6 +6,7 @@ mod about;
 mod advice;
 mod amend;
 mod bench;
+mod bitmap;
 pub(crate) mod busy;
 mod check;
 mod compare;
@@ -92,9 +93,10 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 22] = [
+const VERBS: [&Verb; 23] = [
     &amend::VERB,
     &bench::VERB,
+    &bitmap::VERB,
     &check::VERB,
     &compare::VERB,
     &completions::VERB,

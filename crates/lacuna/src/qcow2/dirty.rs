@@ -210,7 +210,7 @@ impl<S: Storage> Image<S> {
         (meta.bitmaps.generation, meta.size_bytes)
     }
 
-    fn no_bitmap(&self, name: &StoredName) -> Error {
+    pub(super) fn no_bitmap(&self, name: &StoredName) -> Error {
         let header = self.0.header.lock();
         let outdated = header.extensions.bitmaps.is_some() && header.valid_bitmaps().is_none();
         let text = match outdated {
@@ -225,7 +225,7 @@ impl<S: Storage> Image<S> {
 
     /// Reads the table of a bitmap whose entry was checked. All data must lie in the file: bits
     /// that got lost would read as clear.
-    async fn checked_table(&self, entry: &BitmapEntry) -> Result<Vec<BitmapTableEntry>> {
+    pub(super) async fn checked_table(&self, entry: &BitmapEntry) -> Result<Vec<BitmapTableEntry>> {
         let file_bytes = self.0.storage.len().await?;
         let fits = |offset: HostOffset, len: u64| {
             offset.0.checked_add(len).is_some_and(|end| end <= file_bytes)
@@ -255,7 +255,7 @@ impl<S: Storage> Image<S> {
     }
 }
 
-fn left_in_use(name: &StoredName) -> Error {
+pub(super) fn left_in_use(name: &StoredName) -> Error {
     Error::corrupt(format!(
         "Bitmap '{name}' is marked in use: the disk was changed and what changed was not stored, \
          so that the bitmap may miss it"
@@ -277,6 +277,11 @@ impl<S: Storage> DirtyBitmap<S> {
     #[must_use]
     pub fn granularity_bytes(&self) -> u64 {
         1 << self.of.stored.lock().entry.granularity_bits
+    }
+
+    /// Returns the size of the disk whose changes it names.
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.image.size()
     }
 
     /// Returns how many bytes of memory it and its clones take together, at most 8 MiB.

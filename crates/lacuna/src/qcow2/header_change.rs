@@ -29,9 +29,10 @@ const SECTOR: usize = 512;
 
 /// One write; each is flushed before the next.
 #[derive(Debug, PartialEq, Eq)]
-struct Step {
-    at: usize,
-    bytes: Vec<u8>,
+pub(super) struct Step {
+    /// Where in the first cluster.
+    pub(super) at: usize,
+    pub(super) bytes: Vec<u8>,
 }
 
 /// Changes the header in `storage`, durably, and returns the new one. Nobody else may be writing to
@@ -44,18 +45,28 @@ pub(super) async fn change_header<S: Storage>(
     storage: &S,
     change: impl FnOnce(&mut Header) -> Result<()>,
 ) -> Result<Header> {
-    let mut header = super::read_header(storage).await?;
-    let cluster_bytes = header.geometry.cluster_bytes() as usize;
-    let (result, old) = storage.read_at(HostOffset(0), Buffer::new(cluster_bytes)).await;
-    result?;
-    change(&mut header)?;
-    let new = header.encode_placed()?;
-    for step in steps(&old, &new) {
+    let (header, steps) = plan(storage, change).await?;
+    for step in steps {
         let bytes = Buffer::from(&step.bytes[..]);
         storage.write_at(HostOffset(step.at as u64), bytes).await.0?;
         storage.flush().await?;
     }
     Ok(header)
+}
+
+/// Plans a change of the header in `storage`: returns the new one, and what is to be written, each
+/// flushed before the next.
+pub(super) async fn plan<S: Storage>(
+    storage: &S,
+    change: impl FnOnce(&mut Header) -> Result<()>,
+) -> Result<(Header, Vec<Step>)> {
+    let mut header = super::read_header(storage).await?;
+    let cluster_bytes = header.geometry.cluster_bytes() as usize;
+    let (result, old) = storage.read_at(HostOffset(0), Buffer::new(cluster_bytes)).await;
+    result?;
+    change(&mut header)?;
+    let steps = steps(&old, &header.encode_placed()?);
+    Ok((header, steps))
 }
 
 /// Plans the way from the first cluster `old` to `new`.

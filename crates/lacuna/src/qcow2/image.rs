@@ -1,6 +1,7 @@
 //! An opened image: what its requests share, and how they get what planning needs.
 //!
-//! Locks, in this order: the write-back turn (async, one write-back at a time), then the metadata
+//! Locks, in this order: of bitmaps, first of their edits, then, behind requests in flight, their
+//! turn (both async), then the write-back turn (async, one write-back at a time), then the metadata
 //! (short, never across an await), then the header (likewise).
 
 use std::sync::Arc;
@@ -78,6 +79,10 @@ pub(super) struct Inner<S> {
     pub(super) zero_unmap: ZeroUnmap,
     /// One write-back at a time.
     pub(super) turn: async_lock::Mutex<()>,
+    /// One change of which bitmaps there are, or of how long they are, at a time.
+    pub(super) bitmap_edits: async_lock::Mutex<()>,
+    /// Bitmaps are marked in use, or stored, by one at a time; waits for no request.
+    pub(super) bitmap_turn: async_lock::Mutex<()>,
     /// How many flushes were asked for, and up to which one all is durable.
     pub(super) flushes_asked: AtomicU64,
     pub(super) flushes_done: AtomicU64,
@@ -129,6 +134,8 @@ impl<S: Storage> Image<S> {
             lazy,
             zero_unmap: options.zero_unmap,
             turn: async_lock::Mutex::new(()),
+            bitmap_edits: async_lock::Mutex::new(()),
+            bitmap_turn: async_lock::Mutex::new(()),
             flushes_asked: AtomicU64::new(0),
             flushes_done: AtomicU64::new(0),
             write_backs: AtomicU64::new(0),

@@ -9,7 +9,6 @@
 //! * Never: a backing or data file is opened here; the caller hands them in.
 
 mod amend;
-mod bitmap_size;
 mod bitmaps;
 pub mod check;
 mod clear;
@@ -64,6 +63,7 @@ mod zero_cluster;
 pub(crate) use host_status::HostStatuses;
 
 pub use amend::AmendOptions;
+pub use bitmaps::{BitmapRepairs, NewBitmap, repair_bitmaps};
 pub use compact::{
     CompactClusters, CompactEstimate, CompactOptions, CompactPace, CompactPhase, CompactProgress,
     CompactReport, CompactStep, KeptMapping, compact_estimate,

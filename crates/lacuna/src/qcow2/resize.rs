@@ -47,6 +47,7 @@ impl<S: Storage> Image<S> {
     /// `Unsupported` for version 2 with snapshots, and where a bitmap is of an unknown kind;
     /// `NoSpace` where the format cannot map so much.
     pub async fn resize(&self, size_bytes: u64, shrink: Shrink) -> Result<()> {
+        let _edits = self.0.bitmap_edits.lock().await;
         let old = self.size();
         self.check_resize(old, size_bytes, shrink)?;
         self.check_snapshots().await?;
@@ -120,6 +121,7 @@ impl<S: Storage> Image<S> {
     /// }).unwrap();
     /// ```
     pub async fn grow(&self, size_bytes: u64, preallocation: Preallocation) -> Result<()> {
+        let _edits = self.0.bitmap_edits.lock().await;
         let old = self.size();
         if size_bytes <= old {
             return Err(Error::invalid(format!(
@@ -288,7 +290,7 @@ impl<S: Storage> Image<S> {
 
     /// Lets no guest byte from `offset` on be changed while the hold lives, now or when the disk is
     /// larger: it rides with what is done to the end of the data file, dropped or not.
-    async fn exclude_behind(&self, offset: u64) -> Result<Hold> {
+    pub(super) async fn exclude_behind(&self, offset: u64) -> Result<Hold> {
         let rest = MAX_SIZE_BYTES.saturating_sub(offset);
         self.exclude_others(GuestRange::new(GuestOffset(offset), rest)).await
     }

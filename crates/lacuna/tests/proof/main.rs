@@ -4,6 +4,7 @@
 //! through every combination instead of a spread of them.
 
 mod amend;
+mod bitmap_edits;
 mod bitmaps;
 mod cancellation;
 mod case;

@@ -139,6 +139,20 @@ impl BitmapEntry {
         Ok(entries)
     }
 
+    /// Returns how many entries can be read at the start of a directory, at most `at_most`, and how
+    /// many bytes they take.
+    pub(crate) fn readable(bytes: &[u8], at_most: u32) -> (u32, u64) {
+        let mut rest = bytes;
+        for count in 0..at_most {
+            let behind = Self::decode(rest).and_then(|(_, len)| rest.get(len..));
+            match behind {
+                Some(behind) => rest = behind,
+                None => return (count, bytes.len().abs_diff(rest.len()) as u64),
+            }
+        }
+        (at_most, bytes.len().abs_diff(rest.len()) as u64)
+    }
+
     /// Encodes a directory.
     ///
     /// # Errors

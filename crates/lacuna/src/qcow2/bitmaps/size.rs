@@ -5,11 +5,12 @@
 //! * Always: bits behind the end of the disk are clear before a larger size may show them.
 //! * Never: a disk is resized with a bitmap that could not follow.
 
-use super::bitmaps::{changing_fields, clear_bits_from, directory};
-use super::format::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry, Geometry};
-use super::image::Image;
-use super::quarantine::FreedBy;
-use super::write_back::Refcounting;
+use super::super::format::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry, Geometry};
+use super::super::image::Image;
+use super::super::quarantine::FreedBy;
+use super::super::write_back::Refcounting;
+use super::store::table_bytes;
+use super::{changing_fields, clear_bits_from, directory};
 use crate::storage::Storage;
 use crate::units::{HostCluster, HostOffset, HostRange};
 use crate::{Error, Result};
@@ -18,23 +19,23 @@ const SECTOR_BYTES: u64 = 512;
 
 /// Says how many bits a bitmap has and how they are spread.
 #[derive(Clone, Copy)]
-struct Measure {
-    granularity_bits: u8,
-    chunk_bits: u64,
+pub(super) struct Measure {
+    pub(super) granularity_bits: u8,
+    pub(super) chunk_bits: u64,
 }
 
 impl Measure {
-    fn of(entry: &BitmapEntry, geometry: &Geometry) -> Self {
+    pub(super) fn of(entry: &BitmapEntry, geometry: &Geometry) -> Self {
         let chunk_bits = geometry.cluster_bytes() * 8;
         Self { granularity_bits: entry.granularity_bits, chunk_bits }
     }
 
-    const fn bits(self, size_bytes: u64) -> u64 {
+    pub(super) const fn bits(self, size_bytes: u64) -> u64 {
         size_bytes.div_ceil(1 << self.granularity_bits)
     }
 
     /// Clusters of bits; a table has one entry at least.
-    fn chunks(self, size_bytes: u64) -> u64 {
+    pub(super) fn chunks(self, size_bytes: u64) -> u64 {
         self.bits(size_bytes).div_ceil(self.chunk_bits).max(1)
     }
 }
@@ -50,7 +51,7 @@ struct Fitting {
 
 impl<S: Storage> Image<S> {
     /// Refuses where a bitmap could not follow a change of the size.
-    pub(super) async fn check_bitmaps(&self, old: u64, new: u64) -> Result<()> {
+    pub(in crate::qcow2) async fn check_bitmaps(&self, old: u64, new: u64) -> Result<()> {
         let header = self.header();
         for (at, entry) in directory(&self.0.storage, &header).await? {
             let is_ours = self.0.meta.lock().bitmaps.uses(at);
@@ -70,7 +71,7 @@ impl<S: Storage> Image<S> {
 
     /// Gives every bitmap a table for a disk of `new` bytes, durably. What was behind the smaller
     /// of the two sizes is clear.
-    pub(super) async fn resize_bitmaps(&self, old: u64, new: u64) -> Result<()> {
+    pub(in crate::qcow2) async fn resize_bitmaps(&self, old: u64, new: u64) -> Result<()> {
         // A call that was dropped must not write an entry after this one.
         self.wait_for_metadata_writes().await;
         let header = self.header();
@@ -131,12 +132,12 @@ impl<S: Storage> Image<S> {
     }
 
     /// Writes a table to new clusters, durably; nothing points to it yet.
-    async fn write_table(
+    pub(super) async fn write_table(
         &self,
         entry: &BitmapEntry,
         table: &[BitmapTableEntry],
     ) -> Result<BitmapEntry> {
-        let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
+        let bytes = table_bytes(table);
         let clusters = self.geometry().clusters_for(bytes.len() as u64);
         let table_offset = self.plan(|meta| meta.allocate(clusters)).await?;
         self.write_bitmap(table_offset, &bytes).await?;
@@ -166,20 +167,14 @@ impl<S: Storage> Image<S> {
 
     /// Frees a table that nothing names any more, and data that the new one does not name.
     async fn free_table(&self, entry: &BitmapEntry, dropped: &[BitmapTableEntry]) -> Result<()> {
-        let geometry = self.geometry();
-        let table = HostRange::new(entry.table_offset, u64::from(entry.table_entries) * 8);
-        let data = dropped.iter().filter_map(|entry| match entry.cluster() {
-            BitmapCluster::Data(offset) => Some(HostRange::new(offset, geometry.cluster_bytes())),
-            _ => None,
-        });
-        for range in std::iter::once(table).chain(data) {
+        for range in ranges_of(entry, dropped, &self.geometry()) {
             self.free_bitmap_range(range).await?;
         }
         Ok(())
     }
 
     /// The image says where a bitmap lies, and may lie.
-    async fn free_bitmap_range(&self, range: HostRange) -> Result<()> {
+    pub(super) async fn free_bitmap_range(&self, range: HostRange) -> Result<()> {
         let checked = self.0.meta.lock().structures.check(range, None);
         if let Err(error) = checked {
             return Err(self.mark_corrupt(error).await);
@@ -190,4 +185,18 @@ impl<S: Storage> Image<S> {
         }
         Ok(())
     }
+}
+
+/// Returns where a table lies, and what data some of its entries name.
+pub(super) fn ranges_of(
+    entry: &BitmapEntry,
+    table: &[BitmapTableEntry],
+    geometry: &Geometry,
+) -> Vec<HostRange> {
+    let data = table.iter().filter_map(|entry| match entry.cluster() {
+        BitmapCluster::Data(offset) => Some(HostRange::new(offset, geometry.cluster_bytes())),
+        _ => None,
+    });
+    let table = HostRange::new(entry.table_offset, u64::from(entry.table_entries) * 8);
+    std::iter::once(table).chain(data).collect()
 }

@@ -1,5 +1,8 @@
 //! Keeps enabled dirty bitmaps in step with writes (B.10).
 //!
+//! `store` brings storage after memory, `directory` says which bitmaps there are and changes it,
+//! `edit`, `merge` and `repair` are what people ask for, `size` follows the disk's size.
+//!
 //! * Always: the first change of an open image marks every enabled bitmap in use, durably, before
 //!   anything else; only a clean close takes the mark off again. After a crash nobody trusts one.
 //! * Always: what changes is marked before it changes, in memory, a chunk per cluster of bitmap
@@ -7,16 +10,28 @@
 //! * Never: a bitmap is touched that is disabled, was in use already, or has extra data that says
 //!   it must not be.
 
+mod directory;
+mod edit;
+mod merge;
+mod repair;
+mod size;
+mod store;
+
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 
-use super::format::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry, Header};
-use super::image::Image;
-use super::write_back::Refcounting;
+use super::format::{BitmapEntry, BitmapFlags, Header};
 use crate::Result;
-use crate::buffer::Buffer;
 use crate::storage::Storage;
-use crate::units::{GuestRange, HostOffset, HostRange};
+use crate::units::{GuestRange, HostOffset};
+
+pub(super) use directory::directory;
+pub use edit::NewBitmap;
+pub use repair::{BitmapRepairs, repair_bitmaps};
+
+/// Where the flags lie in a directory entry.
+const FLAGS_AT: u64 = 12;
 
 /// The bitmaps that follow the writes of an open image.
 #[derive(Debug, Default)]
@@ -24,6 +39,8 @@ pub(super) struct Bitmaps {
     tracked: Vec<Tracked>,
     /// They are marked in use, so that closing has to store them.
     pub(super) in_use: bool,
+    /// The directory on storage may be another one than the one known here.
+    pub(super) outdated: bool,
     /// Counts changes of where bitmaps lie: what was read of one before may be somebody else's.
     pub(super) generation: u64,
 }
@@ -36,8 +53,13 @@ struct Tracked {
     /// Bits of one cluster of bitmap data.
     chunk_bits: u64,
     /// New bits by chunk.
-    chunks: BTreeMap<u64, Vec<u8>>,
+    chunks: Chunks,
+    /// Those that are on their way to storage.
+    storing: Chunks,
 }
+
+/// Bits of a bitmap, by the cluster of bitmap data that they belong to.
+type Chunks = BTreeMap<u64, Vec<u8>>;
 
 impl Bitmaps {
     /// Finds the bitmaps to follow.
@@ -50,10 +72,11 @@ impl Bitmaps {
             if is_followed(&entry) {
                 entry.check(&header.geometry, header.size_bytes)?;
                 let chunk_bits = header.geometry.cluster_bytes() * 8;
-                tracked.push(Tracked { entry, at, chunk_bits, chunks: BTreeMap::new() });
+                let (chunks, storing) = Default::default();
+                tracked.push(Tracked { entry, at, chunk_bits, chunks, storing });
             }
         }
-        Ok(Self { tracked, in_use: false, generation: 0 })
+        Ok(Self { tracked, ..Self::default() })
     }
 
     pub(super) const fn is_empty(&self) -> bool {
@@ -76,16 +99,18 @@ impl Bitmaps {
 
     /// Returns the first of some chunks in which something was marked since the image was opened.
     pub(super) fn first_marked(&self, at: HostOffset, chunks: Range<u64>) -> Option<u64> {
-        self.find(at)?.chunks.range(chunks).next().map(|(index, _)| *index)
+        let bitmap = self.find(at)?;
+        let first = |of: &Chunks| of.range(chunks.clone()).next().map(|(index, _)| *index);
+        [first(&bitmap.chunks), first(&bitmap.storing)].into_iter().flatten().min()
     }
 
     /// Adds what was marked since the image was opened to a part of a chunk that starts at byte
     /// `from` of it.
     pub(super) fn add_marks(&self, at: HostOffset, chunk: u64, from: usize, bytes: &mut [u8]) {
-        let marks = self.find(at).and_then(|bitmap| bitmap.chunks.get(&chunk));
-        let marks = marks.and_then(|marks| marks.get(from..)).unwrap_or_default();
-        for (byte, new) in bytes.iter_mut().zip(marks) {
-            *byte |= new;
+        let Some(bitmap) = self.find(at) else { return };
+        for marks in [&bitmap.chunks, &bitmap.storing] {
+            let marks = marks.get(&chunk).and_then(|marks| marks.get(from..)).unwrap_or_default();
+            add_bits(bytes, marks);
         }
     }
 
@@ -110,25 +135,6 @@ impl Bitmaps {
             bitmap.mark(range);
         }
     }
-}
-
-/// Reads the directory: where each entry lies, and what it says.
-pub(super) async fn directory<S: Storage>(
-    storage: &S,
-    header: &Header,
-) -> Result<Vec<(HostOffset, BitmapEntry)>> {
-    let Some(extension) = header.valid_bitmaps() else { return Ok(Vec::new()) };
-    let buffer = Buffer::new(extension.directory_bytes as usize);
-    let (result, bytes) = storage.read_at(extension.directory_offset, buffer).await;
-    result.map_err(|error| error.context("Reading the bitmap directory"))?;
-    let mut at = extension.directory_offset;
-    let mut placed = Vec::new();
-    for entry in BitmapEntry::decode_directory(&bytes, &extension)? {
-        let len = BitmapEntry::encode_directory(std::slice::from_ref(&entry))?.len() as u64;
-        placed.push((at, entry));
-        at = at + len;
-    }
-    Ok(placed)
 }
 
 /// Encodes the fields of a directory entry that change: the table, and the flags.
@@ -166,6 +172,18 @@ impl Tracked {
 }
 
 impl Tracked {
+    /// Sends all that is marked on its way to storage.
+    fn begin_storing(&mut self) {
+        for (index, chunk) in std::mem::take(&mut self.chunks) {
+            match self.storing.entry(index) {
+                Entry::Vacant(place) => {
+                    place.insert(chunk);
+                }
+                Entry::Occupied(mut sent) => add_bits(sent.get_mut(), &chunk),
+            }
+        }
+    }
+
     fn cut_at(&mut self, size_bytes: u64) {
         let end = size_bytes.div_ceil(1 << self.entry.granularity_bits);
         let last = end / self.chunk_bits;
@@ -173,6 +191,13 @@ impl Tracked {
         if let Some(chunk) = self.chunks.get_mut(&last) {
             clear_bits_from(chunk, end % self.chunk_bits);
         }
+    }
+}
+
+/// Sets the bits of `bytes` that are set in `more`.
+fn add_bits(bytes: &mut [u8], more: &[u8]) {
+    for (byte, new) in bytes.iter_mut().zip(more) {
+        *byte |= new;
     }
 }
 
@@ -200,105 +225,6 @@ fn set_bits(bytes: &mut [u8], from: u64, to: u64) {
     bytes[first] |= head;
     bytes[first + 1..last].fill(0xff);
     bytes[last] |= tail;
-}
-
-impl<S: Storage> Image<S> {
-    /// Marks the bitmaps in use, durably; changes may follow then.
-    pub(super) async fn mark_bitmaps_in_use(&self) -> Result<()> {
-        self.write_bitmap_flags(BitmapFlags::IN_USE).await?;
-        let mut meta = self.0.meta.lock();
-        meta.bitmaps.in_use = true;
-        meta.gate.bitmaps = false;
-        Ok(())
-    }
-
-    async fn write_bitmap_flags(&self, in_use: BitmapFlags) -> Result<()> {
-        let entries: Vec<_> = {
-            let meta = self.0.meta.lock();
-            // With the table: the entry that tells of a moved one may not have been written.
-            let of = |it: &Tracked| {
-                let flags = it.entry.flags.difference(BitmapFlags::IN_USE).union(in_use);
-                (it.at, changing_fields(&it.entry, flags))
-            };
-            meta.bitmaps.tracked.iter().map(of).collect()
-        };
-        for (at, bytes) in entries {
-            self.write_bytes(at, &bytes).await?;
-        }
-        self.0.storage.flush().await
-    }
-
-    /// Merges what changed into the stored bitmaps and takes the marks off.
-    pub(super) async fn store_bitmaps(&self) -> Result<()> {
-        let tracked = {
-            let mut meta = self.0.meta.lock();
-            if !meta.bitmaps.in_use {
-                return Ok(());
-            }
-            let size_bytes = meta.size_bytes;
-            meta.bitmaps.cut_at(size_bytes);
-            meta.bitmaps.tracked.clone()
-        };
-        let mut tables = Vec::new();
-        for bitmap in &tracked {
-            tables.push(self.merge_chunks(bitmap).await?);
-        }
-        // New clusters of bitmap data have their refcounts on storage before a table names them.
-        self.write_back(Refcounting::Written).await?;
-        for (bitmap, table) in tracked.iter().zip(tables) {
-            let bytes: Vec<u8> = table.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
-            self.write_bitmap(bitmap.entry.table_offset, &bytes).await?;
-        }
-        self.0.storage.flush().await?;
-        self.write_bitmap_flags(BitmapFlags::empty()).await?;
-        self.0.meta.lock().bitmaps.in_use = false;
-        Ok(())
-    }
-
-    /// Reads the table of a bitmap whose entry was checked.
-    pub(super) async fn load_bitmap_table(
-        &self,
-        entry: &BitmapEntry,
-    ) -> Result<Vec<BitmapTableEntry>> {
-        let table_bytes = u64::from(entry.table_entries) * 8;
-        let bytes = self.load(entry.table_offset, table_bytes, "bitmap table").await?;
-        let (words, _) = bytes.as_chunks::<8>();
-        Ok(words.iter().map(|word| BitmapTableEntry(u64::from_be_bytes(*word))).collect())
-    }
-
-    /// Writes the chunks of one bitmap. Returns its table as it must be stored next.
-    async fn merge_chunks(&self, bitmap: &Tracked) -> Result<Vec<BitmapTableEntry>> {
-        let mut table = self.load_bitmap_table(&bitmap.entry).await?;
-        for (index, chunk) in &bitmap.chunks {
-            let Some(entry) = table.get_mut(*index as usize) else { continue };
-            *entry = self.merge_chunk(*entry, chunk).await?;
-        }
-        Ok(table)
-    }
-
-    /// The image says where a bitmap lies, and may lie.
-    pub(super) async fn write_bitmap(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
-        let range = HostRange::new(offset, bytes.len() as u64);
-        let checked = self.0.meta.lock().structures.check(range, None);
-        match checked {
-            Ok(()) => self.write_bytes(offset, bytes).await,
-            Err(error) => Err(self.mark_corrupt(error).await),
-        }
-    }
-
-    async fn merge_chunk(&self, entry: BitmapTableEntry, chunk: &[u8]) -> Result<BitmapTableEntry> {
-        let (offset, merged) = match entry.cluster() {
-            BitmapCluster::AllOnes => return Ok(entry),
-            BitmapCluster::AllZeros => (self.plan(|meta| meta.allocate(1)).await?, chunk.to_vec()),
-            BitmapCluster::Data(offset) => {
-                let stored = self.load(offset, chunk.len() as u64, "bitmap data").await?;
-                let merged = stored.iter().zip(chunk).map(|(old, new)| old | new).collect();
-                (offset, merged)
-            }
-        };
-        self.write_bitmap(offset, &merged).await?;
-        Ok(BitmapTableEntry::new(BitmapCluster::Data(offset)))
-    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,177 @@
+//! Which bitmaps there are: the directory, and how another one takes its place (B.10).
+//!
+//! | step | what is written | what a crash leaves |
+//! |---|---|---|
+//! | 1 | what was marked, into the stored bitmaps; none is in use then | the same bitmaps |
+//! | 2 | new bits, tables, and a new directory, to free clusters; their refcounts | leaks |
+//! | 3 | the header names the new directory, one sector at a time | the old or the new bitmaps |
+//! | 4 | the refcounts of what only the old directory named | leaks |
+//!
+//! * Always: nobody changes the disk between the first step and the third, so that a bitmap is from
+//!   one moment.
+//! * Always: a change that was dropped in the middle is looked up before the next one.
+
+use async_lock::MutexGuard;
+
+use super::super::format::{AutoclearFeatures, BitmapEntry, BitmapsExtension, Header, Version};
+use super::super::header_change;
+use super::super::image::Image;
+use super::super::overlap::Structure;
+use super::super::write_back::Refcounting;
+use super::Bitmaps;
+use crate::buffer::{Buffer, Hold};
+use crate::storage::Storage;
+use crate::units::{HostOffset, HostRange};
+use crate::{Error, Result};
+
+/// Reads the directory: where each entry lies, and what it says.
+pub(in crate::qcow2) async fn directory<S: Storage>(
+    storage: &S,
+    header: &Header,
+) -> Result<Vec<(HostOffset, BitmapEntry)>> {
+    let Some(extension) = header.valid_bitmaps() else { return Ok(Vec::new()) };
+    let buffer = Buffer::new(extension.directory_bytes as usize);
+    let (result, bytes) = storage.read_at(extension.directory_offset, buffer).await;
+    result.map_err(|error| error.context("Reading the bitmap directory"))?;
+    let mut at = extension.directory_offset;
+    let mut placed = Vec::new();
+    for entry in BitmapEntry::decode_directory(&bytes, &extension)? {
+        let len = BitmapEntry::encode_directory(std::slice::from_ref(&entry))?.len() as u64;
+        placed.push((at, entry));
+        at = at + len;
+    }
+    Ok(placed)
+}
+
+/// The bitmaps while nobody changes the disk, all of them stored as they are.
+pub(super) struct AtRest<'a, S: Storage> {
+    pub(super) image: &'a Image<S>,
+    /// As the directory has them.
+    pub(super) entries: Vec<BitmapEntry>,
+    /// The directory that is to be replaced.
+    old: Option<HostRange>,
+    _turn: MutexGuard<'a, ()>,
+    _hold: Hold,
+    _edits: MutexGuard<'a, ()>,
+}
+
+impl<S: Storage> Image<S> {
+    /// Waits until nothing changes the disk, keeps it so, and brings the stored bitmaps up to date.
+    pub(super) async fn bitmaps_at_rest(&self) -> Result<AtRest<'_, S>> {
+        self.check_writable()?;
+        if self.geometry().version() == Version::V2 {
+            return Err(Error::unsupported("Cannot store dirty bitmaps in qcow2 v2 files"));
+        }
+        let edits = self.0.bitmap_edits.lock().await;
+        // Before the turn: a request that runs may be waiting for it.
+        let hold = self.exclude_behind(0).await?;
+        let turn = self.0.bitmap_turn.lock().await;
+        if self.0.meta.lock().closed {
+            return Err(Error::invalid("The image was closed"));
+        }
+        if self.0.meta.lock().bitmaps.outdated {
+            self.reload_bitmaps().await?;
+        }
+        self.store_bitmaps_in_turn().await?;
+        let header = {
+            let mut meta = self.0.meta.lock();
+            // Whoever changes the disk next marks them in use again.
+            meta.gate.bitmaps = !meta.bitmaps.is_empty();
+            self.0.header.lock().clone()
+        };
+        let placed = directory(&self.0.storage, &header).await?;
+        let entries = placed.into_iter().map(|(_, entry)| entry).collect();
+        let old = header.valid_bitmaps().map(range_of);
+        Ok(AtRest { image: self, entries, old, _turn: turn, _hold: hold, _edits: edits })
+    }
+
+    /// Takes note of the directory that storage has. The caller has the turn.
+    pub(super) async fn reload_bitmaps(&self) -> Result<()> {
+        self.wait_for_metadata_writes().await;
+        let header = super::super::read_header(&self.0.storage).await?;
+        let loaded = Bitmaps::load(&self.0.storage, &header).await?;
+        let mut meta = self.0.meta.lock();
+        let mut known = self.0.header.lock();
+        if let Some(old) = known.valid_bitmaps() {
+            meta.structures.remove(range_of(old));
+        }
+        if let Some(new) = header.valid_bitmaps() {
+            meta.structures.add(range_of(new), Structure::BitmapDirectory);
+        }
+        known.extensions.bitmaps = header.extensions.bitmaps;
+        let has_any = header.features.autoclear.contains(AutoclearFeatures::BITMAPS);
+        known.features.autoclear.set(AutoclearFeatures::BITMAPS, has_any);
+        let generation = meta.bitmaps.generation + 1;
+        meta.gate.bitmaps = !loaded.is_empty();
+        meta.bitmaps = Bitmaps { generation, ..loaded };
+        Ok(())
+    }
+
+    /// Changes the header where it lies, durably.
+    async fn change_open_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let _turn = self.0.turn.lock().await;
+        self.wait_for_metadata_writes().await;
+        let change = |header: &mut Header| {
+            change(header);
+            Ok(())
+        };
+        let (_, steps) = header_change::plan(&self.0.storage, change).await?;
+        for step in steps {
+            self.write_header_field(HostOffset(step.at as u64), &step.bytes).await?;
+        }
+        Ok(())
+    }
+}
+
+impl<S: Storage> AtRest<'_, S> {
+    /// Has the image name other bitmaps, durably, and gives back what only the old directory named:
+    /// itself, and `dropped`.
+    pub(super) async fn replace(
+        self,
+        entries: &[BitmapEntry],
+        dropped: Vec<HostRange>,
+    ) -> Result<()> {
+        let image = self.image;
+        let extension = image.write_directory(entries).await?;
+        {
+            let mut meta = image.0.meta.lock();
+            meta.bitmaps.outdated = true;
+            meta.gate.bitmaps = true;
+        }
+        let change = |header: &mut Header| {
+            header.features.autoclear.set(AutoclearFeatures::BITMAPS, extension.is_some());
+            header.extensions.bitmaps = extension;
+        };
+        image.change_open_header(change).await?;
+        image.reload_bitmaps().await?;
+        for range in self.old.into_iter().chain(dropped) {
+            image.free_bitmap_range(range).await?;
+        }
+        Ok(())
+    }
+}
+
+impl<S: Storage> Image<S> {
+    /// Writes a directory to new clusters, with its refcounts, durably; nothing names it yet.
+    async fn write_directory(&self, entries: &[BitmapEntry]) -> Result<Option<BitmapsExtension>> {
+        if entries.is_empty() {
+            return Ok(None);
+        }
+        let bytes = BitmapEntry::encode_directory(entries)?;
+        let clusters = self.geometry().clusters_for(bytes.len() as u64);
+        let directory_offset = self.plan(|meta| meta.allocate(clusters)).await?;
+        let extension = BitmapsExtension {
+            count: entries.len() as u32,
+            directory_bytes: bytes.len() as u64,
+            directory_offset,
+        };
+        extension.check(&self.geometry())?;
+        self.write_bitmap(directory_offset, &bytes).await?;
+        self.write_back(Refcounting::Written).await?;
+        Ok(Some(extension))
+    }
+}
+
+const fn range_of(extension: BitmapsExtension) -> HostRange {
+    HostRange::new(extension.directory_offset, extension.directory_bytes)
+}

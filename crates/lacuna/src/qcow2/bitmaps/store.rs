@@ -1,0 +1,159 @@
+//! Brings the stored bitmaps after what was marked in memory (B.10).
+//!
+//! * Always: what is on its way to storage counts for readers until it has arrived.
+//! * Always: new clusters of bits have their refcounts on storage before a table names them.
+
+use super::super::format::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry};
+use super::super::image::Image;
+use super::super::write_back::Refcounting;
+use super::{Bitmaps, Tracked, add_bits, changing_fields};
+use crate::Result;
+use crate::storage::Storage;
+use crate::units::{HostOffset, HostRange};
+
+impl Bitmaps {
+    /// Sends all that is marked on its way; returns the bitmaps.
+    fn begin_storing(&mut self, size_bytes: u64) -> Vec<(HostOffset, BitmapEntry)> {
+        self.cut_at(size_bytes);
+        self.tracked.iter_mut().for_each(Tracked::begin_storing);
+        self.tracked.iter().map(|it| (it.at, it.entry.clone())).collect()
+    }
+
+    /// Returns the first chunk on its way from `index` on.
+    fn sent_from(&self, at: HostOffset, index: u64) -> Option<(u64, Vec<u8>)> {
+        let (index, chunk) = self.find(at)?.storing.range(index..).next()?;
+        Some((*index, chunk.clone()))
+    }
+
+    /// Storage has what was sent: what readers know of the tables is out of date.
+    fn stored(&mut self) {
+        self.tracked.iter_mut().for_each(|bitmap| bitmap.storing.clear());
+        self.generation += 1;
+        self.in_use = false;
+    }
+}
+
+impl<S: Storage> Image<S> {
+    /// Marks the bitmaps in use, durably; changes may follow then.
+    pub(in crate::qcow2) async fn mark_bitmaps_in_use(&self) -> Result<()> {
+        let _turn = self.0.bitmap_turn.lock().await;
+        if !self.0.meta.lock().gate.bitmaps {
+            return Ok(());
+        }
+        if self.0.meta.lock().bitmaps.outdated {
+            self.reload_bitmaps().await?;
+        }
+        self.write_bitmap_flags(BitmapFlags::IN_USE).await?;
+        let mut meta = self.0.meta.lock();
+        meta.bitmaps.in_use = true;
+        meta.gate.bitmaps = false;
+        Ok(())
+    }
+
+    async fn write_bitmap_flags(&self, in_use: BitmapFlags) -> Result<()> {
+        let entries: Vec<_> = {
+            let meta = self.0.meta.lock();
+            // With the table: the entry that tells of a moved one may not have been written.
+            let of = |it: &Tracked| {
+                let flags = it.entry.flags.difference(BitmapFlags::IN_USE).union(in_use);
+                (it.at, changing_fields(&it.entry, flags))
+            };
+            meta.bitmaps.tracked.iter().map(of).collect()
+        };
+        for (at, bytes) in entries {
+            self.write_bytes(at, &bytes).await?;
+        }
+        self.0.storage.flush().await
+    }
+
+    /// Merges what changed into the stored bitmaps and takes the marks off.
+    pub(in crate::qcow2) async fn store_bitmaps(&self) -> Result<()> {
+        let _turn = self.0.bitmap_turn.lock().await;
+        self.store_bitmaps_in_turn().await
+    }
+
+    pub(super) async fn store_bitmaps_in_turn(&self) -> Result<()> {
+        let sent = {
+            let mut meta = self.0.meta.lock();
+            if !meta.bitmaps.in_use {
+                return Ok(());
+            }
+            let size_bytes = meta.size_bytes;
+            meta.bitmaps.begin_storing(size_bytes)
+        };
+        let mut tables = Vec::new();
+        for (at, entry) in &sent {
+            tables.push(self.merge_chunks(*at, entry).await?);
+        }
+        // New clusters of bitmap data have their refcounts on storage before a table names them.
+        self.write_back(Refcounting::Written).await?;
+        for ((_, entry), table) in sent.iter().zip(tables) {
+            self.write_bitmap(entry.table_offset, &table_bytes(&table)).await?;
+        }
+        self.0.storage.flush().await?;
+        self.write_bitmap_flags(BitmapFlags::empty()).await?;
+        self.0.meta.lock().bitmaps.stored();
+        Ok(())
+    }
+
+    /// Reads the table of a bitmap whose entry was checked.
+    pub(in crate::qcow2) async fn load_bitmap_table(
+        &self,
+        entry: &BitmapEntry,
+    ) -> Result<Vec<BitmapTableEntry>> {
+        let table_bytes = u64::from(entry.table_entries) * 8;
+        let bytes = self.load(entry.table_offset, table_bytes, "bitmap table").await?;
+        let (words, _) = bytes.as_chunks::<8>();
+        Ok(words.iter().map(|word| BitmapTableEntry(u64::from_be_bytes(*word))).collect())
+    }
+
+    /// Writes the chunks of one bitmap. Returns its table as it must be stored next.
+    async fn merge_chunks(
+        &self,
+        at: HostOffset,
+        entry: &BitmapEntry,
+    ) -> Result<Vec<BitmapTableEntry>> {
+        let mut table = self.load_bitmap_table(entry).await?;
+        let mut next = 0;
+        loop {
+            let sent = self.0.meta.lock().bitmaps.sent_from(at, next);
+            let Some((index, chunk)) = sent else { return Ok(table) };
+            next = index + 1;
+            let Some(entry) = table.get_mut(index as usize) else { continue };
+            *entry = self.merge_chunk(*entry, chunk).await?;
+        }
+    }
+
+    /// The image says where a bitmap lies, and may lie.
+    pub(super) async fn write_bitmap(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
+        let range = HostRange::new(offset, bytes.len() as u64);
+        let checked = self.0.meta.lock().structures.check(range, None);
+        match checked {
+            Ok(()) => self.write_bytes(offset, bytes).await,
+            Err(error) => Err(self.mark_corrupt(error).await),
+        }
+    }
+
+    async fn merge_chunk(
+        &self,
+        entry: BitmapTableEntry,
+        mut chunk: Vec<u8>,
+    ) -> Result<BitmapTableEntry> {
+        let offset = match entry.cluster() {
+            BitmapCluster::AllOnes => return Ok(entry),
+            BitmapCluster::AllZeros => self.plan(|meta| meta.allocate(1)).await?,
+            BitmapCluster::Data(offset) => {
+                let stored = self.load(offset, chunk.len() as u64, "bitmap data").await?;
+                add_bits(&mut chunk, &stored);
+                offset
+            }
+        };
+        self.write_bitmap(offset, &chunk).await?;
+        Ok(BitmapTableEntry::new(BitmapCluster::Data(offset)))
+    }
+}
+
+/// Encodes a table.
+pub(super) fn table_bytes(table: &[BitmapTableEntry]) -> Vec<u8> {
+    table.iter().flat_map(|entry| entry.0.to_be_bytes()).collect()
+}
