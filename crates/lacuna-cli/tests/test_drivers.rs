@@ -66,6 +66,9 @@ fn layers_and_test_drivers_behave_as_with_qemu_io() {
         qemu-io -c 'open -o file.driver=blkdebug,file.image.filename=a.qcow2,file.inject-error.0.event=read_aio,file.inject-error.0.sector=x'
         qemu-io -c 'open -o driver=qcow2,file.driver=blkdebug,file.image.filename=a.qcow2,file.inject-error.0.event=read_aio,file.inject-error.0.errno=28,file.inject-error.0.once=on' -c 'read 0 512' -c 'read 0 512'
         qemu-io -c 'open -o driver=qcow2,file.driver=blkdebug,file.image.filename=a.qcow2,file.inject-error.0.event=write_aio,file.inject-error.0.iotype=write' -c 'read 0 512' -c 'write 0 512' 2>/dev/null
+        qemu-io -c 'open -o driver=blkdebug,image.driver=qcow2,inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=28 a.qcow2' -c 'write 0 512' -c 'read 0 512' -c 'write -z 0 512'
+        qemu-io -c 'open -o driver=blkdebug,image.driver=qcow2,inject-error.0.event=none,inject-error.0.sector=4 a.qcow2' -c 'read 0 512' -c 'read 1k 2k' -c 'flush'
+        qemu-io -c 'open -C -o driver=blkdebug,image.driver=qcow2,inject-error.0.event=cor_write,inject-error.0.iotype=write a.qcow2' -c 'read 0 512' -c 'read 0 512'
         qemu-io -c 'open blkdebug:'
         qemu-io -c 'open blkdebug::nope'
         qemu-io -c 'open blkdebug:x'

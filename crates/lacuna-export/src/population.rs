@@ -74,6 +74,9 @@ pub(crate) struct Population {
     ever: u64,
     /// Whether any of them has chosen an export.
     was_used: bool,
+    /// Whether somebody waits for the last one to leave, after which nobody comes in.
+    ends: bool,
+    is_over: bool,
 }
 
 #[derive(Debug)]
@@ -96,9 +99,25 @@ impl Population {
         self.now.len()
     }
 
-    /// Says whether somebody used an export and nobody is left.
-    pub(crate) fn is_over(&self) -> bool {
-        self.was_used && self.now.is_empty()
+    /// Has the last one to leave shut the door.
+    pub(crate) fn ends_with_the_last(&mut self) {
+        self.ends = true;
+        self.look_whether_over();
+    }
+
+    /// Says whether somebody used an export and nobody was left. It stays so: whoever knocks between
+    /// that and the end of the server is too late.
+    pub(crate) const fn is_over(&self) -> bool {
+        self.is_over
+    }
+
+    fn leave(&mut self, number: u64) {
+        self.now.remove(&number);
+        self.look_whether_over();
+    }
+
+    fn look_whether_over(&mut self) {
+        self.is_over |= self.ends && self.was_used && self.now.is_empty();
     }
 
     /// Counts a connection in; returns its number.
@@ -227,8 +246,36 @@ impl<D> Place<D> {
 impl<D> Drop for Place<D> {
     fn drop(&mut self) {
         self.on_worker.fetch_sub(1, Ordering::SeqCst);
-        self.shared.population.lock().now.remove(&self.number);
+        self.shared.population.lock().leave(self.number);
         self.shared.changed.notify_all();
         self.shared.left.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_comes_when_the_last_one_has_left_changes_nothing() {
+        let mut population = Population::default();
+        population.ends_with_the_last();
+        let (looked, _) = population.enter("a");
+        population.leave(looked);
+        assert!(!population.is_over(), "it only looked around");
+        let (used, _) = population.enter("b");
+        population.was_used = true;
+        assert!(!population.is_over());
+        population.leave(used);
+        assert!(population.is_over());
+        let (late, _) = population.enter("c");
+        assert!(population.is_over());
+        population.leave(late);
+        assert!(population.is_over());
+        // Nobody waits for an end here.
+        let mut forever = Population { was_used: true, ..Population::default() };
+        let (one, _) = forever.enter("d");
+        forever.leave(one);
+        assert!(!forever.is_over());
     }
 }

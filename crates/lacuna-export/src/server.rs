@@ -224,8 +224,10 @@ impl<D: ServedDisk> Server<D> {
         self.shared.population.lock().end(export.number())
     }
 
-    /// Returns what waits for the last client to leave, on any thread.
+    /// Returns what waits for the last client to leave, on any thread. From then on nobody is let in
+    /// any more.
     pub fn all_left(&self) -> AllLeft<D> {
+        self.shared.population.lock().ends_with_the_last();
         AllLeft(Arc::clone(&self.shared))
     }
 
@@ -279,7 +281,7 @@ impl<D> Shared<D> {
     /// Counts a connection in, unless there are as many as there may be.
     fn enter(self: &Arc<Self>, peer: &str, worker: &Worker<D>) -> Option<Place<D>> {
         let mut population = self.population.lock();
-        if population.len() >= self.limits.connections {
+        if population.is_over() || population.len() >= self.limits.connections {
             return None;
         }
         let (number, seat) = population.enter(peer);

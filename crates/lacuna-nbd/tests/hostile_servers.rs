@@ -2,9 +2,9 @@
 
 mod listen;
 
-use lacuna_nbd::client::{Ask, Event, Goal, Handshake, Headers, TransmissionEvent, Wish};
+use lacuna_nbd::client::{Ask, Event, Goal, Handshake, Headers, TlsWish, TransmissionEvent, Wish};
 use lacuna_nbd::wire::{CommandFlags, ErrorCode};
-use lacuna_nbd::{ByteRange, Command, Cookie, ErrorKind};
+use lacuna_nbd::{ByteRange, Command, Cookie, ErrorKind, ExportName};
 use listen::*;
 
 const DONE: u16 = 1;
@@ -18,9 +18,8 @@ const ERROR_OFFSET: u16 = 0x8002;
 
 #[test]
 fn greetings_that_are_none_are_told_apart() {
-    let rows: [(&[u8], ErrorKind, &str); 3] = [
+    let rows: [(&[u8], ErrorKind, &str); 2] = [
         (b"HTTP/1.1 400 Bad R", ErrorKind::Violation, "no NBD server"),
-        (b"NBDMAGIC\0\0\x42\x02\x81\x86\x12\x53\0\0", ErrorKind::Unsupported, "oldstyle"),
         (b"NBDMAGICIHAVEOPS\0\x03", ErrorKind::Violation, "IHAVEOPT"),
     ];
     for (input, kind, text) in rows {
@@ -29,6 +28,38 @@ fn greetings_that_are_none_are_told_apart() {
         assert_eq!(error.kind(), kind);
         assert!(error.to_string().contains(text), "{error}");
     }
+}
+
+#[test]
+fn an_oldstyle_server_has_one_disk_and_no_options() {
+    let greeting =
+        [&b"NBDMAGIC\0\0\x42\x02\x81\x86\x12\x53"[..], &SIZE_BYTES.to_be_bytes()].concat();
+    let greeting = [&greeting[..], &[0, 0, 0, 5], &[0; 124]].concat();
+    let unnamed = Wish { export: ExportName::default(), ..wish(Headers::Extended) };
+    // However it arrives.
+    for cut in [1, 16, 17, 18, 20, 27, 28, 151] {
+        let mut handshake = Handshake::new(unnamed.clone());
+        assert!(matches!(handshake.advance(&mut &greeting[..cut]), Ok(Event::NeedInput)), "{cut}");
+        let Ok(Event::Transmission(found)) = handshake.advance(&mut &greeting[cut..]) else {
+            panic!("{cut}");
+        };
+        assert_eq!(found.info().size_bytes, SIZE_BYTES);
+        assert_eq!(found.info().flags.bits(), 5);
+        assert!(handshake.take_output().is_empty());
+    }
+    for (refused, text) in [
+        (wish(Headers::Extended), "names of exports"),
+        (Wish { goal: Goal::ListExports, ..unnamed.clone() }, "no lists"),
+        (Wish { tls: TlsWish::Required, ..unnamed.clone() }, "no TLS"),
+    ] {
+        let error = Handshake::new(refused).advance(&mut &greeting[..]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains(text), "{error}");
+    }
+    let mut large = greeting;
+    large[16] = 0x80;
+    let error = Handshake::new(unnamed).advance(&mut &large[..]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Violation);
 }
 
 #[test]

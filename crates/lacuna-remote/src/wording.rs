@@ -52,6 +52,14 @@ pub(crate) fn hung_up() -> Error {
 pub(crate) fn lost(error: io::Error) -> Error {
     match lacuna_tls::explain(&error) {
         Some(text) => Error::new(ErrorKind::Io, text),
-        None => Error::io(error, "The connection is lost"),
+        None => Error::io(without_number(&error), "The connection is lost"),
     }
+}
+
+/// Takes the host's number off: that of a socket is none of a disk, where "broken pipe" or "connection
+/// reset" would depend on who noticed first.
+fn without_number(error: &io::Error) -> io::Error {
+    let text = error.to_string();
+    let words = text.split(" (os error").next().unwrap_or_default().to_owned();
+    io::Error::new(error.kind(), words)
 }

@@ -271,10 +271,13 @@ fn a_patient_opener_waits_for_the_server_and_others_do_not() {
 }
 
 #[test]
-fn old_servers_are_refused_with_a_reason() {
+fn servers_of_the_old_style_are_used_as_they_are() {
     let server = Server::start(&["--oldstyle", "memory", "1M"]);
-    let error = server.open(&NbdOptions::default()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    let storage = server.open(&NbdOptions { writes: true, ..NbdOptions::default() }).unwrap();
+    block_on(storage.write_at(HostOffset(4096), Buffer::from(&[7; 512][..]))).0.unwrap();
+    let (result, bytes) = block_on(storage.read_at(HostOffset(4096), Buffer::new(1024)));
+    result.unwrap();
+    assert!(bytes[..512].iter().all(|byte| *byte == 7) && bytes[512..].iter().all(|b| *b == 0));
 }
 
 #[test]

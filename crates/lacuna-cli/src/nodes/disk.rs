@@ -31,7 +31,7 @@ pub(crate) struct ToolDisk {
     top: Option<Below>,
     /// What they are.
     tops: Arc<[TopSpec]>,
-    /// The rules of a test driver below, where there is one.
+    /// The rules of the highest test driver, where there is one.
     rules: Option<Arc<Rules>>,
 }
 
@@ -61,8 +61,9 @@ impl ToolDisk {
             return Ok(self);
         }
         let unit_bytes = self.zero_unit_bytes();
-        let top = stacked(Below::new(self.clone()), tops, unit_bytes)?;
-        Ok(Self { top: Some(top), tops: tops.into(), ..self })
+        let above = stacked(Below::new(self.clone()), tops, unit_bytes)?;
+        let rules = above.rules.or_else(|| self.rules.clone());
+        Ok(Self { top: Some(above.top), tops: tops.into(), rules, ..self })
     }
 
     /// Puts the disk of a snapshot in the place of the disk, below the same layers.
@@ -91,7 +92,7 @@ impl ToolDisk {
         Self { rules, ..self }
     }
 
-    /// Returns the rules of a test driver below, where there is one.
+    /// Returns the rules of the highest test driver, where there is one.
     pub(crate) const fn rules(&self) -> Option<&Arc<Rules>> {
         self.rules.as_ref()
     }

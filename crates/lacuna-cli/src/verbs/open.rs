@@ -324,6 +324,10 @@ pub(crate) fn cannot_open(shown: &str, error: CliError) -> CliError {
 pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
     let file = &spec.file;
     let text = match (error.raw_os_error(), qemu_words(file, spec)) {
+        _ if !tool.is_own() && error.message().ends_with(LOST) => {
+            let words = error.raw_os_error().map_or_else(|| sentence(error), host_words);
+            format!("Failed to read from the server: {}", words.trim_start_matches(LOST_FRONT))
+        }
         (Some(code), _) => file_words(file, error.message(), code),
         (None, Some(words)) if !tool.is_own() => words,
         // The name stands in front already.
@@ -344,6 +348,10 @@ pub(crate) fn reason(tool: &Tool, spec: &ImageSpec, error: &Error) -> CliError {
         _ => advice::on_opening(failure, error),
     }
 }
+
+/// How `lacuna-remote` says that a server left before all was agreed.
+const LOST: &str = "The connection is lost";
+const LOST_FRONT: &str = "The connection is lost: ";
 
 fn without_image(text: &str, file: &str) -> String {
     text.strip_prefix(&format!("Image {file}: ")).unwrap_or(text).to_owned()

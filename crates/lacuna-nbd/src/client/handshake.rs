@@ -12,7 +12,7 @@ use crate::context::Context;
 use crate::gather::Gather;
 use crate::wire::{
     ClientFlags, Fields, GREETING_BYTES, Greeting, HandshakeFlags, NO_ZEROES_BYTES,
-    OPTION_REPLY_BYTES, OptionCode, OptionReply,
+    OLDSTYLE_REST_BYTES, OPTION_REPLY_BYTES, OldstyleExport, Opening, OptionCode, OptionReply,
 };
 use crate::{Error, Replies, Result};
 
@@ -82,6 +82,8 @@ pub(super) enum State {
     Asked(OptionCode),
     /// The answer has data.
     Data(OptionReply),
+    /// Waits for what an oldstyle server says of its export, whose size begins so.
+    Oldstyle([u8; 2]),
     /// Waits for the answer to `EXPORT_NAME`, which has no header.
     Unheaded,
     Tls,
@@ -152,8 +154,19 @@ impl Handshake {
                 if !self.gather.fill(input, GREETING_BYTES) {
                     return Ok(Some(Event::NeedInput));
                 }
-                let greeting = Greeting::decode(self.gather.array())?;
-                self.greeted(greeting)?;
+                match Greeting::decode(self.gather.array())? {
+                    Opening::Newstyle(greeting) => self.greeted(greeting)?,
+                    Opening::Oldstyle { size_front } => self.greeted_by_oldstyle(size_front)?,
+                }
+            }
+            State::Oldstyle(size_front) => {
+                let size_front = *size_front;
+                if !self.gather.fill(input, OLDSTYLE_REST_BYTES) {
+                    return Ok(Some(Event::NeedInput));
+                }
+                let export = OldstyleExport::decode(size_front, self.gather.array());
+                self.facts.export(export.size_bytes, export.flags)?;
+                self.begin()?;
             }
             State::Asked(option) => {
                 let option = *option;
@@ -223,6 +236,24 @@ impl Handshake {
         self.wish.headers = Headers::Simple;
         self.ask_by_name();
         Ok(())
+    }
+
+    /// Takes a server that has one disk and no options; what needs an option cannot be had.
+    fn greeted_by_oldstyle(&mut self, size_front: [u8; 2]) -> Result<()> {
+        let what = match (self.wish.tls, &self.wish.goal, self.wish.export.as_str()) {
+            (TlsWish::Required, ..) => "TLS",
+            (_, Goal::Use, "") => {
+                self.wish.headers = Headers::Simple;
+                self.state = State::Oldstyle(size_front);
+                return Ok(());
+            }
+            (_, Goal::Use, _) => "names of exports: its only disk has an empty one",
+            _ => "lists, no descriptions",
+        };
+        Err(Error::unsupported(format!(
+            "The server speaks the oldstyle protocol, which has no {what}; a newstyle server is \
+             needed"
+        )))
     }
 
     fn count(&mut self, option: OptionCode, reply: OptionReply) -> Result<()> {

@@ -13,8 +13,8 @@ mod request;
 
 pub(crate) use fields::Fields;
 pub(crate) use option::{
-    CLIENT_FLAGS_BYTES, GREETING_BYTES, Greeting, NO_ZEROES_BYTES, OPTION_HEADER_BYTES,
-    OPTION_REPLY_BYTES, OptionHeader, OptionReply,
+    CLIENT_FLAGS_BYTES, GREETING_BYTES, Greeting, NO_ZEROES_BYTES, OLDSTYLE_REST_BYTES,
+    OPTION_HEADER_BYTES, OPTION_REPLY_BYTES, OldstyleExport, Opening, OptionHeader, OptionReply,
 };
 pub(crate) use reply::{ChunkHeader, MAGIC_BYTES, ReplyHeader, encode_simple};
 pub(crate) use request::{RequestForm, RequestHeader};

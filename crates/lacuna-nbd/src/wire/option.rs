@@ -3,6 +3,7 @@
 //! | message | bytes | fields |
 //! |---|---|---|
 //! | greeting | 18 | u64 `NBDMAGIC`, u64 `IHAVEOPT`, u16 handshake flags |
+//! | oldstyle greeting | 152 | u64 `NBDMAGIC`, u64 magic, u64 size, u16 reserved, u16 flags, 124 zeros |
 //! | option | 16 | u64 `IHAVEOPT`, u32 option, u32 length of the data behind it |
 //! | reply | 20 | u64 magic, u32 option, u32 kind of reply, u32 length of the data behind it |
 
@@ -71,7 +72,7 @@ impl Greeting {
     }
 
     /// Decodes the first bytes of a server.
-    pub(crate) fn decode(bytes: [u8; GREETING_BYTES]) -> Result<Self> {
+    pub(crate) fn decode(bytes: [u8; GREETING_BYTES]) -> Result<Opening> {
         let raw: RawGreeting = zerocopy::transmute!(bytes);
         if raw.magic.get() != NBDMAGIC {
             return Err(Error::violation(format!(
@@ -80,14 +81,48 @@ impl Greeting {
             )));
         }
         match raw.style.get() {
-            IHAVEOPT => Ok(Self { flags: HandshakeFlags::from_bits_retain(raw.flags.get()) }),
-            OLDSTYLE => Err(Error::unsupported(
-                "The server speaks the oldstyle protocol, which has no names, no options and no \
-                 TLS; a newstyle server is needed",
-            )),
+            IHAVEOPT => {
+                let flags = HandshakeFlags::from_bits_retain(raw.flags.get());
+                Ok(Opening::Newstyle(Self { flags }))
+            }
+            OLDSTYLE => Ok(Opening::Oldstyle { size_front: raw.flags.get().to_be_bytes() }),
             other => Err(Error::violation(format!(
                 "Greeting goes on with {other:#018x}; a newstyle server sends IHAVEOPT"
             ))),
+        }
+    }
+}
+
+/// The first message of a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Opening {
+    Newstyle(Greeting),
+    /// One without options. [`OLDSTYLE_REST_BYTES`] follow.
+    Oldstyle {
+        /// The first bytes of the size, which stand where others have flags.
+        size_front: [u8; 2],
+    },
+}
+
+/// What an oldstyle server says of its only export.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct OldstyleExport {
+    pub(crate) size_bytes: u64,
+    pub(crate) flags: u16,
+}
+
+/// What follows behind the first bytes of an oldstyle server: the rest of the size, 2 bytes that
+/// are reserved, flags, zeros.
+pub(crate) const OLDSTYLE_REST_BYTES: usize = 6 + 2 + 2 + NO_ZEROES_BYTES;
+
+impl OldstyleExport {
+    /// Decodes what follows behind the first two bytes of the size. Zeros are not looked at.
+    pub(crate) const fn decode(front: [u8; 2], rest: [u8; OLDSTYLE_REST_BYTES]) -> Self {
+        let ([a, b], [c, d, e, f, g, h, _, _, flags @ ..]) = (front, rest);
+        let [high, low, ..] = flags;
+        Self {
+            size_bytes: u64::from_be_bytes([a, b, c, d, e, f, g, h]),
+            flags: u16::from_be_bytes([high, low]),
         }
     }
 }

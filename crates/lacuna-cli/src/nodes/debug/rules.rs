@@ -61,7 +61,7 @@ impl Rules {
     }
 
     /// Fails where a rule in force says so.
-    pub(super) fn check(&self, io_type: &str, start: u64, len: u64) -> Result<()> {
+    pub(in crate::nodes) fn check(&self, io_type: &str, start: u64, len: u64) -> Result<()> {
         let mut state = self.state();
         let applies = |fault: &Fault| {
             fault.io_type.is_none_or(|wanted| wanted == io_type)
@@ -80,7 +80,7 @@ impl Rules {
     }
 
     /// Wakes the rules of an event; waits where one says so.
-    pub(super) async fn event(&self, name: &str) {
+    pub(in crate::nodes) async fn event(&self, name: &str) {
         let waiting = self.state().wake(name);
         for (id, tag) in waiting {
             // A reader of standard output that is gone is noticed with the next answer.

@@ -3,6 +3,8 @@
 //! * Whole units are copied, never one that the disk allocates already.
 //! * Zeros stay zeros: they are written as such, and take no space.
 
+use std::sync::Arc;
+
 use lacuna::Result;
 use lacuna::block::{
     AllocationDepth, DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags, is_zero,
@@ -14,6 +16,7 @@ use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
 
 use crate::nodes::below::Below;
+use crate::nodes::debug::Rules;
 
 /// The most that is copied at once.
 const STEP_BYTES: u64 = 1 << 20;
@@ -22,9 +25,18 @@ pub(in crate::nodes) struct CopyOnRead {
     pub(in crate::nodes) below: Below,
     /// What the disk allocates as one.
     pub(in crate::nodes) unit_bytes: u64,
+    /// Those of the test driver right below, where there is one.
+    pub(in crate::nodes) rules: Option<Arc<Rules>>,
 }
 
 impl CopyOnRead {
+    /// Tells a test driver that a copy is about to be written.
+    async fn tell(&self) {
+        if let Some(rules) = &self.rules {
+            rules.event("cor_write").await;
+        }
+    }
+
     /// Copies what a read of `range` would get from below.
     async fn copy(&self, range: GuestRange) -> Result<()> {
         let start = range.start.0 / self.unit_bytes * self.unit_bytes;
@@ -43,6 +55,7 @@ impl CopyOnRead {
 
     async fn copy_extent(&self, extent: Extent) -> Result<()> {
         if extent.status.reads_zero {
+            self.tell().await;
             return self.below.write_zeroes(extent.range, ZeroFlags::empty()).await;
         }
         let mut at = extent.range.start;
@@ -50,6 +63,7 @@ impl CopyOnRead {
             let len = (extent.range.end() - at).min(STEP_BYTES);
             let (result, bytes) = self.below.read(at, Buffer::new(len as usize)).await;
             result?;
+            self.tell().await;
             match is_zero(&bytes) {
                 true => {
                     let range = GuestRange::new(at, len);
@@ -83,13 +97,12 @@ impl Layer for CopyOnRead {
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         let range = GuestRange::new(offset, buffer.len() as u64);
         let fits = offset.0.checked_add(range.len).is_some_and(|end| end <= self.size_bytes());
-        if fits
-            && !range.is_empty()
-            && let Err(error) = self.copy(range).await
-        {
-            return (Err(error), buffer);
+        // Read first: a rule that a copy wakes is about what is written then.
+        let (result, buffer) = self.below.read(offset, buffer).await;
+        match result.is_ok() && fits && !range.is_empty() {
+            true => (self.copy(range).await, buffer),
+            false => (result, buffer),
         }
-        self.below.read(offset, buffer).await
     }
 
     async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {

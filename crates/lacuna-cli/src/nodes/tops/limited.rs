@@ -1,6 +1,8 @@
-//! Requests are cut into pieces no larger than the limits of a test driver.
+//! Requests are cut into pieces no larger than the limits of a test driver, and fail by its rules.
 //!
 //! * Pieces go down one after the other; the first that fails ends the request.
+
+use std::sync::Arc;
 
 use lacuna::Result;
 use lacuna::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
@@ -11,11 +13,13 @@ use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
 
 use crate::nodes::below::Below;
+use crate::nodes::debug::Rules;
 use crate::verbs::spec::debug::Limits;
 
 pub(in crate::nodes) struct Limited {
     pub(in crate::nodes) below: Below,
     pub(in crate::nodes) limits: Limits,
+    pub(in crate::nodes) rules: Arc<Rules>,
 }
 
 /// The most zeros that are written at once.
@@ -67,6 +71,7 @@ impl Layer for Limited {
         let (mut done, mut rest, mut result) = (None, buffer, Ok(()));
         for (start, len) in self.limits.transfers(offset.0, rest.len() as u64) {
             let behind = rest.split_off(len as usize);
+            result = result.and_then(|()| self.rules.check("read", start, len));
             let part = if result.is_ok() {
                 let (read, part) = self.below.read(GuestOffset(start), rest).await;
                 result = read;
@@ -84,6 +89,7 @@ impl Layer for Limited {
         let (mut done, mut rest, mut result) = (None, buffer, Ok(()));
         for (start, len) in self.limits.transfers(offset.0, rest.len() as u64) {
             let behind = rest.split_off(len as usize);
+            result = result.and_then(|()| self.rules.check("write", start, len));
             let part = if result.is_ok() {
                 let (written, part) = self.below.write(GuestOffset(start), rest, flags).await;
                 result = written;
@@ -99,6 +105,7 @@ impl Layer for Limited {
 
     async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
         for (start, len, is_large) in self.limits.zeroes(range.start.0, range.len) {
+            self.rules.check("write-zeroes", start, len)?;
             let piece = GuestRange::new(GuestOffset(start), len);
             match is_large || flags.contains(ZeroFlags::FAST) {
                 true => self.below.write_zeroes(piece, flags).await?,
@@ -110,16 +117,19 @@ impl Layer for Limited {
 
     async fn discard(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
         for (start, len) in self.limits.discards(range.start.0, range.len) {
+            self.rules.check("discard", start, len)?;
             self.below.discard(GuestRange::new(GuestOffset(start), len), mode).await?;
         }
         Ok(())
     }
 
     async fn flush(&self) -> Result<()> {
+        self.rules.check("flush", 0, 0)?;
         self.below.flush().await
     }
 
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
+        self.rules.check("block-status", range.start.0, range.len)?;
         self.below.extents(range).await
     }
 }

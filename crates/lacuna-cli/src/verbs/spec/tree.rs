@@ -7,7 +7,7 @@
 
 use serde_json::{Map, Value};
 
-use super::debug::{DebugSpec, Limits};
+use super::debug::{DebugSpec, Limits, Rule};
 use super::keys::{Keys, Scalar};
 use super::runtime::{Common, Runtime};
 use super::storage::{child, debug_name, no_such_node, storage};
@@ -39,22 +39,23 @@ pub(crate) struct DiskSpec {
 }
 
 /// A layer on top of a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) enum TopSpec {
     Compress,
     CopyOnRead,
-    Limits(Limits),
+    /// Cuts requests, and lets some of them fail or wait.
+    Debug(Limits, Vec<Rule>),
     /// What was written is durable when the call returns.
     WriteThrough,
 }
 
 impl TopSpec {
     /// Returns QEMU's name of the driver.
-    pub(crate) const fn name(self) -> &'static str {
+    pub(crate) const fn name(&self) -> &'static str {
         match self {
             Self::Compress => "compress",
             Self::CopyOnRead => "copy-on-read",
-            Self::Limits(_) => "blkdebug",
+            Self::Debug(..) => "blkdebug",
             Self::WriteThrough => "write-through",
         }
     }
@@ -231,7 +232,7 @@ fn topped(top: TopSpec, mut keys: Keys, name: Option<&str>, depth: usize) -> Cli
     Ok(below)
 }
 
-/// A disk whose requests a debug driver cuts. Its rules are about storage, of which none is here.
+/// A disk whose requests a debug driver cuts, and lets fail by rules.
 fn limited(mut keys: Keys, name: Option<&str>, depth: usize) -> CliResult<DiskSpec> {
     let named = name.map(debug_name).transpose()?;
     let (config, name) = named.unzip();
@@ -239,12 +240,8 @@ fn limited(mut keys: Keys, name: Option<&str>, depth: usize) -> CliResult<DiskSp
     let debug = DebugSpec::take(&mut keys, config)?;
     let mut below = disk_below(&mut keys, "image", name.as_deref(), depth)?;
     keys.none_for_storage("blkdebug")?;
-    if !debug.rules.is_empty() {
-        return Err(CliError::new("Rules of blkdebug are not supported above a format")
-            .with_hint("put it below: driver=qcow2,file.driver=blkdebug,file.image.filename=..."));
-    }
     below.common.add(common);
-    below.tops.push(TopSpec::Limits(debug.limits));
+    below.tops.push(TopSpec::Debug(debug.limits, debug.rules));
     Ok(below)
 }
 
