@@ -8,6 +8,8 @@
 //! * `figures/` — what a benchmark run reached, as a table
 //! * `guest.rs` — a guest that lives on a disk of ours
 //! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
+//! * `reclaim/` — a benchmark of our own: an image made short in place
+//! * `watched.rs`, `scratch.rs` — programs that are measured, and where their files lie
 //! * `written.rs` — what the command writes of itself for packages
 //! * `run.rs` — starting programs
 //! * `wipe/` — a benchmark of our own: a full disk wiped with zeros
@@ -19,9 +21,12 @@ mod fuzz;
 mod guest;
 mod harness;
 mod licences;
+mod reclaim;
 mod run;
+mod scratch;
 mod setup;
 mod tidy;
+mod watched;
 mod wipe;
 mod written;
 mod zeros;
@@ -43,7 +48,9 @@ usage: cargo xtask VERB [ARGUMENTS]
   bench    [--harness DIR] [ARGUMENTS...]   benchmarks against QEMU's tools (DIR/bench);
            --table runs what has a target and prints how it did; --from FILE: an earlier --json;
            --zeros copies an empty disk of 8 TiB onto an empty image (needs no DIR, and a minute);
-           --wipe wipes a full disk with zeros and counts what is written (no DIR, some minutes)
+           --wipe wipes a full disk with zeros and counts what is written (no DIR, some minutes);
+           --reclaim [--size 10G] makes an image of which 30 % are in use short (no DIR, as large
+           a disk as it has and a quarter of an hour)
   iotests  [--harness DIR] [ARGUMENTS...]   QEMU's own tests (DIR/run-iotests)
   guest    [--harness DIR] [FS...]          boots a guest on a served disk (DIR/guest): ext4, btrfs,
            xfs; makes, fills, trims and checks a file system; the image must be clean and smaller

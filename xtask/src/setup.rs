@@ -41,6 +41,14 @@ const GUEST: [Peer; 2] = [
     Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io", "qemu-nbd"] },
 ];
 
+/// What makes an image small by booting a kernel beside it, for a benchmark.
+const SPARSIFY: [Peer; 2] = [
+    Peer { package: "libguestfs-tools", programs: &["virt-sparsify"] },
+    Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io", "qemu-nbd"] },
+];
+/// The kernel that it boots, which no program tells of.
+const KERNEL: &str = "linux-image-cloud-amd64";
+
 /// Installs what tests need and is missing.
 pub(crate) fn peers() -> Outcome {
     ensure(&PEERS)
@@ -49,6 +57,17 @@ pub(crate) fn peers() -> Outcome {
 /// Installs what the benchmark that counts system calls needs and is missing.
 pub(crate) fn tracer() -> Outcome {
     ensure(&TRACER)
+}
+
+/// Installs what sparsifying an image needs and is missing.
+pub(crate) fn sparsify() -> Outcome {
+    ensure(&SPARSIFY)?;
+    let kernels = fs::read_dir("/boot").into_iter().flatten().flatten();
+    let is_kernel = |name: std::ffi::OsString| name.to_string_lossy().starts_with("vmlinuz");
+    match kernels.map(|entry| entry.file_name()).any(is_kernel) {
+        true => Ok(()),
+        false => install(&[KERNEL]),
+    }
 }
 
 /// Installs what booting a guest needs and is missing.

@@ -5,31 +5,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::Outcome;
-use crate::run::{command, output, workspace};
+use crate::run::{command, output};
+use crate::scratch::Scratch;
 
 /// The size of the disk, in MiB.
 pub(super) const SIZE_MIB: u64 = 1024;
 /// The size of a cluster: what both make unasked.
 const CLUSTER_BYTES: u64 = 64 << 10;
-
-/// A folder on a disk, which a folder for temporary files may not be; removed at the end.
-pub(super) struct Scratch(PathBuf);
-
-impl Scratch {
-    pub(super) fn new() -> Outcome<Self> {
-        let folder = workspace().join("target").join(format!("wipe-{}", std::process::id()));
-        fs::create_dir_all(&folder).map_err(|error| format!("cannot make a folder: {error}"))?;
-        Ok(Self(folder))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.0) {
-            eprintln!("{} stays behind: {error}", self.0.display());
-        }
-    }
-}
 
 /// A disk full of data, in an image of stock tools.
 pub(super) struct Disk {
@@ -40,7 +22,7 @@ pub(super) struct Disk {
 
 impl Disk {
     pub(super) fn make(scratch: &Scratch) -> Outcome<Self> {
-        let folder = scratch.0.clone();
+        let folder = scratch.path().to_owned();
         let size = format!("{SIZE_MIB}M");
         let path = |name: &str| folder.join(name).display().to_string();
         for name in ["full", "empty"] {

@@ -15,9 +15,10 @@ mod ways;
 
 use std::path::Path;
 
-use self::disk::{Disk, Scratch};
+use self::disk::Disk;
 use self::trace::Calls;
 use self::ways::{Spent, Way, Wiper};
+use crate::scratch::Scratch;
 use crate::{Outcome, setup};
 
 /// Runs of each side.
@@ -37,7 +38,7 @@ MiB on the host: stock, ours | |
 /// Runs every way with every detection, and prints a row for each.
 pub(crate) fn run(ours: &Path) -> Outcome {
     setup::tracer()?;
-    let scratch = Scratch::new()?;
+    let scratch = Scratch::new("wipe")?;
     let disk = Disk::make(&scratch)?;
     println!("{HEADER}");
     for way in Way::ALL {

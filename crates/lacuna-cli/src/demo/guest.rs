@@ -3,7 +3,9 @@
 //! * Always: after the last step the disk holds exactly the file system, free space zeroed.
 //! * Deterministic: temporary files come from a fixed seed.
 
+use std::collections::HashSet;
 use std::fs::File;
+use std::hash::{DefaultHasher, Hasher as _};
 use std::io;
 use std::os::unix::fs::FileExt;
 
@@ -19,6 +21,8 @@ const BUSY_PER_CENT: u64 = 60;
 pub(super) enum Step {
     /// The files are written for the first time.
     Install,
+    /// A folder is copied.
+    Copy,
     /// Temporary files fill a part of the free space.
     Work,
     /// They are deleted: the guest notes it in its own tables only.
@@ -30,14 +34,15 @@ pub(super) enum Step {
 }
 
 /// All of them in order.
-pub(super) const STEPS: [Step; 5] =
-    [Step::Install, Step::Work, Step::Delete, Step::Wipe, Step::Rewrite];
+pub(super) const STEPS: [Step; 6] =
+    [Step::Install, Step::Copy, Step::Work, Step::Delete, Step::Wipe, Step::Rewrite];
 
 impl Step {
     /// Tells the story.
     pub(super) const fn story(self) -> &'static str {
         match self {
             Self::Install => "installs the files",
+            Self::Copy => "copies their folder",
             Self::Work => "writes temporary files",
             Self::Delete => "deletes them again",
             Self::Wipe => "wipes the free space with zeros",
@@ -57,7 +62,10 @@ pub(super) struct GuestWrite<'a> {
 #[derive(Debug)]
 pub(super) struct Content {
     file: File,
+    /// Blocks with anything in them, in order.
     live: Vec<u64>,
+    /// Of those, blocks that hold what one before them holds.
+    copies: HashSet<u64>,
     free: Vec<u64>,
 }
 
@@ -66,11 +74,20 @@ impl Content {
     pub(super) fn new(file: File) -> io::Result<Self> {
         let mut block = vec![0; BLOCK as usize];
         let (mut live, mut free) = (Vec::new(), Vec::new());
+        let (mut copies, mut seen) = (HashSet::new(), HashSet::new());
         for offset in (0..file.metadata()?.len()).step_by(BLOCK as usize) {
             file.read_exact_at(&mut block, offset)?;
-            if is_zero(&block) { free.push(offset) } else { live.push(offset) }
+            if is_zero(&block) {
+                free.push(offset);
+                continue;
+            }
+            live.push(offset);
+            // Two that are taken for equal wrongly are written a step later, that is all.
+            if !seen.insert(fingerprint(&block)) {
+                copies.insert(offset);
+            }
         }
-        Ok(Self { file, live, free })
+        Ok(Self { file, live, copies, free })
     }
 
     /// Returns how many bytes lie in blocks that are not all zeros.
@@ -85,7 +102,8 @@ impl Content {
         write: &mut dyn FnMut(GuestWrite<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         match step {
-            Step::Install => self.write_files(self.live.iter(), write),
+            Step::Install => self.write_files(self.files(false), write),
+            Step::Copy => self.write_files(self.files(true), write),
             Step::Work => scribble(self.busy(), 1, write),
             Step::Delete => Ok(()),
             Step::Wipe => wipe(self.free.iter(), write),
@@ -98,6 +116,11 @@ impl Content {
                 wipe(copies(), write)
             }
         }
+    }
+
+    /// The blocks with files, or with copies of files.
+    fn files(&self, are_copies: bool) -> impl Iterator<Item = &u64> {
+        self.live.iter().filter(move |offset| self.copies.contains(offset) == are_copies)
     }
 
     /// The free blocks that temporary files come to lie in: in groups, as files are.
@@ -117,6 +140,13 @@ impl Content {
         }
         Ok(())
     }
+}
+
+/// Returns a number that is the same for equal blocks, and hardly ever for others.
+pub(super) fn fingerprint(block: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(block);
+    hasher.finish()
 }
 
 fn scribble<'a, E>(
@@ -188,6 +218,18 @@ mod tests {
         let (_, content) = content();
         assert_eq!(content.live_bytes(), 5 * BLOCK);
         assert_eq!(content.free.len(), 59);
+    }
+
+    #[test]
+    fn a_block_that_was_there_before_is_a_copy() {
+        let file = tempfile::tempfile().unwrap();
+        for (block, byte) in [(0, 1), (2, 2), (3, 1), (5, 3), (6, 2)] {
+            file.write_all_at(&vec![byte; BLOCK as usize], block * BLOCK).unwrap();
+        }
+        let content = Content::new(file).unwrap();
+        let blocks =
+            |are_copies| content.files(are_copies).map(|offset| offset / BLOCK).collect::<Vec<_>>();
+        assert_eq!((blocks(false), blocks(true)), (vec![0, 2, 5], vec![3, 6]));
     }
 
     #[test]

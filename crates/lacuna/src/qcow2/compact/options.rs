@@ -77,7 +77,7 @@ pub struct CompactOptions {
     /// Whether images are compacted that are to keep the places of clusters.
     pub kept_mapping: KeptMapping,
     /// Bytes that are copied before they become durable and their old places are given back: what
-    /// the file takes in excess at any time. Nothing: 1 % of the file, but at least 64 MiB.
+    /// the file takes in excess at any time. Nothing: 0.9 % of the file, but at least 64 MiB.
     pub batch_bytes: Option<u64>,
     /// Who is asked after each batch.
     pub pace: Option<CompactPace>,
