@@ -44,6 +44,23 @@ fn a_server_that_is_to_end_ends_its_command_and_writes_everything() {
 }
 
 #[test]
+fn a_command_that_hears_no_signal_is_killed_by_the_second_with_all_that_it_started() {
+    let sandbox = prepared();
+    let command = "trap \"\" TERM; sleep 1000 & echo $! >child; : >up; \
+                   while :; do sleep 1; done";
+    let got = sandbox.run(&format!(
+        "lacuna serve -f qcow2 disk.qcow2 --run '{command}' & server=$!
+         while ! [ -e up ]; do sleep 0.01; done
+         while kill $server 2>/dev/null; do sleep 0.1; done; wait $server; code=$?
+         ! grep -q '^State:.[RSD]' /proc/$(cat child)/status 2>/dev/null || echo it runs
+         stock-img check -q disk.qcow2; exit $code"
+    ));
+    assert_eq!(got.code, Some(1));
+    assert_eq!(got.text.matches("it is killed").count(), 1, "{}", got.text);
+    assert!(!got.text.contains("it runs"), "{}", got.text);
+}
+
+#[test]
 fn a_close_that_fails_is_told_also_where_serving_failed() {
     let sandbox = prepared();
     let got = sandbox.run(

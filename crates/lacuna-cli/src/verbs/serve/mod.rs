@@ -304,7 +304,8 @@ fn watch_signals(
         .map_err(|error| lacuna::Error::io(error, "Catching signals"))?;
     let handle = signals.handle();
     thread::spawn(move || {
-        if signals.forever().any(|it| !has_command || !command::hears_by_itself(it)) {
+        let counts = |it: &i32| !has_command || !command::hears_by_itself(*it);
+        for _signal in signals.forever().filter(counts) {
             // Nobody waits where the server ends anyway.
             let _nobody_waits = end.send(());
         }
