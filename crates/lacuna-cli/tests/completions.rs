@@ -21,7 +21,7 @@ fn bash_completes_verbs_options_and_values() {
     let ours = Sandbox::ours();
     for (words, expected) in [
         ("lacuna con", &["convert"][..]),
-        ("lacuna com", &["compare", "completions"]),
+        ("lacuna com", &["commit", "compare", "completions"]),
         ("lacuna --err", &["--error-format"]),
         ("lacuna --error-format = j", &["json"]),
         ("lacuna --error-format = json ma", &["man", "map"]),

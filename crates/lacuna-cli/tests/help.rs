@@ -37,6 +37,7 @@ fn verbs(sandbox: &Sandbox) -> Vec<String> {
     let names = lines.map(|line| line[10..20].trim().to_owned());
     // Verbs about the program are in the text below.
     let names: Vec<String> = names
+        .chain(["commit", "stream"].map(str::to_owned))
         .chain(["bench", "completions", "ctl", "help", "io", "man"].map(str::to_owned))
         .collect();
     assert!(names.len() >= 8, "{overview}");

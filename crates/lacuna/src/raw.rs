@@ -1,5 +1,7 @@
 //! A storage object seen as a guest disk.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::block::{AllocationDepth, DiscardMode, Extent, ExtentBuilder, ExtentStatus, Layer};
 use crate::block::{KnownZeroes, Preallocation, WriteFlags, ZeroFlags};
 use crate::buffer::{Buffer, Hold};
@@ -24,7 +26,7 @@ const HOST_BLOCK_BYTES: u64 = 4096;
 #[derive(Debug)]
 pub struct Raw<S> {
     storage: S,
-    size_bytes: u64,
+    size_bytes: AtomicU64,
 }
 
 impl<S: Storage> Raw<S> {
@@ -34,7 +36,7 @@ impl<S: Storage> Raw<S> {
     /// What asking for the length gives.
     pub async fn open(storage: S) -> Result<Self> {
         let size_bytes = storage.len().await?.next_multiple_of(512);
-        Ok(Self { storage, size_bytes })
+        Ok(Self { storage, size_bytes: size_bytes.into() })
     }
 
     /// Sets the length of `storage` to `size_bytes` and sees it as a disk.
@@ -43,7 +45,7 @@ impl<S: Storage> Raw<S> {
     /// What setting the length gives.
     pub async fn create(storage: S, size_bytes: u64) -> Result<Self> {
         storage.set_len(size_bytes, Hold::none()).await?;
-        Ok(Self { storage, size_bytes })
+        Ok(Self { storage, size_bytes: size_bytes.into() })
     }
 
     /// Makes the disk `size_bytes` long, with what is added preallocated, and sees it so.
@@ -65,7 +67,30 @@ impl<S: Storage> Raw<S> {
     /// ```
     pub async fn grow(storage: S, size_bytes: u64, mode: Preallocation) -> Result<Self> {
         grow(&storage, size_bytes, mode).await?;
-        Ok(Self { storage, size_bytes })
+        Ok(Self { storage, size_bytes: size_bytes.into() })
+    }
+
+    /// Makes the disk `size_bytes` long in place, for all who see it. Durable when it returns.
+    ///
+    /// # Errors
+    /// `InvalidRequest` where the disk is longer already; else what setting the length gives.
+    ///
+    /// ```
+    /// use lacuna::block::Layer;
+    /// use lacuna::{raw::Raw, storage::MemoryStorage};
+    ///
+    /// pollster::block_on(async {
+    ///     let disk = Raw::create(MemoryStorage::new(), 4096).await?;
+    ///     disk.lengthen(8192).await?;
+    ///     assert_eq!(disk.size_bytes(), 8192);
+    ///     Ok::<_, lacuna::Error>(())
+    /// }).unwrap();
+    /// ```
+    pub async fn lengthen(&self, size_bytes: u64) -> Result<()> {
+        grow(&self.storage, size_bytes, Preallocation::Off).await?;
+        self.storage.flush().await?;
+        self.size_bytes.store(size_bytes, Ordering::Release);
+        Ok(())
     }
 
     /// Returns the storage below.
@@ -80,14 +105,16 @@ impl<S: Storage> Raw<S> {
 
     fn check(&self, range: GuestRange) -> Result<HostRange> {
         match range.start.checked_add(range.len) {
-            Some(end) if end.0 <= self.size_bytes => {
+            Some(end) if end.0 <= self.size_bytes() => {
                 Ok(HostRange::new(HostOffset(range.start.0), range.len))
             }
             _ => Err(Error::new(
                 ErrorKind::OutOfBounds,
                 format!(
                     "{} bytes at {} pass the end of the disk at {:#x}",
-                    range.len, range.start, self.size_bytes
+                    range.len,
+                    range.start,
+                    self.size_bytes()
                 ),
             )),
         }
@@ -139,7 +166,7 @@ async fn grow<S: Storage>(storage: &S, to: u64, mode: Preallocation) -> Result<(
 
 impl<S: Storage> Layer for Raw<S> {
     fn size_bytes(&self) -> u64 {
-        self.size_bytes
+        self.size_bytes.load(Ordering::Acquire)
     }
 
     fn is_read_only(&self) -> bool {
@@ -152,7 +179,7 @@ impl<S: Storage> Layer for Raw<S> {
 
     async fn known_zeroes(&self) -> Result<KnownZeroes> {
         // Where the file ends in the midst of a sector, zeros follow.
-        let there = self.storage.len().await?.min(self.size_bytes);
+        let there = self.storage.len().await?.min(self.size_bytes());
         let whole = HostRange::new(HostOffset(0), there);
         // A file; what a device or an export held before nobody knows.
         let is_file = self.storage.capabilities().set_len != Capability::Unsupported;

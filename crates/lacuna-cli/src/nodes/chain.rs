@@ -1,6 +1,6 @@
 //! An opened disk with what is known of the images it stands on.
 
-use lacuna::chain::{Chain, Disk, LevelFacts, Map};
+use lacuna::chain::{Chain, Disk, LevelFacts, Map, SplitChain};
 use lacuna::qcow2::{Image, SnapshotChoice};
 use lacuna::units::GuestRange;
 
@@ -67,5 +67,34 @@ impl FileChain {
     /// Returns the image of a level, where it is one of qcow2.
     pub(crate) fn level_image(&self, level: usize) -> Option<&Image<AnyStorage>> {
         self.chain.level_disk(level)?.as_qcow2()
+    }
+}
+
+/// A chain in two parts, both to be written, without what options put on top.
+pub(crate) struct FileChainParts {
+    chain: SplitChain<AnyStorage>,
+    /// Disks that play storages somewhere below, innermost last.
+    nested: Vec<Disk<AnyStorage>>,
+}
+
+impl FileChainParts {
+    pub(super) const fn new(chain: SplitChain<AnyStorage>, nested: Vec<Disk<AnyStorage>>) -> Self {
+        Self { chain, nested }
+    }
+
+    /// Returns both parts.
+    pub(crate) const fn chain(&self) -> &SplitChain<AnyStorage> {
+        &self.chain
+    }
+
+    /// Leaves all images as they should be left, those whose turn came already too. The first error
+    /// is the one that is told.
+    pub(crate) async fn close(self) -> lacuna::Result<()> {
+        let base = self.chain.base.into_disk().close().await;
+        let mut closed = base.and(self.chain.above.into_disk().close().await);
+        for disk in self.nested.into_iter().rev() {
+            closed = closed.and(disk.close().await);
+        }
+        closed
     }
 }

@@ -15,7 +15,7 @@ mod tops;
 mod window;
 
 pub(crate) use any::AnyStorage;
-pub(crate) use chain::{FileChain, FileMap};
+pub(crate) use chain::{FileChain, FileChainParts, FileMap};
 pub(crate) use debug::{Found, Rules, is_by_rule};
 pub(crate) use disk::ToolDisk;
 pub(crate) use opener::{Base, Opening, open_export};

@@ -20,7 +20,7 @@ use lacuna::{Error, Result};
 use lacuna_remote::NbdStorage;
 
 use super::any::AnyStorage;
-use super::chain::FileChain;
+use super::chain::{FileChain, FileChainParts};
 use super::debug::{Debug, Rules};
 use super::disk::{Discards, ToolDisk};
 use super::nested::Nested;
@@ -88,6 +88,12 @@ impl Opening {
         let disk = ToolDisk::new(chain.disk().clone(), self.detection, nested, self.discards);
         let disk = disk.with_rules(rules).topped(&self.tops)?;
         Ok(FileChain::new(chain, disk))
+    }
+
+    /// Opens it in two parts, so that the image at `level` is written as the top is.
+    pub(crate) async fn open_split(self, level: usize) -> Result<FileChainParts> {
+        let chain = chain::open_split(&self.opener, &self.path, &self.options, level).await?;
+        Ok(FileChainParts::new(chain, self.opener.into_nested()))
     }
 
     /// Describes it without opening data files.

@@ -67,7 +67,9 @@ pub(super) fn overview(tool: &Tool) -> CliResult<u8> {
          Usage: {name} VERB [OPTIONS] ...\n\n"
     );
     for (task, title) in TASKS {
-        let group = super::VERBS.iter().filter(|verb| verb.task == task);
+        let also = (!tool.is_own() && task == Task::Change).then_some(Task::Beside);
+        let is_here = |verb: &&&Verb| verb.task == task || Some(verb.task) == also;
+        let group = super::VERBS.iter().filter(is_here);
         let group = group.filter(|verb| super::offers(tool, verb));
         for (index, verb) in group.enumerate() {
             let title = if index == 0 { title } else { "" };

@@ -9,6 +9,7 @@ mod bench;
 mod bitmap;
 pub(crate) mod busy;
 mod check;
+mod commit;
 mod compare;
 mod completions;
 mod convert;
@@ -19,6 +20,7 @@ mod dd;
 pub(crate) mod dedup;
 mod help;
 mod info;
+mod level;
 mod man;
 mod map;
 mod measure;
@@ -33,6 +35,7 @@ pub(crate) mod resize;
 pub(crate) mod serve;
 mod snapshot;
 pub(crate) mod spec;
+mod stream;
 
 pub(crate) use help::{options_help, version};
 pub(crate) use info::{dump, specifics};
@@ -74,6 +77,9 @@ pub(crate) enum Task {
     Change,
     Serve,
     Try,
+    /// Named in the line of another verb, so that the overview fits on a screen; under QEMU's names in
+    /// a line of its own.
+    Beside,
     /// About the program itself: found by the help, so that the overview has room for work.
     About,
 }
@@ -93,11 +99,12 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 23] = [
+const VERBS: [&Verb; 25] = [
     &amend::VERB,
     &bench::VERB,
     &bitmap::VERB,
     &check::VERB,
+    &commit::VERB,
     &compare::VERB,
     &completions::VERB,
     &convert::VERB,
@@ -117,6 +124,7 @@ const VERBS: [&Verb; 23] = [
     &resize::VERB,
     &serve::VERB,
     &snapshot::VERB,
+    &stream::VERB,
 ];
 
 /// What may stand before the verb.
@@ -137,7 +145,7 @@ const ERROR_FORMAT: Flag =
         .own();
 
 /// Verbs that only we have.
-const OWN: [&str; 9] = [
+const OWN: [&str; 10] = [
     completions::VERB.name,
     ctl::VERB.name,
     dedup::VERB.name,
@@ -147,6 +155,7 @@ const OWN: [&str; 9] = [
     man::VERB.name,
     reclaim::VERB.name,
     serve::VERB.name,
+    stream::VERB.name,
 ];
 
 /// Verbs of QEMU's program that users will look for, as long as they are not in [`VERBS`].

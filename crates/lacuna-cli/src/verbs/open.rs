@@ -9,7 +9,7 @@ use std::path::Path;
 
 use lacuna::chain::{self, Allow, ChainOptions, FormatChoice, Levels, Sharing, UnnamedFormat};
 use lacuna::qcow2::{Access, ExtentDetail};
-use lacuna::storage::{CacheMode, FileOptions, LockConflict, Permissions};
+use lacuna::storage::{CacheMode, FileOptions, LockConflict, Obstacle, Permissions};
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
 
@@ -25,8 +25,8 @@ use crate::objects::Objects;
 use crate::output;
 use crate::persona::{Persona, Tool};
 
-pub(crate) use crate::nodes::FileChain;
 use crate::nodes::{AnyStorage, Base, Opening};
+pub(crate) use crate::nodes::{FileChain, FileChainParts};
 
 /// How long the header of version 3 is at least; its length is the last field of those.
 const SHORTEST_V3: u64 = 104;
@@ -154,6 +154,33 @@ fn open_in_detail(tool: &Tool, request: &Request, detail: ExtentDetail) -> CliRe
     }
     check_below(spec, &chain)?;
     Ok(chain)
+}
+
+/// Opens an image in two parts, so that the one at `level` of its chain is written as it is.
+pub(crate) fn open_split(
+    tool: &Tool,
+    request: &Request,
+    level: usize,
+) -> CliResult<FileChainParts> {
+    let opening = opening_in_detail(tool, request, ExtentDetail::Host);
+    let parts = opening.map_err(|error| cannot_open(&request.image.shown, error))?;
+    let parts = block_on(parts.open_split(level)).map_err(|error| {
+        let lower = LockConflict::of(&error).filter(|conflict| {
+            let is_top = same_file(conflict.path(), Path::new(&request.image.file));
+            !is_top && matches!(conflict.obstacle(), Obstacle::Denied(_))
+        });
+        let why = match (lower, LockConflict::of(&error)) {
+            // It could be read: only the one to be written is in the way.
+            (Some(conflict), _) => return busy::refusal(tool, conflict, Access::ReadWrite),
+            (None, Some(conflict)) => busy_in_chain(tool, conflict, request),
+            (None, None) => reason(tool, &request.image, &error),
+        };
+        cannot_open(&request.image.shown, why)
+    })?;
+    if let Some(image) = parts.chain().above.disk().as_qcow2() {
+        request.image.disk.runtime.check(&image.header())?;
+    }
+    Ok(parts)
 }
 
 /// Claims the length of an image file, which a raw disk leaves to others unless it is resized.

@@ -23,12 +23,30 @@ pub(crate) struct Pace {
     done_bytes: u64,
 }
 
+/// Reads `-r`: bytes per second, or nothing for no limit.
+pub(crate) fn rate(parsed: &Parsed) -> CliResult<Option<u64>> {
+    let Some(text) = parsed.last("rate") else { return Ok(None) };
+    let rate = size::within("rate limit", text, 0, i64::MAX as u64)?;
+    Ok(Some(rate).filter(|rate| *rate > 0))
+}
+
 impl Pace {
     /// Reads `--bandwidth`; without one nothing waits.
     pub(crate) fn read(parsed: &Parsed) -> CliResult<Self> {
         let bound = parsed.last(BANDWIDTH.long);
         let bound = bound.map(|text| size::within(BANDWIDTH.long, text, 1, 1 << 62)).transpose()?;
-        Ok(Self { bytes_per_second: bound, start: Instant::now(), done_bytes: 0 })
+        Ok(Self::at(bound))
+    }
+
+    /// Holds work back to so many bytes per second, or not at all.
+    pub(crate) fn at(bytes_per_second: Option<u64>) -> Self {
+        Self { bytes_per_second, start: Instant::now(), done_bytes: 0 }
+    }
+
+    /// Takes note of how many bytes were moved in all since the start, and waits.
+    pub(crate) fn keep_up_to(&mut self, done_bytes: u64, interrupted: &Interrupted) {
+        let more_bytes = done_bytes.saturating_sub(self.done_bytes);
+        self.keep(more_bytes, interrupted);
     }
 
     /// Returns how much to do at once, `most` at most: where it is to be slow, a quarter of a second.

@@ -23,7 +23,7 @@ use crate::persona::Tool;
 pub(super) const VERB: Verb = Verb {
     name: "rebase",
     task: Task::Change,
-    summary: "Put an image onto another backing file",
+    summary: "Stand on another backing file; commit, stream: move content",
     operands: "FILENAME",
     flags: &[
         common::QUIET,

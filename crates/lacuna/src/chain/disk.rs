@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::policy::Format;
 use super::probe::MAGIC;
-use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
+use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, Preallocation, WriteFlags, ZeroFlags};
 use crate::buffer::Buffer;
 use crate::qcow2::{Access, Image, SnapshotChoice, SnapshotLayer};
 use crate::raw::Raw;
@@ -94,6 +94,25 @@ impl<S: Storage> Disk<S> {
             Self::Qcow2(image) => image.storage(),
             Self::Raw(disk) => disk.raw.storage(),
             Self::Snapshot(layer) => layer.image().storage(),
+        }
+    }
+
+    /// Makes the disk `size_bytes` long, for all clones. What is added reads as zeros. Durable when it
+    /// returns.
+    ///
+    /// # Errors
+    /// `ReadOnly`; `InvalidRequest` where the disk would not grow; else as [`Image::grow`] and
+    /// [`Raw::lengthen`].
+    pub async fn grow(&self, size_bytes: u64) -> Result<()> {
+        match self {
+            Self::Qcow2(image) => image.grow(size_bytes, Preallocation::Off).await,
+            Self::Raw(disk) => {
+                disk.check_writable()?;
+                disk.raw.lengthen(size_bytes).await
+            }
+            Self::Snapshot(_) => {
+                Err(Error::new(ErrorKind::ReadOnly, "The disk of a snapshot keeps its size"))
+            }
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! * Never guesses a format and never follows a name in an image unless the caller said so
 //!   (D.1-40, D.1-41): [`ChainOptions`] starts with everything refused.
-//! * Always opens backing layers for reading; a data file like its image.
+//! * Always opens backing layers for reading, but for the one that [`open_split`] is to write; a data
+//!   file like its image.
 //! * Always claims a file before it reads more of it than tells its format (`claims`).
 //! * Never more than [`MAX_LEVELS`] images, never one of them twice.
 
@@ -26,7 +27,7 @@ pub use disk::{Disk, RawDisk};
 pub use file::FileOpener;
 pub use info::{LevelInfo, Levels, inspect};
 pub use map::{Map, MapRun};
-pub use open::{Chain, LevelFacts, open};
+pub use open::{Chain, LevelFacts, SplitChain, open, open_split};
 pub use opener::{Identity, MemoryOpener, Opener};
 pub use policy::{
     Allow, ChainOptions, Format, FormatChoice, Instead, Reference, Role, StandIn, UnnamedFormat,

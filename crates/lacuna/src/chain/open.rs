@@ -142,7 +142,79 @@ pub async fn open<O: Opener>(
     path: &Path,
     options: &ChainOptions,
 ) -> Result<Chain<O::Storage>> {
-    let mut found = walk(opener, path, options, Reach::Bottom, Intent::Use).await?;
+    let found = walk(opener, path, options, Reach::Bottom, Intent::Use).await?;
+    build(opener, found, options, options.data_path.as_ref()).await
+}
+
+/// A chain in two parts, each of which has a disk of its own.
+///
+/// See [`open_split`] for an example.
+#[derive(Debug)]
+pub struct SplitChain<S: Storage> {
+    /// The top, and what is between it and the base. Its disk knows nothing of the base: what it
+    /// leaves to that one reads as zeros, and is allocated nowhere.
+    pub above: Chain<S>,
+    /// The base, opened as the top is, and what is below it.
+    pub base: Chain<S>,
+}
+
+impl<S: Storage> SplitChain<S> {
+    /// Returns up to which offset the base shows where nothing above it decides: a level that is
+    /// shorter hides what lies further down.
+    pub fn shown_bytes(&self) -> u64 {
+        let between = self.above.levels.iter().skip(1).map(|level| level.size_bytes);
+        between.fold(u64::MAX, u64::min)
+    }
+}
+
+/// Opens the image at `path` with everything below it, so that the image at `level` (1 is the one
+/// right below the top) is written like the top.
+///
+/// # Errors
+/// As [`open`]; `InvalidRequest` where there is no such level below the top.
+///
+/// ```no_run
+/// use std::path::Path;
+/// use lacuna::chain::{self, Allow, ChainOptions, FileOpener, Format};
+/// use lacuna::qcow2::Access;
+///
+/// # pollster::block_on(async {
+/// let options = ChainOptions {
+///     backing: Allow::Named,
+///     ..ChainOptions::new(Format::Qcow2, Access::ReadWrite)
+/// };
+/// let top = Path::new("/vm/top.qcow2");
+/// let chain = chain::open_split(&FileOpener::default(), top, &options, 1).await?;
+/// println!("{} goes into {}", top.display(), chain.base.levels()[0].path.display());
+/// # Ok::<_, lacuna::Error>(())
+/// # });
+/// ```
+pub async fn open_split<O: Opener>(
+    opener: &O,
+    path: &Path,
+    options: &ChainOptions,
+    level: usize,
+) -> Result<SplitChain<O::Storage>> {
+    let mut above = walk(opener, path, options, Reach::Bottom, Intent::Split(level)).await?;
+    if level == 0 || level >= above.len() {
+        return Err(Error::invalid(format!(
+            "The chain has {} images below the top, none of which is number {level}",
+            above.len() - 1
+        )));
+    }
+    let base = above.split_off(level);
+    let base = build(opener, base, options, None).await?;
+    let above = build(opener, above, options, options.data_path.as_ref()).await?;
+    Ok(SplitChain { above, base })
+}
+
+/// Makes the disks of levels that were found.
+async fn build<O: Opener>(
+    opener: &O,
+    mut found: Vec<Level<O::Storage>>,
+    options: &ChainOptions,
+    data: Option<&PathBuf>,
+) -> Result<Chain<O::Storage>> {
     let lower = found.split_off(1);
     let (mut levels, mut below) = (Vec::new(), Vec::new());
     for level in lower {
@@ -155,10 +227,9 @@ pub async fn open<O: Opener>(
     let top = found.pop().ok_or_else(|| Error::invalid("A chain has at least one image"))?;
     let backing = match below.is_empty() {
         false => Some(Arc::new(Below::new(below.clone())) as Arc<dyn DynLayer>),
-        // Named, and left out by the caller's wish.
+        // Named, and left out.
         true => top.names_backing().then(|| Arc::new(Nothing) as Arc<dyn DynLayer>),
     };
-    let data = options.data_path.as_ref();
     let (facts, disk) = open_level(opener, top, backing, options, data).await?;
     levels.insert(0, facts);
     Ok(Chain { disk, below, levels })

@@ -15,7 +15,7 @@ use super::policy::{
 use super::probe::probe;
 use crate::qcow2::format::Header;
 use crate::qcow2::{Access, read_header};
-use crate::storage::Claim;
+use crate::storage::{Claim, Storage};
 use crate::{Error, Result};
 
 /// How many images may be stacked, the top one included. Each costs an open file.
@@ -35,6 +35,8 @@ pub(super) enum Reach {
 pub(super) enum Intent {
     /// To say what they are.
     Describe,
+    /// To use them as disks, the one at this level being written as the top is.
+    Split(usize),
     /// To use them as disks.
     Use,
 }
@@ -85,12 +87,16 @@ pub(super) async fn walk<O: Opener>(
         check_new(opener, &name, &mut seen).await?;
         let purpose = |format, access| match intent {
             Intent::Describe => Purpose::Description(format),
-            Intent::Use => Purpose::Image(format, access),
+            Intent::Split(_) | Intent::Use => Purpose::Image(format, access),
         };
         let sharing = if levels.is_empty() { options.sharing } else { options.sharing.below() };
         let claim = |format, access| sharing.claim(purpose(format, access));
         let level =
             open_level(opener, step, claim).await.map_err(|error| in_image(error, &name))?;
+        let level = match intent == Intent::Split(levels.len()) {
+            true => written(opener, level, claim).await.map_err(|error| in_image(error, &name))?,
+            false => level,
+        };
         next = match reach {
             Reach::Top => None,
             Reach::Bottom => {
@@ -137,11 +143,31 @@ async fn open_level<O: Opener>(
         FormatChoice::Probe => (probe(&storage).await?, Origin::Probed),
     };
     opener.claim(&storage, claim(format, step.access)).await?;
-    let header = match format {
-        Format::Qcow2 => Some(read_header(&storage).await?),
-        Format::Raw => None,
-    };
+    let header = header_of(format, &storage).await?;
     Ok(Level { path: step.path, format, origin, access: step.access, storage, header })
+}
+
+async fn header_of<S: Storage>(format: Format, storage: &S) -> Result<Option<Header>> {
+    match format {
+        Format::Qcow2 => read_header(storage).await.map(Some),
+        Format::Raw => Ok(None),
+    }
+}
+
+/// Opens a level anew that is to be written: whoever lets nobody read it is told apart from whoever
+/// lets nobody write to it.
+async fn written<O: Opener>(
+    opener: &O,
+    level: Level<O::Storage>,
+    claim: impl Fn(Format, Access) -> Claim,
+) -> Result<Level<O::Storage>> {
+    let access = Access::ReadWrite;
+    let storage = opener.open(&level.path, access).await?;
+    drop(level.storage);
+    opener.claim(&storage, claim(level.format, access)).await?;
+    // Nobody had to leave it alone in between.
+    let header = header_of(level.format, &storage).await?;
+    Ok(Level { access, storage, header, ..level })
 }
 
 /// What comes below an image: what the caller says, else what the image names.

@@ -1,10 +1,11 @@
 //! Work on whole disks: copying one to another, comparing two, telling what one would take, putting
-//! one onto another backing file.
+//! one onto another backing file, bringing overlays into what they stand on.
 //!
 //! * Always driven by extents: what metadata calls zero is neither read nor compared by bytes.
 //! * Always bounded: requests in flight times request size, said by each job.
 //! * A job is a future. Dropping it stops it at a safe place; what it wrote stays valid.
 
+mod commit;
 mod compare;
 mod convert;
 mod dedup;
@@ -13,6 +14,7 @@ mod rebase;
 mod salvage;
 mod sweep;
 
+pub use commit::{commit, empty_top};
 pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
 pub use convert::{
     ConvertOptions, Copied, CopyFailure, CopyStep, Encoding, KnownZeros, Mover, Phase, Progress,

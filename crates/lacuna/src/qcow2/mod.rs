@@ -19,6 +19,7 @@ mod create;
 mod dirty;
 mod dirty_scan;
 mod discard;
+mod empty;
 mod encode;
 mod extents;
 mod flush;

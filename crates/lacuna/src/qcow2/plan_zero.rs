@@ -19,6 +19,9 @@ pub(super) enum Intent {
     Discard,
     /// Nothing of this image remains: the backing layer shows through.
     Forget,
+    /// As `Cut`, where the backing layer reads the same: nothing changes for the guest, and bitmaps
+    /// are not told.
+    Repeated,
     /// Reads as zeros, space may be given back.
     ZeroFree,
     /// Reads as zeros, the host cluster stays reserved.
@@ -28,7 +31,7 @@ pub(super) enum Intent {
 impl Intent {
     const fn freed_by(self) -> FreedBy {
         match self {
-            Self::Cut => FreedBy::Always,
+            Self::Cut | Self::Repeated => FreedBy::Always,
             Self::Discard | Self::Forget | Self::ZeroFree | Self::ZeroKeep => FreedBy::Guest,
         }
     }
@@ -77,7 +80,8 @@ pub(super) fn clear_clusters(
         return Ok(Cleared { len, ..Cleared::default() });
     }
     let end = meta.slice_end(range.start).min(range.end());
-    meta.before_change(GuestRange::new(range.start, end - range.start))?;
+    let changed = if intent == Intent::Repeated { 0 } else { end - range.start };
+    meta.before_change(GuestRange::new(range.start, changed))?;
     let mut done = Cleared::default();
     if !meta.takes_zero_references(intent) {
         clear_up_to(meta, range.start, end, intent, &mut done)?;
@@ -111,7 +115,7 @@ fn clear_up_to(
 fn leaves_no_table(meta: &Meta, guest: GuestOffset, intent: Intent) -> Planned<bool> {
     let needs_entries = match intent {
         Intent::Discard => meta.has_backing,
-        Intent::Cut | Intent::Forget => false,
+        Intent::Cut | Intent::Forget | Intent::Repeated => false,
         Intent::ZeroFree | Intent::ZeroKeep => true,
     };
     Ok(!needs_entries && meta.table(guest)?.is_none())
@@ -178,7 +182,7 @@ fn cleared(meta: &Meta, old: L2Entry, intent: Intent) -> L2Entry {
         return shared;
     }
     match intent {
-        Intent::Cut | Intent::Forget => L2Entry::UNALLOCATED,
+        Intent::Cut | Intent::Forget | Intent::Repeated => L2Entry::UNALLOCATED,
         Intent::Discard if !meta.has_backing && old == L2Entry::UNALLOCATED => old,
         Intent::Discard if !meta.has_zero_flag() => L2Entry::UNALLOCATED,
         // Reads as zeros, and no entry of version 2 may say so.
@@ -265,7 +269,9 @@ fn subcleared(meta: &Meta, old: L2Entry, range: GuestRange, intent: Intent) -> L
     let within = meta.geometry().within_cluster(range.start.0);
     let (from, to) = ((within / unit) as u32, ((within + range.len) / unit) as u32);
     let bitmap = match intent {
-        Intent::Cut | Intent::Forget => old.subclusters.with_unallocated(from, to),
+        Intent::Cut | Intent::Forget | Intent::Repeated => {
+            old.subclusters.with_unallocated(from, to)
+        }
         // Unallocated reads as zeros already.
         Intent::Discard if !meta.has_backing => old.subclusters.with_zero_for_data(from, to),
         Intent::Discard | Intent::ZeroFree | Intent::ZeroKeep => {

@@ -250,7 +250,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Shortens the file to the end of its last used cluster.
-    async fn cut_file(&self) -> Result<()> {
+    pub(super) async fn cut_file(&self) -> Result<()> {
         self.plan(Meta::pause).await?;
         let pause = Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, CUT);
         self.drop_empty_blocks().await?;
@@ -344,7 +344,7 @@ impl Meta {
     }
 
     /// Frees the L2 tables that lie wholly beyond `size_bytes`; their entries are clear already.
-    fn drop_tables(&mut self, size_bytes: u64) -> Planned<()> {
+    pub(super) fn drop_tables(&mut self, size_bytes: u64) -> Planned<()> {
         // Bitmaps were told when the clusters went.
         self.before_change(GuestRange::new(GuestOffset(size_bytes), 0))?;
         let first = self.geometry().l1_entries_for(size_bytes) as usize;

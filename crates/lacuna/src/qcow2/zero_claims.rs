@@ -147,6 +147,25 @@ impl<S: Storage> Image<S> {
         self.change_features(|features| features.autoclear.insert(claim)).await
     }
 
+    /// Puts the claims up that may be of a disk that maps nothing, where it does and they are wanted.
+    pub(super) async fn claim_empty(&self) -> Result<()> {
+        let claims = {
+            let header = self.0.header.lock();
+            if are_wanted(&header) { possible(&header) } else { AutoclearFeatures::empty() }
+        };
+        let whole = self.whole();
+        let _hold = self.exclude_others(whole).await?;
+        if claims.is_empty() || !self.0.meta.lock().maps_nothing() {
+            return Ok(());
+        }
+        self.flush_all().await?;
+        let _turn = self.0.turn.lock().await;
+        if !self.claim_in_memory(claims, whole.len) {
+            return Ok(());
+        }
+        self.change_features(|features| features.autoclear.insert(claims)).await
+    }
+
     /// Has writers drop the claim from here on. Not where the disk has another size by now: what
     /// it grew by was not kept from them.
     fn claim_in_memory(&self, claim: AutoclearFeatures, size_bytes: u64) -> bool {

@@ -62,7 +62,7 @@ impl Meta {
     pub(super) fn shared_zeros(&self, intent: Intent) -> Option<L2Entry> {
         let reads_zero = match intent {
             Intent::Discard | Intent::ZeroFree | Intent::ZeroKeep => true,
-            Intent::Cut | Intent::Forget => false,
+            Intent::Cut | Intent::Forget | Intent::Repeated => false,
         };
         let shares = reads_zero && self.has_backing && !self.has_zero_flag();
         self.decoder.zero_cluster.filter(|_| shares).map(shared_entry)
@@ -70,7 +70,8 @@ impl Meta {
 
     /// Says whether zeroing clusters so takes references of a shared cluster.
     pub(super) fn takes_zero_references(&self, intent: Intent) -> bool {
-        !matches!(intent, Intent::Cut | Intent::Forget) && self.has_backing && !self.has_zero_flag()
+        let zeroes = !matches!(intent, Intent::Cut | Intent::Forget | Intent::Repeated);
+        zeroes && self.has_backing && !self.has_zero_flag()
     }
 
     /// Takes as many references as the clusters from `start` to `end` need, or as there are: one

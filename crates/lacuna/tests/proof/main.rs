@@ -9,6 +9,7 @@ mod bitmaps;
 mod cancellation;
 mod case;
 mod claims;
+mod commit;
 mod compacting;
 mod crash;
 mod crash_random;

@@ -117,13 +117,6 @@ pub(super) fn target_cache(parsed: &Parsed) -> CliResult<CacheMode> {
     }
 }
 
-/// Reads `-r`: bytes per second, or nothing for no limit.
-pub(super) fn rate(parsed: &Parsed) -> CliResult<Option<u64>> {
-    let Some(text) = parsed.last("rate") else { return Ok(None) };
-    let rate = size::within("rate limit", text, 0, i64::MAX as u64)?;
-    Ok(Some(rate).filter(|rate| *rate > 0))
-}
-
 fn sparse_size(text: &str) -> CliResult<u64> {
     const MOST: u64 = 16 << 20;
     match size::parse_offset(text) {

@@ -159,7 +159,7 @@ impl Wish {
         };
         let options = asked::options(tool, parsed)?;
         let at = parsed.last("source-snapshot").map(|text| snapshot::choice(tool, text));
-        asked::rate(parsed)?;
+        super::pace::rate(parsed)?;
         let (sources, target) = operands(parsed)?;
         let creates = !parsed.has("no-create");
         if parsed.has("target-is-zero") && creates {

@@ -15,7 +15,6 @@ use super::super::dedup;
 use super::super::open::FileChain;
 use super::super::pace;
 use super::super::progress::Meter;
-use super::asked;
 use super::concat::Concat;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult, errno_words, sentence};
@@ -50,7 +49,7 @@ fn copy_layer<L: Layer>(
     options: &ConvertOptions,
     mut meter: Meter,
 ) -> CliResult<()> {
-    let limit = asked::rate(parsed)?.map(Limit::new);
+    let limit = pace::rate(parsed)?.map(Limit::new);
     let mut report = |progress: Progress| {
         let phase = match progress.phase {
             Phase::Copy => "copy",

@@ -121,7 +121,14 @@ impl Cutter {
                 let (action, limit) = self.by_content(zero);
                 (action, limit.min(until(start, backed)).min(until(start, target_bytes)))
             }
-            TargetContent::Unknown | TargetContent::Zero => self.by_content(zero),
+            TargetContent::Beneath { shown_bytes }
+                if extent.status.depth == AllocationDepth::NOWHERE && start.0 < shown_bytes =>
+            {
+                (Action::Skip, shown_bytes - start.0)
+            }
+            TargetContent::Beneath { .. } | TargetContent::Unknown | TargetContent::Zero => {
+                self.by_content(zero)
+            }
         }
     }
 

@@ -43,6 +43,13 @@ pub enum TargetContent {
     Unknown,
     /// All of it reads as zeros (a new image without backing): zeros need no request.
     Zero,
+    /// The source is the upper part of a chain, opened without the lower one, and the target is that
+    /// lower one: what no layer of the source decides is left alone.
+    Beneath {
+        /// How far the target shows where the source decides nothing; past it the source reads as
+        /// zeros.
+        shown_bytes: u64,
+    },
     /// A backing layer of the target reads the same as the backing layer of the source does: what
     /// the source's top layer leaves to its backing layer is left out.
     Backing {
@@ -294,8 +301,11 @@ impl Rules {
     /// Asks both ends what they know of all of their disk (000-15), so that zeros that are there
     /// are neither looked for nor made. Where backing layers are left out, each range counts.
     async fn ask_ends<A: Layer, B: Target>(&mut self, source: &A, target: &B) -> Result<()> {
-        let is_backed = matches!(self.options.content, TargetContent::Backing { .. });
-        if is_backed || self.writes_everything() {
+        let leaves_out = matches!(
+            self.options.content,
+            TargetContent::Backing { .. } | TargetContent::Beneath { .. }
+        );
+        if leaves_out || self.writes_everything() {
             return Ok(());
         }
         self.source_is_zero = source.known_zeroes().await?.open;

@@ -264,8 +264,10 @@ async fn zero<B: Target>(target: &B, range: GuestRange, rules: &Rules) -> Result
         copied.skipped_bytes += range.len;
         return Ok(copied);
     }
+    let is_open =
+        matches!(rules.options.content, TargetContent::Unknown | TargetContent::Beneath { .. });
     let is_there = |extent: &Extent| {
-        rules.options.content == TargetContent::Unknown
+        is_open
             && rules.options.known_zeros == KnownZeros::Left
             && extent.status.reads_zero
             && extent.status.depth <= AllocationDepth::TOP
