@@ -335,6 +335,37 @@ fn what_images_have_in_common_becomes_their_base() {
 }
 
 #[test]
+fn a_run_that_ended_half_way_is_gone_on_with() {
+    let ours = Sandbox::ours();
+    ours.prepare(FAMILY);
+    // The third image comes later, beside what a killed run would have left of its overlay.
+    ours.prepare("lacuna dedup -q --across a b --base base.qcow2; echo rubbish > c.lacuna-overlay");
+    let got = shown(&ours, "lacuna dedup --across a b c --base base.qcow2");
+    assert!(got.contains("\nbase.qcow2: was there, read-only."), "{got}");
+    assert!(!got.contains("\na: ") && got.contains("\nc: "), "{got}");
+    for image in ["a", "b", "c"] {
+        ours.prepare(&format!(
+            "stock-img check -q {image} && stock-img compare -q {image}.before {image} &&
+             [ ! -e {image}.lacuna-overlay ]"
+        ));
+    }
+    let info = shown(&ours, "stock-img info c");
+    assert!(info.contains("backing file: base.qcow2"), "{info}");
+    assert_eq!(ours.run("lacuna dedup -q --across a b c --base base.qcow2").code, Some(0));
+    let got = ours.run("lacuna dedup --across a base.qcow2 --base base.qcow2");
+    assert_eq!(got.code, Some(1), "{}", got.text);
+    assert!(got.text.contains("is the base itself"), "{}", got.text);
+    // An overlay that somebody writes is not stale.
+    ours.prepare("stock-img create -q -f qcow2 -o cluster_size=4k d 8M; cp d d.lacuna-overlay");
+    let got = ours.run(
+        "stock-io -f qcow2 -c 'sleep 3000' d.lacuna-overlay & sleep 0.5
+         lacuna dedup --across a d --base base.qcow2; code=$?; wait; exit $code",
+    );
+    assert_eq!(got.code, Some(1), "{}", got.text);
+    ours.prepare("[ -e d.lacuna-overlay ]");
+}
+
+#[test]
 fn images_that_cannot_stand_on_a_base_stay_as_they_are() {
     let ours = Sandbox::ours();
     ours.prepare(FAMILY);

@@ -1,9 +1,11 @@
 //! `dedup --across`: what several images hold at the same places goes into a base that they stand on.
 //!
 //! * Always: an image is replaced by its overlay when that is complete, durable, and reads the same; by
-//!   one renaming. Until then it is not touched.
+//!   one renaming. Until then it is not touched. A run that ended half-way is gone on with by another: a
+//!   base is read-only once it is complete, and images that stand on it are passed by.
 //! * Never: a base is removed, or changed, once an image stands on it.
 
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use lacuna::block::Layer;
@@ -19,7 +21,7 @@ use serde_json::{Value, json};
 use super::{FileChain, Form, Meter, Request, cluster_bytes, form, open};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
-use crate::interrupt::whole_or_gone;
+use crate::interrupt::{remove_half, whole_or_gone};
 use crate::output::{self, short_size};
 use crate::persona::Tool;
 use crate::verbs::spec::ImageSpec;
@@ -31,16 +33,37 @@ const UNFINISHED: &str = ".lacuna-overlay";
 struct Member<'a> {
     name: &'a str,
     chain: FileChain,
+    /// Which file that was when it was opened.
+    file: (u64, u64),
+}
+
+/// Whether the base is there already.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Base {
+    /// An earlier run completed it.
+    Made,
+    Missing,
 }
 
 pub(super) fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let form = form(parsed)?;
-    let base = check(parsed)?;
-    let members = members(tool, parsed)?;
-    let cluster = check_members(&members)?;
+    let (base, is_there) = check(parsed)?;
+    let mut members = members(tool, parsed)?;
+    if is_there == Base::Made {
+        members.retain(|member| !stands_on(member, base));
+    }
+    let cluster = check_members(&members, base)?;
+    if is_there == Base::Made {
+        check_base(tool, base, cluster)?;
+    }
+    // Where none is left to move, nothing has clusters.
+    let cluster = cluster.unwrap_or(1 << 16);
     let mut meter = Meter::new(tool, parsed, "dedup")?;
-    let common_bytes =
-        whole_or_gone(base, || make_base(tool, base, &members, cluster, &mut meter))?;
+    let make = || make_base(tool, base, &members, cluster, &mut meter);
+    let common_bytes = match is_there {
+        Base::Missing => Some(whole_or_gone(base, make)?),
+        Base::Made => None,
+    };
     let mut told = Vec::new();
     for member in members {
         told.push(switch(tool, base, member, cluster, &mut meter)?);
@@ -52,8 +75,8 @@ pub(super) fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     Ok(0)
 }
 
-/// Returns the name of the base.
-fn check(parsed: &Parsed) -> CliResult<&str> {
+/// Returns the name of the base, and whether it is there.
+fn check(parsed: &Parsed) -> CliResult<(&str, Base)> {
     let Some(base) = parsed.last("base") else {
         return Err(CliError::usage(
             "--across needs --base: the file that the images will stand on",
@@ -67,11 +90,33 @@ fn check(parsed: &Parsed) -> CliResult<&str> {
         return Err(CliError::usage("Expecting at least two image file names"));
     }
     match std::fs::symlink_metadata(base) {
+        Ok(found) if found.is_file() && found.permissions().readonly() => Ok((base, Base::Made)),
         Ok(_) => {
             let text = format!("'{}' exists, and is not written over", output::tame(base));
-            Err(CliError::new(text).with_fact("file", base))
+            let hint =
+                "a base that a run left incomplete can be written; if this is one, remove it";
+            Err(CliError::new(text).with_fact("file", base).with_hint(hint))
         }
-        Err(_) => Ok(base),
+        Err(_) => Ok((base, Base::Missing)),
+    }
+}
+
+/// Says whether an image has the base below it and nothing else.
+fn stands_on(member: &Member<'_>, base: &str) -> bool {
+    let levels = member.chain.levels();
+    levels.len() == 2 && open::same_file(&levels[1].path, Path::new(base))
+}
+
+/// Refuses to go on with what is no base for such images. What it holds counts for nothing: every overlay
+/// is compared.
+fn check_base(tool: &Tool, base: &str, cluster: Option<u64>) -> CliResult<()> {
+    let chain = opened(tool, base, Access::ReadOnly)?;
+    match cluster.is_none() || cluster == cluster_bytes(&chain) {
+        true => Ok(()),
+        false => {
+            let text = format!("'{}' has clusters of another size", output::tame(base));
+            Err(CliError::new(text).with_class(ErrorKind::Unsupported))
+        }
     }
 }
 
@@ -81,13 +126,17 @@ fn members<'a>(tool: &Tool, parsed: &'a Parsed) -> CliResult<Vec<Member<'a>>> {
         // What is copied has to hold still.
         let request = Request { sharing: Sharing::Readers, ..request };
         let chain = open::open_for_content(tool, &request)?;
-        Ok(Member { name, chain })
+        Ok(Member { name, chain, file: identity(&facts(name)?) })
     };
     parsed.operands.iter().map(opened).collect()
 }
 
-/// Refuses what could not be moved as it is; returns the size of all clusters.
-fn check_members(members: &[Member<'_>]) -> CliResult<u64> {
+fn identity(facts: &std::fs::Metadata) -> (u64, u64) {
+    (facts.dev(), facts.ino())
+}
+
+/// Refuses what could not be moved as it is; returns the size of all clusters, if there are any.
+fn check_members(members: &[Member<'_>], base: &str) -> CliResult<Option<u64>> {
     for (index, member) in members.iter().enumerate() {
         let refuse = |why: &str| {
             let text = format!("'{}' {why}", output::tame(member.name));
@@ -97,6 +146,7 @@ fn check_members(members: &[Member<'_>]) -> CliResult<u64> {
         let image = image.ok_or_else(|| refuse("is no qcow2 image"))?;
         let header = image.header();
         let why = match () {
+            () if same(member.name, base) => "is the base itself",
             () if member.chain.levels().len() > 1 => "stands on a backing file already",
             () if header.has_external_data_file() => "has an external data file",
             () if header.snapshots.count > 0 => "has internal snapshots, which would be lost",
@@ -112,7 +162,7 @@ fn check_members(members: &[Member<'_>]) -> CliResult<u64> {
         };
         return Err(refuse(why));
     }
-    Ok(cluster_bytes(&members[0].chain).unwrap_or(1 << 16))
+    Ok(members.first().and_then(|member| cluster_bytes(&member.chain)))
 }
 
 fn same(one: &str, other: &str) -> bool {
@@ -143,6 +193,7 @@ fn make_base(
     let mut permissions = facts(base)?.permissions();
     permissions.set_readonly(true);
     host(std::fs::set_permissions(base, permissions), "Making read-only", base)?;
+    host(std::fs::File::open(base).and_then(|file| file.sync_all()), "Writing", base)?;
     sync_folder(base)?;
     Ok(common)
 }
@@ -189,23 +240,41 @@ fn switch(
     };
     let before = facts(path)?;
     let unfinished = format!("{path}{UNFINISHED}");
+    remove_stale(tool, &unfinished)?;
     whole_or_gone(&unfinished, || {
-        fill(tool, base, &member, &unfinished, cluster, meter)?;
+        // Open until it has its name, so that nobody takes it for stale.
+        let _overlay = fill(tool, base, &member, &unfinished, cluster, meter)?;
         host(std::fs::set_permissions(&unfinished, before.permissions()), "Changing", &unfinished)?;
         host(
             std::fs::File::open(&unfinished).and_then(|file| file.sync_all()),
             "Writing",
             &unfinished,
         )?;
+        if identity(&facts(path)?) != member.file {
+            let text =
+                format!("'{}' was replaced meanwhile, and stays as it is", output::tame(name));
+            return Err(CliError::new(text).with_class(ErrorKind::Busy));
+        }
         host(std::fs::rename(&unfinished, path), "Replacing", path)
     })?;
     sync_folder(path)?;
-    let allocated = |facts: &std::fs::Metadata| std::os::unix::fs::MetadataExt::blocks(facts) * 512;
+    let allocated = |facts: &std::fs::Metadata| facts.blocks() * 512;
     let after_bytes = allocated(&facts(path)?);
     Ok(Switched { name: name.to_owned(), before_bytes: allocated(&before), after_bytes })
 }
 
-/// Makes the overlay of an image, and sees that it reads the same.
+/// Removes the overlay of a run that was killed; one that is open is somebody's work.
+fn remove_stale(tool: &Tool, unfinished: &str) -> CliResult<()> {
+    if std::fs::symlink_metadata(unfinished).is_err() {
+        return Ok(());
+    }
+    match opened(tool, unfinished, Access::ReadWrite) {
+        Err(error) if error.class() == Some(ErrorKind::Busy) => Err(error),
+        _ => host(remove_half(unfinished), "Removing", unfinished),
+    }
+}
+
+/// Makes the overlay of an image, and sees that it reads the same; returns it open.
 fn fill(
     tool: &Tool,
     base: &str,
@@ -213,7 +282,7 @@ fn fill(
     file: &str,
     cluster: u64,
     meter: &mut Meter,
-) -> CliResult<()> {
+) -> CliResult<FileChain> {
     let disk = member.chain.disk();
     let Some(image) = disk.bare_image() else { return Err(CliError::new("No qcow2 image")) };
     make(file, &options(&image.header(), disk.size_bytes(), backing_name(base, file)?))?;
@@ -227,7 +296,7 @@ fn fill(
     let found =
         block_on(job::compare(disk, overlay.disk(), CompareOptions::default(), &mut update))?;
     match found.is_identical() && !found.sizes_differ {
-        true => Ok(()),
+        true => Ok(overlay),
         false => Err(CliError::new(format!(
             "The overlay of '{}' does not read as the image does, which stays as it is",
             output::tame(member.name)
@@ -283,7 +352,7 @@ fn host<T>(result: std::io::Result<T>, doing: &str, file: &str) -> CliResult<T> 
     })
 }
 
-fn text(form: Form, base: &str, common_bytes: u64, told: &[Switched]) -> String {
+fn text(form: Form, base: &str, common_bytes: Option<u64>, told: &[Switched]) -> String {
     match form {
         Form::Human => {
             let line = |it: &Switched| {
@@ -291,10 +360,14 @@ fn text(form: Form, base: &str, common_bytes: u64, told: &[Switched]) -> String 
                 format!("{}: {before} on the host before, {after} now\n", output::tame(&it.name))
             };
             let lines: String = told.iter().map(line).collect();
-            let (base, common) = (output::tame(base), short_size(common_bytes));
+            let base = output::tame(base);
+            let common = common_bytes.map_or_else(
+                || "was there".to_owned(),
+                |bytes| format!("{} in common", short_size(bytes)),
+            );
             format!(
-                "{lines}{base}: {common} in common, read-only. All images stand on it: it must neither \
-                 change nor go\n"
+                "{lines}{base}: {common}, read-only. All images stand on it: it must neither change nor \
+                 go\n"
             )
         }
         Form::Json => {
