@@ -36,14 +36,15 @@ impl<S: Storage> Image<S> {
     /// share the next one.
     pub(super) async fn flush_all(&self) -> Result<()> {
         let mine = self.0.flushes_asked.fetch_add(1, Ordering::SeqCst) + 1;
-        let _turn = self.0.turn.lock().await;
+        let turn = self.0.turn.lock().await;
         if self.0.flushes_done.load(Ordering::SeqCst) >= mine {
             return Ok(());
         }
         let covered = self.0.flushes_asked.load(Ordering::SeqCst);
         self.write_back_in_turn(self.usual_refcounting()).await?;
         self.0.flushes_done.fetch_max(covered, Ordering::SeqCst);
-        Ok(())
+        drop(turn);
+        self.store_bitmaps_if_due().await
     }
 
     pub(super) async fn write_back(&self, refcounting: Refcounting) -> Result<()> {

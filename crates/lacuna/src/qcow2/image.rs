@@ -83,6 +83,8 @@ pub(super) struct Inner<S> {
     pub(super) bitmap_edits: async_lock::Mutex<()>,
     /// Bitmaps are marked in use, or stored, by one at a time; waits for no request.
     pub(super) bitmap_turn: async_lock::Mutex<()>,
+    /// Whether bitmaps are to survive a crash.
+    pub(super) bitmap_intents: bool,
     /// How many flushes were asked for, and up to which one all is durable.
     pub(super) flushes_asked: AtomicU64,
     pub(super) flushes_done: AtomicU64,
@@ -136,6 +138,7 @@ impl<S: Storage> Image<S> {
             turn: async_lock::Mutex::new(()),
             bitmap_edits: async_lock::Mutex::new(()),
             bitmap_turn: async_lock::Mutex::new(()),
+            bitmap_intents: options.bitmap_intents,
             flushes_asked: AtomicU64::new(0),
             flushes_done: AtomicU64::new(0),
             write_backs: AtomicU64::new(0),
@@ -239,6 +242,7 @@ impl<S: Storage> Image<S> {
             Need::DropClaims(claims) => Box::pin(self.drop_claims(claims)),
             Need::DirtyBit => Box::pin(self.set_dirty_bit()),
             Need::FirstChange => Box::pin(self.mark_bitmaps_in_use()),
+            Need::BitmapIntent => Box::pin(self.write_intents()),
             Need::L2Slice(offset) => Box::pin(self.load_l2_slice(offset)),
             Need::L2Table(offset) => Box::pin(self.load_l2_table(offset)),
             Need::RefcountSlice(offset) => Box::pin(self.load_refcount_slice(offset)),

@@ -174,6 +174,9 @@ impl Meta {
         if crowded {
             return Err(Need::WriteBack.into());
         }
+        if !self.bitmaps.may_change(range) {
+            return Err(Need::BitmapIntent.into());
+        }
         self.bitmaps.mark(range);
         Ok(())
     }

@@ -25,6 +25,8 @@ pub(super) enum Need {
     ZeroCluster,
     /// The dirty bit must be durable before refcounts go stale.
     DirtyBit,
+    /// A crash would hide from bitmaps what is about to change.
+    BitmapIntent,
     /// Unknown or outdated autoclear claims and bitmaps must be marked before the first change.
     FirstChange,
 }

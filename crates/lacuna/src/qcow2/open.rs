@@ -53,6 +53,7 @@ impl<S: Storage> Image<S> {
         let meta = load_meta(&parts, &header, &options).await?;
         let image = Self::from_parts(parts, header, meta, &options);
         image.recall_zero_cluster(options.shared_zero).await;
+        image.recover_bitmaps().await?;
         Ok(image)
     }
 }
@@ -159,6 +160,7 @@ async fn prepare_for_writing<S: Storage>(
     // Whoever may take places is as a stranger to who says that they were kept.
     let keeps = header.keeps_mapping() && on_discard(header, options) == OnDiscard::KeepMapping;
     known.set(AutoclearFeatures::MAPPING_KEPT, keeps);
+    known.set(AutoclearFeatures::BITMAP_INTENTS, header.keeps_bitmap_intents());
     let kept = header.features.autoclear & known;
     if kept != header.features.autoclear {
         header.features.autoclear = kept;
@@ -204,9 +206,9 @@ async fn load_meta<S: Storage>(
     };
     let bitmaps = match writable {
         true => Bitmaps::load(&parts.storage, header).await?,
-        false => Bitmaps::default(),
+        false => Bitmaps::left_in_use(&parts.storage, header).await,
     };
-    let follows_bitmaps = !bitmaps.is_empty();
+    let follows_bitmaps = writable && !bitmaps.is_empty();
     let place = if parts.data.is_some() { DataPlace::External } else { DataPlace::ImageFile };
     let lazy = is_lazy(header, options);
     Ok(Meta {

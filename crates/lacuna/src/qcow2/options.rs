@@ -166,6 +166,7 @@ pub struct OpenOptions {
     pub(super) on_discard: Option<OnDiscard>,
     pub(super) discard_unit: DiscardUnit,
     pub(super) shared_zero: SharedZeroCluster,
+    pub(super) bitmap_intents: bool,
 }
 
 impl OpenOptions {
@@ -183,6 +184,7 @@ impl OpenOptions {
             on_discard: None,
             discard_unit: DiscardUnit::default(),
             shared_zero: SharedZeroCluster::default(),
+            bitmap_intents: true,
         }
     }
 
@@ -247,6 +249,14 @@ impl OpenOptions {
     #[must_use]
     pub const fn shared_zero_cluster(self, shared_zero: SharedZeroCluster) -> Self {
         Self { shared_zero, ..self }
+    }
+
+    /// Chooses whether enabled bitmaps survive a crash, which is so by default: before the first
+    /// change in each region of the disk, a bit in the header says so, durably. Else a crash leaves
+    /// them in use, and nobody can believe them.
+    #[must_use]
+    pub const fn bitmap_intents(self, bitmap_intents: bool) -> Self {
+        Self { bitmap_intents, ..self }
     }
 }
 

@@ -1,7 +1,9 @@
 //! Persistent bitmaps made by QEMU: never trusted where they miss a change.
 
 use lacuna::ErrorKind;
-use lacuna::block::WriteFlags;
+use lacuna::block::{Layer, WriteFlags};
+use lacuna::qcow2::{Access, Image, OpenOptions, Parts};
+use lacuna::storage::Storage;
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::foreign::{QEMU_IMG, qemu_io};
 use testkit::sim::{Pace, SimHost, crash};
@@ -224,7 +226,118 @@ async fn examine(after: &Case, story: &str, ask_qemu: bool) {
         safe.unwrap_or_else(|error| panic!("{story}: {error}"));
     }
     let host = SimHost::without_record(Pace::AtOnce, 1);
-    let image = after.on(&host).open().await.unwrap_or_else(|error| panic!("{story}: {error}"));
+    let files = after.on(&host);
+    // Who only reads believes it, with all that may have changed.
+    let reading = Image::open(Parts::alone(host.open_file(0)), OpenOptions::new(Access::ReadOnly));
+    let named = match is_dirty(after) {
+        true => None,
+        false => {
+            Some(named(&reading.await.unwrap()).await.unwrap_or_else(|e| panic!("{story}: {e}")))
+        }
+    };
+    let image = files.open().await.unwrap_or_else(|error| panic!("{story}: {error}"));
     let guest = whole_content(&image).await.unwrap_or_else(|error| panic!("{story}: {error}"));
     assert_covers(after, &guest, story);
+    let recovered = self::named(&image).await.unwrap_or_else(|error| panic!("{story}: {error}"));
+    for named in named.iter().chain([&recovered]) {
+        assert_names(named, &guest, after.kind, story);
+    }
+    // And so does everybody else from then on.
+    image.close().await.unwrap_or_else(|error| panic!("{story}: {error}"));
+    let closed = after.with_content(vec![host.content(0)]);
+    assert!(!stored(&closed.image, after.kind.cluster_bytes(), "on").unwrap().in_use, "{story}");
+    assert_covers(&closed, &guest, story);
+    if ask_qemu {
+        let safe = assert_safe(&closed, true).await;
+        safe.unwrap_or_else(|error| panic!("{story}: recovered: {error}"));
+    }
+}
+
+/// What bitmap "on" names.
+async fn named<S: Storage>(image: &Image<S>) -> lacuna::Result<Vec<GuestRange>> {
+    let mut ranges = image.bitmap(&"on".into()).await?.ranges();
+    let mut all = Vec::new();
+    while let Some(range) = ranges.next().await? {
+        all.push(range);
+    }
+    Ok(all)
+}
+
+/// Every byte that is not as before must be named.
+fn assert_names(named: &[GuestRange], guest: &SparseBytes, kind: Kind, story: &str) {
+    let before = before(kind);
+    for offset in (0..guest.len()).step_by(512) {
+        let changed = guest.read_vec(offset, 512) != before.read_vec(offset, 512);
+        let is_named = || named.iter().any(|it| it.start.0 <= offset && offset < it.end().0);
+        assert!(!changed || is_named(), "{story}: the change at {offset:#x} is missed");
+    }
+}
+
+/// As after a crash: bytes were written to the first cluster and bitmaps are in use.
+fn crashed(kind: Kind) -> Case {
+    let case = image_with_bitmaps(kind, 1);
+    let host = SimHost::without_record(Pace::AtOnce, 1);
+    pollster::block_on(async {
+        let image = case.on(&host).open().await.unwrap();
+        let range = GuestRange::new(GuestOffset(0), 512);
+        perform(&image, Operation::Write { range, seed: 3, flags: WriteFlags::FUA }).await.unwrap();
+    });
+    case.with_content(vec![host.content(0)])
+}
+
+#[test]
+fn a_bitmap_that_a_stock_writer_saw_after_a_crash_is_not_believed() {
+    let case = crashed(Kind::plain(16));
+    let folder = tempfile::tempdir().unwrap();
+    let path = case.save(folder.path());
+    qemu_io(&path, ["write -q -P 8 512k 512".to_owned()]);
+    let left = case.with_content(vec![SparseBytes::load(&path)]);
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        let host = SimHost::without_record(Pace::AtOnce, 1);
+        host.add_file(left.image.clone());
+        let opening = Image::open(Parts::alone(host.open_file(0)), OpenOptions::new(access));
+        let image = pollster::block_on(opening).unwrap();
+        let error = pollster::block_on(named(&image)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        assert!(error.to_string().contains("in use"), "{error}");
+    }
+}
+
+#[test]
+fn qemu_never_believes_a_bitmap_that_was_left_in_use_before_it_is_recovered() {
+    let case = crashed(Kind::plain(16));
+    let merges = |case: &Case| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = case.save(folder.path());
+        QEMU_IMG.run(["bitmap", "--merge", "on", path.to_str().unwrap(), "off"]).code == 0
+    };
+    assert!(!merges(&case));
+    let host = SimHost::without_record(Pace::AtOnce, 1);
+    pollster::block_on(async { case.on(&host).open().await.unwrap().close().await.unwrap() });
+    let recovered = case.with_content(vec![host.content(0)]);
+    assert!(merges(&recovered));
+    assert!(stored(&recovered.image, 1 << 16, "on").unwrap().is_set(0));
+}
+
+#[test]
+fn long_runs_with_flushes_leave_exact_bitmaps_and_few_intents() {
+    let case = image_with_bitmaps(Kind::plain(12), 1);
+    let host = SimHost::without_record(Pace::AtOnce, 1);
+    pollster::block_on(async {
+        let image = case.on(&host).open().await.unwrap();
+        let range = GuestRange::new(GuestOffset(4096), 512);
+        for seed in 0..20_000 {
+            perform(&image, Operation::Write { range, seed, flags: WriteFlags::empty() })
+                .await
+                .unwrap();
+            if seed % 1000 == 999 {
+                image.flush().await.unwrap();
+            }
+        }
+        assert_eq!(named(&image).await.unwrap(), [GuestRange::new(GuestOffset(4096), 4096)]);
+        image.flush().await.unwrap();
+    });
+    // The bitmaps were stored meanwhile: a crash now finds the marks themselves.
+    let left = case.with_content(vec![host.content(0)]);
+    assert!(stored(&left.image, 4096, "on").unwrap().is_set(4096));
 }

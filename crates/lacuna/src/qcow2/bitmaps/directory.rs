@@ -98,7 +98,7 @@ impl<S: Storage> Image<S> {
         if let Some(new) = header.valid_bitmaps() {
             meta.structures.add(range_of(new), Structure::BitmapDirectory);
         }
-        known.extensions.bitmaps = header.extensions.bitmaps;
+        known.extensions = header.extensions.clone();
         let has_any = header.features.autoclear.contains(AutoclearFeatures::BITMAPS);
         known.features.autoclear.set(AutoclearFeatures::BITMAPS, has_any);
         let generation = meta.bitmaps.generation + 1;
@@ -108,7 +108,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Changes the header where it lies, durably.
-    async fn change_open_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+    pub(super) async fn change_open_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
         let _turn = self.0.turn.lock().await;
         self.wait_for_metadata_writes().await;
         let change = |header: &mut Header| {
@@ -159,7 +159,7 @@ impl<S: Storage> Image<S> {
         }
         let bytes = BitmapEntry::encode_directory(entries)?;
         let clusters = self.geometry().clusters_for(bytes.len() as u64);
-        let directory_offset = self.plan(|meta| meta.allocate(clusters)).await?;
+        let directory_offset = self.plan(|meta| meta.allocate_for_bitmap(clusters)).await?;
         let extension = BitmapsExtension {
             count: entries.len() as u32,
             directory_bytes: bytes.len() as u64,

@@ -1,6 +1,8 @@
 //! Makes, removes, clears, enables and disables bitmaps, while the image is in use.
 
-use super::super::format::{BitmapEntry, BitmapFlags, BitmapTableEntry, StoredName};
+use std::collections::HashSet;
+
+use super::super::format::{BitmapEntry, BitmapFlags, BitmapTableEntry, Geometry, StoredName};
 use super::super::image::Image;
 use super::directory::AtRest;
 use super::size::{Measure, ranges_of};
@@ -204,11 +206,22 @@ impl<S: Storage> AtRest<'_, S> {
     /// Gives a bitmap another table, whose data lies in new clusters; gives the old ones back.
     pub(super) async fn store(mut self, index: usize, table: &[BitmapTableEntry]) -> Result<()> {
         let old = &self.entries[index];
-        let mut dropped = self.image.bitmap_ranges(old).await?;
-        let kept = ranges_of(old, table, &self.image.geometry());
-        dropped.retain(|range| range.start == old.table_offset || !kept.contains(range));
+        let before = self.image.bitmap_ranges(old).await?;
+        let dropped = no_longer_named(before, old, table, &self.image.geometry());
         self.entries[index] = self.image.write_table(old, table).await?;
         let entries = std::mem::take(&mut self.entries);
         self.replace(&entries, dropped).await
     }
+}
+
+/// Returns what of the places of a bitmap another table, at another place, does not name.
+pub(super) fn no_longer_named(
+    before: Vec<HostRange>,
+    old: &BitmapEntry,
+    table: &[BitmapTableEntry],
+    geometry: &Geometry,
+) -> Vec<HostRange> {
+    let kept: HashSet<HostRange> = ranges_of(old, table, geometry).into_iter().collect();
+    let is_gone = |range: &HostRange| range.start == old.table_offset || !kept.contains(range);
+    before.into_iter().filter(is_gone).collect()
 }

@@ -12,6 +12,22 @@ use crate::storage::Storage;
 use crate::units::GuestRange;
 use crate::{Error, Result};
 
+/// Ranges in guest order.
+pub(super) enum Ranges<T: Storage> {
+    /// What a bitmap names.
+    Of(DirtyRanges<T>),
+    Listed(std::vec::IntoIter<GuestRange>),
+}
+
+impl<T: Storage> Ranges<T> {
+    async fn next(&mut self) -> Result<Option<GuestRange>> {
+        match self {
+            Self::Of(ranges) => ranges.next().await,
+            Self::Listed(ranges) => Ok(ranges.next()),
+        }
+    }
+}
+
 impl<S: Storage> Image<S> {
     /// Adds to a bitmap what another one names: of this image, or of one with a disk of the same
     /// size. Durable on return. The granularities may differ; what is added is rounded outwards.
@@ -42,15 +58,16 @@ impl<S: Storage> Image<S> {
                  and can't be merged"
             )));
         }
-        let table = self.merged_table(&rest.entries[index], source.ranges()).await?;
+        let ranges = Ranges::Of(source.ranges());
+        let table = self.merged_table(&rest.entries[index], ranges).await?;
         rest.store(index, &table).await
     }
 
     /// Writes the bits of a bitmap with those of some ranges set, where that changes any.
-    async fn merged_table<T: Storage>(
+    pub(super) async fn merged_table<T: Storage>(
         &self,
         entry: &BitmapEntry,
-        mut ranges: DirtyRanges<T>,
+        mut ranges: Ranges<T>,
     ) -> Result<Vec<BitmapTableEntry>> {
         let measure = Measure::of(entry, &self.geometry());
         let mut table = self.checked_table(entry).await?;
@@ -106,7 +123,7 @@ impl<S: Storage> Image<S> {
         if end < measure.chunk_bits {
             clear_bits_from(&mut bits, end);
         }
-        let offset = self.plan(|meta| meta.allocate(1)).await?;
+        let offset = self.plan(|meta| meta.allocate_for_bitmap(1)).await?;
         self.write_bitmap(offset, &bits).await?;
         Ok(BitmapTableEntry::new(BitmapCluster::Data(offset)))
     }

@@ -1,10 +1,11 @@
 //! Keeps enabled dirty bitmaps in step with writes (B.10).
 //!
-//! `store` brings storage after memory, `directory` says which bitmaps there are and changes it,
+//! `store` brings storage after memory, `intents` bound what a crash loses in between, `directory` says which bitmaps there are and changes it,
 //! `edit`, `merge` and `repair` are what people ask for, `size` follows the disk's size.
 //!
 //! * Always: the first change of an open image marks every enabled bitmap in use, durably, before
-//!   anything else; only a clean close takes the mark off again. After a crash nobody trusts one.
+//!   anything else; only what stores them takes the mark off again. After a crash nobody trusts one
+//!   but who knows our `intents`, and takes them into account (`recover`).
 //! * Always: what changes is marked before it changes, in memory, a chunk per cluster of bitmap
 //!   data; closing merges the chunks into what is stored.
 //! * Never: a bitmap is touched that is disabled, was in use already, or has extra data that says
@@ -12,7 +13,9 @@
 
 mod directory;
 mod edit;
+mod intents;
 mod merge;
+mod recover;
 mod repair;
 mod size;
 mod store;
@@ -21,6 +24,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::Range;
 
+use self::intents::Intents;
 use super::format::{BitmapEntry, BitmapFlags, Header};
 use crate::Result;
 use crate::storage::Storage;
@@ -41,6 +45,11 @@ pub(super) struct Bitmaps {
     pub(super) in_use: bool,
     /// The directory on storage may be another one than the one known here.
     pub(super) outdated: bool,
+    /// They were left in use and are only read: what has an intent counts as changed.
+    left: bool,
+    /// Some other bitmap was left in use by somebody who keeps no intents.
+    has_stale: bool,
+    intents: Intents,
     /// Counts changes of where bitmaps lie: what was read of one before may be somebody else's.
     pub(super) generation: u64,
 }
@@ -67,16 +76,16 @@ impl Bitmaps {
     /// # Errors
     /// `Corrupt` where the directory cannot be decoded: it could not be kept in step.
     pub(super) async fn load<S: Storage>(storage: &S, header: &Header) -> Result<Self> {
-        let mut tracked = Vec::new();
+        let mut loaded = Self::default();
         for (at, entry) in directory(storage, header).await? {
+            loaded.has_stale |= entry.flags.contains(BitmapFlags::IN_USE);
             if is_followed(&entry) {
                 entry.check(&header.geometry, header.size_bytes)?;
-                let chunk_bits = header.geometry.cluster_bytes() * 8;
-                let (chunks, storing) = Default::default();
-                tracked.push(Tracked { entry, at, chunk_bits, chunks, storing });
+                loaded.tracked.push(Tracked::new(at, entry, header));
             }
         }
-        Ok(Self { tracked, ..Self::default() })
+        loaded.intents = recover::load_intents(storage, header).await?;
+        Ok(loaded)
     }
 
     pub(super) const fn is_empty(&self) -> bool {
@@ -101,7 +110,8 @@ impl Bitmaps {
     pub(super) fn first_marked(&self, at: HostOffset, chunks: Range<u64>) -> Option<u64> {
         let bitmap = self.find(at)?;
         let first = |of: &Chunks| of.range(chunks.clone()).next().map(|(index, _)| *index);
-        [first(&bitmap.chunks), first(&bitmap.storing)].into_iter().flatten().min()
+        let left = self.left.then(|| bitmap.first_left(&self.intents, &chunks)).flatten();
+        [first(&bitmap.chunks), first(&bitmap.storing), left].into_iter().flatten().min()
     }
 
     /// Adds what was marked since the image was opened to a part of a chunk that starts at byte
@@ -111,6 +121,9 @@ impl Bitmaps {
         for marks in [&bitmap.chunks, &bitmap.storing] {
             let marks = marks.get(&chunk).and_then(|marks| marks.get(from..)).unwrap_or_default();
             add_bits(bytes, marks);
+        }
+        if self.left {
+            bitmap.add_left(&self.intents, chunk, from, bytes);
         }
     }
 
@@ -127,6 +140,11 @@ impl Bitmaps {
         for bitmap in &mut self.tracked {
             bitmap.cut_at(size_bytes);
         }
+    }
+
+    /// Says whether guest bytes may change: a crash would not hide it. If not, an intent is asked for.
+    pub(super) fn may_change(&mut self, range: GuestRange) -> bool {
+        self.tracked.is_empty() || self.intents.cover(range)
     }
 
     /// Notes that guest bytes change.
@@ -155,6 +173,11 @@ fn is_followed(entry: &BitmapEntry) -> bool {
 }
 
 impl Tracked {
+    fn new(at: HostOffset, entry: BitmapEntry, header: &Header) -> Self {
+        let chunk_bits = header.geometry.cluster_bytes() * 8;
+        Self { entry, at, chunk_bits, chunks: Chunks::new(), storing: Chunks::new() }
+    }
+
     fn mark(&mut self, range: GuestRange) {
         if range.is_empty() {
             return;

@@ -116,7 +116,7 @@ impl<S: Storage> Image<S> {
             BitmapCluster::AllOnes => {
                 let mut chunk = vec![0xff; chunk_bytes as usize];
                 clear_bits_from(&mut chunk, from);
-                let offset = self.plan(|meta| meta.allocate(1)).await?;
+                let offset = self.plan(|meta| meta.allocate_for_bitmap(1)).await?;
                 self.write_bitmap(offset, &chunk).await?;
                 *last = BitmapTableEntry::new(BitmapCluster::Data(offset));
                 Ok(())
@@ -139,7 +139,7 @@ impl<S: Storage> Image<S> {
     ) -> Result<BitmapEntry> {
         let bytes = table_bytes(table);
         let clusters = self.geometry().clusters_for(bytes.len() as u64);
-        let table_offset = self.plan(|meta| meta.allocate(clusters)).await?;
+        let table_offset = self.plan(|meta| meta.allocate_for_bitmap(clusters)).await?;
         self.write_bitmap(table_offset, &bytes).await?;
         // The refcounts of all that is new; syncs the table as well.
         self.write_back(Refcounting::Written).await?;

@@ -5,6 +5,8 @@
 
 use super::super::format::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry};
 use super::super::image::Image;
+use super::super::meta::Meta;
+use super::super::need::{Need, Planned};
 use super::super::write_back::Refcounting;
 use super::{Bitmaps, Tracked, add_bits, changing_fields};
 use crate::Result;
@@ -33,6 +35,16 @@ impl Bitmaps {
     }
 }
 
+impl Meta {
+    /// Allocates clusters, not while the file is being cut.
+    pub(super) fn allocate_for_bitmap(&mut self, count: u64) -> Planned<HostOffset> {
+        match self.paused {
+            true => Err(Need::Turn(self.in_flight.wait()).into()),
+            false => self.allocate(count),
+        }
+    }
+}
+
 impl<S: Storage> Image<S> {
     /// Marks the bitmaps in use, durably; changes may follow then.
     pub(in crate::qcow2) async fn mark_bitmaps_in_use(&self) -> Result<()> {
@@ -43,6 +55,7 @@ impl<S: Storage> Image<S> {
         if self.0.meta.lock().bitmaps.outdated {
             self.reload_bitmaps().await?;
         }
+        self.prepare_intents().await?;
         self.write_bitmap_flags(BitmapFlags::IN_USE).await?;
         let mut meta = self.0.meta.lock();
         meta.bitmaps.in_use = true;
@@ -79,6 +92,8 @@ impl<S: Storage> Image<S> {
                 return Ok(());
             }
             let size_bytes = meta.size_bytes;
+            // What changes from here on marks them in use again, behind the turn.
+            meta.gate.bitmaps = true;
             meta.bitmaps.begin_storing(size_bytes)
         };
         let mut tables = Vec::new();
@@ -91,9 +106,29 @@ impl<S: Storage> Image<S> {
             self.write_bitmap(entry.table_offset, &table_bytes(&table)).await?;
         }
         self.0.storage.flush().await?;
+        self.clear_intents().await?;
         self.write_bitmap_flags(BitmapFlags::empty()).await?;
-        self.0.meta.lock().bitmaps.stored();
+        let mut meta = self.0.meta.lock();
+        meta.bitmaps.intents.is_clearing = false;
+        meta.bitmaps.stored();
         Ok(())
+    }
+
+    /// Stores the bitmaps where that is due, so that a crash has them name little more than what
+    /// changed. Comes with flushes.
+    pub(in crate::qcow2) async fn store_bitmaps_if_due(&self) -> Result<()> {
+        let is_due = || {
+            let meta = self.0.meta.lock();
+            meta.bitmaps.in_use && meta.bitmaps.intents.are_due()
+        };
+        if !is_due() {
+            return Ok(());
+        }
+        let _turn = self.0.bitmap_turn.lock().await;
+        match is_due() {
+            true => self.store_bitmaps_in_turn().await,
+            false => Ok(()),
+        }
     }
 
     /// Reads the table of a bitmap whose entry was checked.
@@ -141,7 +176,7 @@ impl<S: Storage> Image<S> {
     ) -> Result<BitmapTableEntry> {
         let offset = match entry.cluster() {
             BitmapCluster::AllOnes => return Ok(entry),
-            BitmapCluster::AllZeros => self.plan(|meta| meta.allocate(1)).await?,
+            BitmapCluster::AllZeros => self.plan(|meta| meta.allocate_for_bitmap(1)).await?,
             BitmapCluster::Data(offset) => {
                 let stored = self.load(offset, chunk.len() as u64, "bitmap data").await?;
                 add_bits(&mut chunk, &stored);

@@ -24,6 +24,9 @@ const KEEP_MAPPING: u32 = 0x6c61_6b6d;
 /// Private (`docs/private-bits.md`): "lzcl".
 const ZERO_CLUSTER: u32 = 0x6c7a_636c;
 
+/// Private (`docs/private-bits.md`): "lbin".
+pub(crate) const BITMAP_INTENTS: u32 = 0x6c62_696e;
+
 /// Longest name of a backing format that QEMU takes.
 const MAX_FORMAT_BYTES: usize = 15;
 /// Most bitmaps in one image that QEMU takes (B.10).
@@ -70,7 +73,18 @@ impl Extensions {
     /// Returns the type of an extension that nobody here knows, which might name a place in the file.
     pub(crate) fn stranger(&self) -> Option<u32> {
         let magics = self.unknown.iter().map(|extension| extension.magic);
-        magics.into_iter().find(|magic| *magic != KEEP_MAPPING)
+        magics.into_iter().find(|magic| ![KEEP_MAPPING, BITMAP_INTENTS].contains(magic))
+    }
+
+    /// Returns the regions in which bitmaps may miss changes after a crash, as they are stored.
+    pub(crate) fn bitmap_intents(&self) -> Option<&[u8]> {
+        let mut all = self.unknown.iter();
+        all.find(|extension| extension.magic == BITMAP_INTENTS).map(|it| &it.data[..])
+    }
+
+    pub(crate) fn set_bitmap_intents(&mut self, data: Vec<u8>) {
+        self.unknown.retain(|extension| extension.magic != BITMAP_INTENTS);
+        self.unknown.push(UnknownExtension { magic: BITMAP_INTENTS, data });
     }
 
     pub(super) fn set_keep_mapping(&mut self) {
@@ -249,6 +263,19 @@ pub(crate) fn scan_feature_names(area: &[u8]) -> Vec<FeatureName> {
         .filter(|chunk| chunk.magic == FEATURE_NAMES)
         .flat_map(|chunk| FeatureName::decode_table(chunk.data))
         .collect()
+}
+
+/// Returns where in `area` the data of the first extension of a type lies.
+pub(crate) fn place_of(area: &[u8], magic: u32) -> Option<std::ops::Range<usize>> {
+    let mut chunks = Chunks { rest: area };
+    loop {
+        let head = area.len().checked_sub(chunks.rest.len())?;
+        let chunk = chunks.step().ok()??;
+        if chunk.magic == magic {
+            let start = head.checked_add(size_of::<RawExtensionHead>())?;
+            return Some(start..start.checked_add(chunk.data.len())?);
+        }
+    }
 }
 
 impl Extensions {

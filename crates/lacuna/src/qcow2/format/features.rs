@@ -67,6 +67,9 @@ bitflags! {
         /// Every writer so far kept the places of clusters through discards and zeroing (002-6).
         /// Private likewise.
         const MAPPING_KEPT = 1 << 4;
+        /// Bitmaps that were left in use name, with the regions in the header, all that changed.
+        /// Private likewise.
+        const BITMAP_INTENTS = 1 << 5;
     }
 }
 
@@ -207,6 +210,12 @@ impl FeatureName {
     #[must_use]
     pub fn mapping_kept() -> Self {
         Self::autoclear(4, "mapping kept")
+    }
+
+    /// Returns the name of [`BITMAP_INTENTS`](AutoclearFeatures::BITMAP_INTENTS).
+    #[must_use]
+    pub fn bitmap_intents() -> Self {
+        Self::autoclear(5, "bitmap intents")
     }
 
     fn autoclear(bit: u8, name: &str) -> Self {

@@ -38,7 +38,7 @@ use super::features::{
 };
 use super::geometry::{EntryWidth, Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Version};
 use super::name::StoredName;
-use crate::units::HostOffset;
+use crate::units::{HostOffset, HostRange};
 use crate::{Error, Result};
 
 /// The first four bytes of every image: `QFI\xfb`.
@@ -57,6 +57,8 @@ const V2_BYTES: usize = 72;
 const V3_LEAST_BYTES: usize = 104;
 /// Header length that QEMU writes.
 const V3_BYTES: usize = 112;
+/// Where the header says how long it is (version 3).
+const LENGTH_AT: std::ops::Range<usize> = 100..104;
 
 /// How guest data is compressed.
 ///
@@ -384,6 +386,42 @@ impl Header {
         self.extensions
             .bitmaps
             .filter(|_| self.features.autoclear.contains(AutoclearFeatures::BITMAPS))
+    }
+
+    /// Says whether bitmaps that were left in use can be recovered by what the header says: the bit
+    /// is set, and the image calls it by no other name.
+    pub(crate) fn keeps_bitmap_intents(&self) -> bool {
+        let bit = AutoclearFeatures::BITMAP_INTENTS;
+        self.features.autoclear.contains(bit) && self.may_keep_bitmap_intents()
+    }
+
+    /// Says whether the bit can be set.
+    pub(crate) fn may_keep_bitmap_intents(&self) -> bool {
+        let ours = FeatureName::bitmap_intents();
+        let is_other = |name: &FeatureName| {
+            (name.word, name.bit) == (ours.word, ours.bit) && name.name != ours.name
+        };
+        self.geometry.version() == Version::V3
+            && !self.extensions.feature_names.iter().any(is_other)
+    }
+
+    /// Has the header keep intents of bitmaps.
+    pub(crate) fn put_bitmap_intents(&mut self, data: Vec<u8>) {
+        let name = FeatureName::bitmap_intents();
+        if !self.extensions.feature_names.contains(&name) {
+            self.extensions.feature_names.push(name);
+        }
+        self.extensions.set_bitmap_intents(data);
+        self.features.autoclear |= AutoclearFeatures::BITMAP_INTENTS;
+    }
+
+    /// Returns where the intents of bitmaps lie in the first cluster of an image.
+    pub(crate) fn place_of_bitmap_intents(first_cluster: &[u8]) -> Option<HostRange> {
+        let length = first_cluster.get(LENGTH_AT)?;
+        let start = u32::from_be_bytes(length.try_into().ok()?) as usize;
+        let found = extension::place_of(first_cluster.get(start..)?, extension::BITMAP_INTENTS)?;
+        let offset = HostOffset(start.checked_add(found.start)? as u64);
+        Some(HostRange::new(offset, found.len() as u64))
     }
 
     fn raw(&self) -> RawHeader {
