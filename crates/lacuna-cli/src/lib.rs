@@ -10,6 +10,7 @@
 mod args;
 mod control;
 mod demo;
+mod descriptors;
 mod error;
 mod format;
 mod interrupt;
@@ -54,6 +55,7 @@ pub fn run(mut words: Vec<String>) -> u8 {
 pub fn run_os(words: Vec<OsString>) -> u8 {
     let program = words.first().map_or_else(String::new, |word| word.display().to_string());
     let tool = Tool::from_argv0(&program);
+    descriptors::allow_enough();
     match words.into_iter().map(OsString::into_string).collect::<Result<Vec<_>, _>>() {
         Ok(words) => run(words),
         Err(word) => verbs::refuse_word(&tool, &word),

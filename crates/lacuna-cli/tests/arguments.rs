@@ -35,7 +35,6 @@ fn messages_and_exit_codes_of_our_own_name() {
             1,
             "Command not found: inof\nTry 'lacuna help --help' for more info\nhint: info is",
         ),
-        ("lacuna commit", 1, "hint: commit is a verb of qemu-img that is not there yet\n"),
         (
             "lacuna map --formt=raw a",
             1,

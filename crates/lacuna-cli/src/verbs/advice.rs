@@ -12,6 +12,9 @@ use crate::error::CliError;
 /// The host's number for a file that this user may not open.
 const EACCES: i32 = 13;
 
+/// The host's number for one open file too many.
+const EMFILE: i32 = 24;
+
 /// What sizes look like.
 pub(super) const SIZES: &str = "sizes are like 512, 64k, 1.5G or 0x10000; units are powers of 1024";
 
@@ -47,7 +50,9 @@ fn nearest_file(missing: &Path) -> Option<String> {
 /// Adds what helps where the engine could not open an image.
 pub(super) fn on_opening(failure: CliError, error: &Error) -> CliError {
     let says = |text: &str| error.message().contains(text);
-    if failure.text().starts_with("Could not open backing file") {
+    if failure.text().starts_with("Could not open backing file")
+        && error.raw_os_error() != Some(EMFILE)
+    {
         return failure.with_hint("`lacuna info IMAGE` shows which file the image names");
     }
     match error.kind() {
@@ -61,6 +66,9 @@ pub(super) fn on_opening(failure: CliError, error: &Error) -> CliError {
         // A repair needs a header that can be read.
         ErrorKind::Corrupt if says("Header length") => failure
             .with_hint("the beginning of the file is cut off or damaged; only a copy of it helps"),
+        _ if error.raw_os_error() == Some(EMFILE) => failure.with_hint(
+            "each image of a chain is an open file; `ulimit -n` says how many there may be",
+        ),
         ErrorKind::Corrupt => failure.with_hint("`lacuna check -r all IMAGE` may repair it"),
         ErrorKind::Io if error.raw_os_error() == Some(EACCES) => {
             failure.with_hint("`ls -l` shows whom it belongs to and who may open it")

@@ -158,12 +158,6 @@ const OWN: [&str; 10] = [
     stream::VERB.name,
 ];
 
-/// Verbs of QEMU's program that users will look for, as long as they are not in [`VERBS`].
-const THEIRS: [&str; 13] = [
-    "amend", "bitmap", "check", "commit", "compare", "convert", "create", "info", "map", "measure",
-    "rebase", "resize", "snapshot",
-];
-
 /// Options that several verbs share.
 pub(crate) mod common {
     use crate::args::Flag;
@@ -273,9 +267,6 @@ fn find(tool: &Tool, name: &str) -> CliResult<&'static Verb> {
         let error = CliError::usage(format!("Command not found: {name}"));
         let near = args::nearest(name, offered().map(|verb| verb.name));
         match near {
-            _ if THEIRS.contains(&name) => {
-                error.with_hint(format!("{name} is a verb of qemu-img that is not there yet"))
-            }
             Some(near) => error.with_hint(format!("{near} is the nearest")),
             None => error,
         }

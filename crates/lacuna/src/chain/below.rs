@@ -4,12 +4,16 @@
 //!   costs neither stack nor a future per level. Each level is opened as if it ended the chain.
 //! * Never read where a level knows to be zero, never asked past the end of a shorter level: what
 //!   that one lacks reads as zeros, whatever lies further down.
-//! * Always unchanged while open: what one answer says stays true.
+//! * Always unchanged while open: what one answer says stays true. So that a read does not have to ask
+//!   every level again, which level decides is remembered, within a bound (`resolved`).
+
+use parking_lot::Mutex;
 
 use super::disk::Disk;
+use super::resolved::{Resolved, Run, Source};
 use crate::block::{
     AllocationDepth, BoxFuture, DiscardMode, DynLayer, Extent, ExtentBuilder, ExtentCursor,
-    ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags,
+    ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags, no_status, step_aside,
 };
 use crate::buffer::Buffer;
 use crate::storage::{HostSource, Storage, Transfer};
@@ -19,29 +23,36 @@ use crate::{Error, ErrorKind, Result};
 /// How many extents one answer holds at most, so that its memory stays bounded.
 const EXTENTS_AT_ONCE: usize = 1024;
 
-/// The levels below the top one, the highest first; at least one.
-pub(super) struct Below<S: Storage>(Vec<Disk<S>>);
+/// How much is found out at once of which level decides, at most: it costs a question to each level.
+const WINDOW_BYTES: u64 = 2 << 20;
 
-/// A run and the level that has its bytes, where one does.
-struct Found {
-    extent: Extent,
-    level: Option<usize>,
+/// How many levels are asked before other futures of the thread have their turn.
+const LEVELS_AT_ONCE: usize = 64;
+
+/// The levels below the top one, the highest first; at least one.
+pub(super) struct Below<S: Storage> {
+    levels: Vec<Disk<S>>,
+    resolved: Mutex<Resolved>,
+    /// A power of two; a window lies in one piece of the tables of any level.
+    window_bytes: u64,
 }
 
 impl<S: Storage> Below<S> {
-    pub(super) const fn new(levels: Vec<Disk<S>>) -> Self {
-        Self(levels)
+    pub(super) fn new(levels: Vec<Disk<S>>) -> Self {
+        let windows = levels.iter().map(one_piece_bytes);
+        let window_bytes = windows.fold(WINDOW_BYTES, u64::min);
+        Self { levels, resolved: Mutex::default(), window_bytes }
     }
 
     fn cursors(&self) -> Vec<ExtentCursor> {
-        self.0.iter().map(|_| ExtentCursor::default()).collect()
+        self.levels.iter().map(|_| ExtentCursor::default()).collect()
     }
 
     /// Goes down from the highest level until one decides what is at `rest.start`.
-    async fn find(&self, cursors: &mut [ExtentCursor], rest: GuestRange) -> Result<Found> {
+    async fn find(&self, cursors: &mut [ExtentCursor], rest: GuestRange) -> Result<Extent> {
         let at = rest.start;
         let (mut len, mut above) = (rest.len, ExtentStatus::UNALLOCATED);
-        for (level, (disk, cursor)) in self.0.iter().zip(cursors).enumerate() {
+        for (level, (disk, cursor)) in self.levels.iter().zip(cursors).enumerate() {
             let there = disk.size_bytes().saturating_sub(at.0);
             if there == 0 {
                 break;
@@ -50,26 +61,124 @@ impl<S: Storage> Below<S> {
             len = len.min(extent.range.len);
             if extent.status.depth == AllocationDepth::TOP {
                 let status = ExtentStatus { depth: depth(level), ..extent.status };
-                let extent = Extent { range: GuestRange::new(at, len), status };
-                return Ok(Found { extent, level: Some(level) });
+                return Ok(Extent { range: GuestRange::new(at, len), status });
             }
             above = extent.status;
         }
         let status = ExtentStatus { depth: AllocationDepth::NOWHERE, reads_zero: true, ..above };
-        Ok(Found { extent: Extent { range: GuestRange::new(at, len), status }, level: None })
+        Ok(Extent { range: GuestRange::new(at, len), status })
     }
 
-    async fn fill(&self, found: &Found, mut buffer: Buffer) -> Transfer {
-        match found.level {
-            Some(level) if !found.extent.status.reads_zero => {
-                self.0[level].read(found.extent.range.start, buffer).await
+    /// As [`find`](Self::find), by what is remembered, which only those may ask who do not go on for
+    /// long: a walk is served better by long answers of each level.
+    async fn look(&self, cursors: &mut [ExtentCursor], rest: GuestRange) -> Result<Extent> {
+        let run = self.locate(rest).await?;
+        let Source::Level(level) = run.source else { return self.find(cursors, run.range).await };
+        let extent = cursors[level].at(&self.levels[level], run.range).await?;
+        Ok(Extent { status: ExtentStatus { depth: depth(level), ..extent.status }, ..extent })
+    }
+
+    /// Returns which level decides what is at `rest.start`, and how far.
+    async fn locate(&self, rest: GuestRange) -> Result<Run> {
+        if let Some(run) = self.resolved.lock().at(rest) {
+            return Ok(run);
+        }
+        let start = GuestOffset(rest.start.0 & !(self.window_bytes - 1));
+        let len = self.window_bytes.min(self.size_bytes() - start.0);
+        let runs = self.resolve(GuestRange::new(start, len)).await?;
+        let mut resolved = self.resolved.lock();
+        resolved.learn(runs);
+        resolved.at(rest).ok_or_else(|| no_status(rest))
+    }
+
+    /// Finds out which level decides each byte of a window.
+    async fn resolve(&self, window: GuestRange) -> Result<Vec<Run>> {
+        let (mut decided, mut open) = (Vec::new(), vec![window]);
+        for (level, disk) in self.levels.iter().enumerate() {
+            if open.is_empty() {
+                break;
             }
-            _ => {
+            if level % LEVELS_AT_ONCE == LEVELS_AT_ONCE - 1 {
+                step_aside().await;
+            }
+            open = ask(level, disk, open, &mut decided).await?;
+        }
+        decided.extend(open.into_iter().map(|range| Run { range, source: Source::Nowhere }));
+        decided.sort_unstable_by_key(|run| run.range.start);
+        Ok(decided)
+    }
+
+    async fn fill(&self, run: Run, mut buffer: Buffer) -> Transfer {
+        match run.source {
+            Source::Level(level) => self.levels[level].read(run.range.start, buffer).await,
+            Source::Nowhere => {
                 buffer.fill(0);
                 (Ok(()), buffer)
             }
         }
     }
+
+    /// Reads what more than one level may decide.
+    async fn read_levels(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+        let (mut done, mut rest, mut at) = (None, buffer, offset);
+        while !rest.is_empty() {
+            let run = match self.locate(GuestRange::new(at, rest.len() as u64)).await {
+                Ok(run) => run,
+                Err(error) => return (Err(error), Buffer::joined(done, rest)),
+            };
+            let behind = rest.split_off(run.range.len as usize);
+            let (result, part) = self.fill(run, rest).await;
+            (done, rest, at) = (Some(Buffer::joined(done, part)), behind, run.range.end());
+            if let Err(error) = result {
+                return (Err(error), Buffer::joined(done, rest));
+            }
+        }
+        (Ok(()), Buffer::joined(done, rest))
+    }
+}
+
+/// Returns how many bytes of the disk one cached piece of a table is about, at least.
+fn one_piece_bytes<S: Storage>(disk: &Disk<S>) -> u64 {
+    const WIDEST_ENTRY: u64 = 16;
+    let cluster = disk.as_qcow2().map(|image| image.geometry().cluster_bytes());
+    cluster.map_or(u64::MAX, |cluster| cluster.min(4096) / WIDEST_ENTRY * cluster)
+}
+
+/// Asks a level which of the open ranges it decides; returns those that it does not.
+async fn ask<S: Storage>(
+    level: usize,
+    disk: &Disk<S>,
+    open: Vec<GuestRange>,
+    decided: &mut Vec<Run>,
+) -> Result<Vec<GuestRange>> {
+    let (mut left, mut cursor) = (Vec::<GuestRange>::new(), ExtentCursor::default());
+    for range in open {
+        let there = disk.size_bytes().saturating_sub(range.start.0).min(range.len);
+        let end = range.start + there;
+        let beyond = GuestRange::new(end, range.len - there);
+        if !beyond.is_empty() {
+            decided.push(Run { range: beyond, source: Source::Nowhere });
+        }
+        let mut at = range.start;
+        while at < end {
+            let rest = GuestRange::new(at, end - at);
+            // What a host says of a raw disk may change; that it decides everything does not.
+            let (range, decides) = match disk {
+                Disk::Raw(_) => (rest, true),
+                _ => {
+                    let extent = cursor.at(disk, rest).await?;
+                    (extent.range, extent.status.depth == AllocationDepth::TOP)
+                }
+            };
+            at = range.end();
+            match (decides, left.last_mut()) {
+                (true, _) => decided.push(Run { range, source: Source::Level(level) }),
+                (false, Some(last)) if last.end() == range.start => last.len += range.len,
+                (false, _) => left.push(range),
+            }
+        }
+    }
+    Ok(left)
 }
 
 /// How deep a level is, seen from the highest one here.
@@ -83,7 +192,7 @@ fn read_only<T>() -> Result<T> {
 
 impl<S: Storage> Layer for Below<S> {
     fn size_bytes(&self) -> u64 {
-        self.0.first().map_or(0, Layer::size_bytes)
+        self.levels.first().map_or(0, Layer::size_bytes)
     }
 
     fn is_read_only(&self) -> bool {
@@ -96,7 +205,7 @@ impl<S: Storage> Layer for Below<S> {
 
     /// Each level knows of itself alone: all must.
     async fn known_zeroes(&self) -> Result<KnownZeroes> {
-        for level in self.0.iter() {
+        for level in &self.levels {
             if !level.known_zeroes().await?.open {
                 return Ok(KnownZeroes::NOTHING);
             }
@@ -105,28 +214,17 @@ impl<S: Storage> Layer for Below<S> {
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
-        let mut cursors = self.cursors();
-        let (mut done, mut rest, mut at) = (None, buffer, offset);
-        while !rest.is_empty() {
-            let range = GuestRange::new(at, rest.len() as u64);
-            let found = match self.find(&mut cursors, range).await {
-                Ok(found) => found,
-                Err(error) => return (Err(error), Buffer::joined(done, rest)),
-            };
-            let behind = rest.split_off(found.extent.range.len as usize);
-            let (result, part) = self.fill(&found, rest).await;
-            (done, rest, at) = (Some(Buffer::joined(done, part)), behind, found.extent.range.end());
-            if let Err(error) = result {
-                return (Err(error), Buffer::joined(done, rest));
-            }
+        match &self.levels[..] {
+            // What it does not hold reads as zeros there.
+            [only] => only.read(offset, buffer).await,
+            _ => self.read_levels(offset, buffer).await,
         }
-        (Ok(()), Buffer::joined(done, rest))
     }
 
     fn host_source(&self, extent: &Extent) -> Option<HostSource> {
         let level = extent.status.depth.0.checked_sub(1)? as usize;
         let status = ExtentStatus { depth: AllocationDepth::TOP, ..extent.status };
-        self.0.get(level)?.host_source(&Extent { status, ..*extent })
+        self.levels.get(level)?.host_source(&Extent { status, ..*extent })
     }
 
     async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
@@ -148,11 +246,15 @@ impl<S: Storage> Layer for Below<S> {
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
         let mut cursors = self.cursors();
         let (mut builder, mut at) = (ExtentBuilder::default(), range.start);
+        let is_short = range.len <= self.window_bytes && self.levels.len() > 1;
         while at < range.end() && builder.len() < EXTENTS_AT_ONCE {
             let rest = GuestRange::new(at, range.end() - at);
-            let found = self.find(&mut cursors, rest).await?;
-            at = found.extent.range.end();
-            builder.push(found.extent);
+            let extent = match is_short {
+                true => self.look(&mut cursors, rest).await?,
+                false => self.find(&mut cursors, rest).await?,
+            };
+            at = extent.range.end();
+            builder.push(extent);
         }
         Ok(builder.finish())
     }

@@ -19,6 +19,7 @@ mod open;
 mod opener;
 mod policy;
 mod probe;
+mod resolved;
 mod walk;
 
 pub use claims::Sharing;

@@ -217,10 +217,14 @@ async fn build<O: Opener>(
 ) -> Result<Chain<O::Storage>> {
     let lower = found.split_off(1);
     let (mut levels, mut below) = (Vec::new(), Vec::new());
-    for level in lower {
+    let count = lower.len();
+    for (index, level) in lower.into_iter().enumerate() {
         // Its own backing layers are asked by `Below`, not by the image.
         let nothing = level.names_backing().then(|| Arc::new(Nothing) as Arc<dyn DynLayer>);
-        let (facts, disk) = open_level(opener, level, nothing, options, None).await?;
+        let mut options = options.clone();
+        let tables = share_of_tables(options.image.table_bytes(), index, count);
+        options.image = options.image.cache_bytes(tables);
+        let (facts, disk) = open_level(opener, level, nothing, &options, None).await?;
         levels.push(facts);
         below.push(disk);
     }
@@ -233,6 +237,16 @@ async fn build<O: Opener>(
     let (facts, disk) = open_level(opener, top, backing, options, data).await?;
     levels.insert(0, facts);
     Ok(Chain { disk, below, levels })
+}
+
+/// Returns how many bytes of tables a lower level may cache: all of them together have what the top
+/// has, the lowest one half of it, as it mostly holds most.
+const fn share_of_tables(bytes: u64, index: usize, count: usize) -> u64 {
+    match (count, index + 1 == count) {
+        (1, _) => bytes,
+        (_, true) => bytes / 2,
+        (_, false) => bytes / 2 / (count as u64 - 1),
+    }
 }
 
 /// Makes a disk of one level; errors say which.

@@ -250,7 +250,8 @@ pub struct ChainOptions {
     /// The format of the top image.
     pub format: FormatChoice,
     /// How qcow2 images are opened; its access is replaced by what each image of the chain gets.
-    /// Each image has a table cache of its own, of the size given here.
+    /// The table cache given here is that of the top image, and as much again is shared by all below
+    /// it: half for the lowest, the rest in equal parts, of 16 KiB at least.
     pub image: OpenOptions,
     /// What stands in for the backing file of the top image, of the one below it, and so on;
     /// images further down get what they name.

@@ -102,7 +102,7 @@ impl<S: Storage> Release for Inner<S> {
     }
 }
 
-/// What an image did so far.
+/// What an image did so far, and holds.
 ///
 /// ```
 /// let counts = lacuna::qcow2::Counts::default();
@@ -115,6 +115,8 @@ pub struct Counts {
     /// Write-backs made only to get at clusters that were freed shortly before, so that the file
     /// need not grow.
     pub write_backs_for_reuse: u64,
+    /// Bytes of L2 tables and refcount blocks that are in memory now.
+    pub cached_table_bytes: u64,
 }
 
 impl<S: Storage> Image<S> {
@@ -173,9 +175,11 @@ impl<S: Storage> Image<S> {
     /// Returns what was counted since the image was opened.
     #[must_use]
     pub fn counts(&self) -> Counts {
+        let meta = self.0.meta.lock();
         Counts {
             write_backs: self.0.write_backs.load(Ordering::Relaxed),
-            write_backs_for_reuse: self.0.meta.lock().refcounts.released_by_search(),
+            write_backs_for_reuse: meta.refcounts.released_by_search(),
+            cached_table_bytes: meta.l2.cached_bytes() + meta.refcounts.blocks.cached_bytes(),
         }
     }
 

@@ -15,7 +15,7 @@ use super::overlap::{Structure, Structures};
 use super::quarantine::Quarantine;
 use super::refcounts::Refcounts;
 use super::sharing::Pins;
-use super::table_cache::TableCache;
+use super::table_cache::{LEAST_TO_READ, LEAST_TO_WRITE, TableCache};
 use super::zero_claims;
 use super::zero_cluster::SharedZero;
 use crate::buffer::Buffer;
@@ -217,7 +217,11 @@ async fn load_meta<S: Storage>(
         has_backing: parts.backing.is_some(),
         writable,
         l1: L1Table::new(l1, header.l1.offset),
-        l2: TableCache::new(geometry.cluster_bytes(), options.cache_bytes),
+        l2: TableCache::new(
+            geometry.cluster_bytes(),
+            options.cache_bytes,
+            if writable { LEAST_TO_WRITE } else { LEAST_TO_READ },
+        ),
         refcounts: Refcounts::new(
             geometry,
             table,

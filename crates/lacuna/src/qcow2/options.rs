@@ -207,6 +207,11 @@ impl OpenOptions {
         Self { cache_bytes, ..self }
     }
 
+    /// Returns how many bytes of L2 tables are cached at most.
+    pub(crate) const fn table_bytes(&self) -> u64 {
+        self.cache_bytes
+    }
+
     /// Chooses how much is asked to learn what is zero.
     #[must_use]
     pub const fn extent_detail(self, detail: ExtentDetail) -> Self {

@@ -11,6 +11,12 @@ use crate::units::HostOffset;
 
 type Map<V> = std::collections::HashMap<u64, V, foldhash::fast::RandomState>;
 
+/// How many slices an image that is written must be able to hold: what one plan looks at.
+pub(super) const LEAST_TO_WRITE: usize = 64;
+
+/// How many an image must that is only read.
+pub(super) const LEAST_TO_READ: usize = 4;
+
 /// Slices keyed by where they lie, within a bound on their bytes.
 #[derive(Debug)]
 pub(super) struct TableCache {
@@ -53,12 +59,13 @@ pub(super) struct Unwritten {
 }
 
 impl TableCache {
-    pub(super) fn new(cluster_bytes: u64, capacity_bytes: u64) -> Self {
+    /// Holds at least `least` slices.
+    pub(super) fn new(cluster_bytes: u64, capacity_bytes: u64, least: usize) -> Self {
         let slice_bytes = cluster_bytes.min(4096);
         Self {
             slice_bytes,
             cluster_bytes,
-            capacity: (capacity_bytes / slice_bytes).max(64) as usize,
+            capacity: ((capacity_bytes / slice_bytes) as usize).max(least),
             slots: Vec::new(),
             by_offset: Map::default(),
             hand: 0,
@@ -67,6 +74,11 @@ impl TableCache {
             fresh_written: BTreeSet::new(),
             generation: 0,
         }
+    }
+
+    /// Returns how many bytes of tables there are.
+    pub(super) fn cached_bytes(&self) -> u64 {
+        self.slots.len() as u64 * self.slice_bytes
     }
 
     pub(super) const fn slice_bytes(&self) -> u64 {
@@ -261,7 +273,7 @@ mod tests {
     use super::*;
 
     fn cache() -> TableCache {
-        TableCache::new(65536, 64 * 4096)
+        TableCache::new(65536, 64 * 4096, LEAST_TO_WRITE)
     }
 
     #[test]

@@ -19,7 +19,7 @@ use super::format::{Geometry, RefcountWidth};
 use super::need::{Need, Planned, Stop};
 use super::overlap::Structure;
 
-use super::table_cache::TableCache;
+use super::table_cache::{LEAST_TO_WRITE, TableCache};
 use crate::Error;
 use crate::units::{HostCluster, HostOffset, HostRange};
 
@@ -103,7 +103,7 @@ impl Refcounts {
             table_offset,
             table_dirty: BTreeSet::new(),
             table_moved: false,
-            blocks: TableCache::new(geometry.cluster_bytes(), cache_bytes),
+            blocks: TableCache::new(geometry.cluster_bytes(), cache_bytes, LEAST_TO_WRITE),
             single_cursor: 0,
             multi_cursor: 0,
             largest_gap: None,
