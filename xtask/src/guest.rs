@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use crate::harness::locate_in;
 use crate::run::{built, command, run};
-use crate::{Outcome, setup};
+use crate::{Outcome, setup, vsock};
 
 /// The file systems that are tried where none is named.
 const FILE_SYSTEMS: [&str; 3] = ["ext4", "btrfs", "xfs"];
+/// No file system: a guest that serves itself.
+const VSOCK: &str = "vsock";
 /// What the file must have given back: the guest deletes 20 MiB of 40.
 const GIVEN_BACK_BYTES: u64 = 16 << 20;
 /// How often the file is looked at.
@@ -24,6 +26,9 @@ const BLOCK_BYTES: u64 = 512;
 
 /// Boots a guest for each of `file_systems`, or for all that are known.
 pub(crate) fn boot(arguments: &[String]) -> Outcome {
+    if arguments.iter().any(|word| word == VSOCK) {
+        return vsock::boot(arguments);
+    }
     let (program, mut file_systems) = locate_in("guest", "nbd.sh", arguments)?;
     if file_systems.is_empty() {
         file_systems = FILE_SYSTEMS.map(str::to_owned).to_vec();

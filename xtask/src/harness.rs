@@ -8,14 +8,14 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use crate::run::{built, command, run};
-use crate::{Outcome, figures, reclaim, wipe, zeros};
+use crate::{Outcome, figures, reclaim, wipe, wire, zeros};
 
 /// Names under which our binary is called.
 const OURS: [&str; 3] = ["qemu-img", "qemu-io", "qemu-nbd"];
 
 /// Runs `bench --ours LINKS ARGUMENTS`; without arguments a quick round. With `--table` the cells
 /// that have a target, and prints how they did; with `--from FILE` that of a run from before.
-/// `--zeros`, `--wipe` and `--reclaim` run cells of our own, which need no harness.
+/// `--zeros`, `--wipe`, `--tls`, `--client` and `--reclaim` run cells of our own, which need no harness.
 pub(crate) fn bench(arguments: &[String]) -> Outcome {
     if let [flag, file] = arguments
         && flag == "--from"
@@ -27,6 +27,12 @@ pub(crate) fn bench(arguments: &[String]) -> Outcome {
     }
     if arguments == ["--wipe"] {
         return wipe::run(&release_build()?);
+    }
+    if arguments == ["--tls"] {
+        return wire::servers(&release_build()?);
+    }
+    if arguments == ["--client"] {
+        return wire::clients(&release_build()?);
     }
     if let Some((flag, rest)) = arguments.split_first()
         && flag == "--reclaim"

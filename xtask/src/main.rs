@@ -9,9 +9,11 @@
 //! * `guest.rs` — a guest that lives on a disk of ours
 //! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
 //! * `reclaim/` — a benchmark of our own: an image made short in place
+//! * `vsock.rs` — a guest that serves itself over a socket of virtual machines
 //! * `watched.rs`, `scratch.rs` — programs that are measured, and where their files lie
 //! * `written.rs` — what the command writes of itself for packages
 //! * `run.rs` — starting programs
+//! * `wire/` — benchmarks of our own: NBD in plaintext and under TLS, servers and clients
 //! * `wipe/` — a benchmark of our own: a full disk wiped with zeros
 //! * `zeros.rs` — a benchmark of our own: nothing copied onto nothing
 
@@ -26,8 +28,10 @@ mod run;
 mod scratch;
 mod setup;
 mod tidy;
+mod vsock;
 mod watched;
 mod wipe;
+mod wire;
 mod written;
 mod zeros;
 
@@ -49,11 +53,14 @@ usage: cargo xtask VERB [ARGUMENTS]
            --table runs what has a target and prints how it did; --from FILE: an earlier --json;
            --zeros copies an empty disk of 8 TiB onto an empty image (needs no DIR, and a minute);
            --wipe wipes a full disk with zeros and counts what is written (no DIR, some minutes);
+           --tls measures servers and --client clients of NBD beside their peers, both in plaintext
+           and under TLS (no DIR, some minutes each);
            --reclaim [--size 10G] makes an image of which 30 % are in use short (no DIR, as large
            a disk as it has and a quarter of an hour)
   iotests  [--harness DIR] [ARGUMENTS...]   QEMU's own tests (DIR/run-iotests)
   guest    [--harness DIR] [FS...]          boots a guest on a served disk (DIR/guest): ext4, btrfs,
-           xfs; makes, fills, trims and checks a file system; the image must be clean and smaller
+           xfs; makes, fills, trims and checks a file system; the image must be clean and smaller;
+           guest vsock: server and clients on a guest's sockets of virtual machines
   fuzz     [--seconds N] [TARGET...]        cargo-fuzz on all targets, or on some
 
 LACUNA_HARNESS stands in for --harness.";

@@ -49,6 +49,14 @@ const SPARSIFY: [Peer; 2] = [
 /// The kernel that it boots, which no program tells of.
 const KERNEL: &str = "linux-image-cloud-amd64";
 
+/// What a benchmark of NBD compares with, and what makes certificates for it.
+const WIRES: [Peer; 4] = [
+    Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-nbd"] },
+    Peer { package: "libnbd-bin", programs: &["nbdcopy"] },
+    Peer { package: "nbdkit", programs: &["nbdkit"] },
+    Peer { package: "gnutls-bin", programs: &["certtool"] },
+];
+
 /// Installs what tests need and is missing.
 pub(crate) fn peers() -> Outcome {
     ensure(&PEERS)
@@ -68,6 +76,11 @@ pub(crate) fn sparsify() -> Outcome {
         true => Ok(()),
         false => install(&[KERNEL]),
     }
+}
+
+/// Installs what the benchmarks of NBD need and is missing.
+pub(crate) fn peers_of_wires() -> Outcome {
+    ensure(&WIRES)
 }
 
 /// Installs what booting a guest needs and is missing.
