@@ -114,3 +114,25 @@ fn a_directory_that_cannot_be_read_is_cut_off_there() {
     assert!(got.text.contains("name: b0\n            name: b3\n"), "{}", got.text);
     assert!(got.text.ends_with("No errors were found on the image.\n"), "{}", got.text);
 }
+
+#[test]
+fn a_copy_gets_the_bitmaps_of_its_source() {
+    both(
+        "stock-img create -q -f qcow2 a 10M; stock-img bitmap --add a b0; stock-img bitmap --add -g 128k --disable a b1
+         stock-io -c 'write -q 1M 100k' a; stock-img bitmap --merge b0 a b1
+         qemu-img convert --bitmaps -O qcow2 a c; stock-img info c | sed -n '/bitmaps:/,/refcount/p'
+         for b in b0 b1; do stock-img bitmap --add --merge $b -b c -F qcow2 c m$b; done; stock-img check c | head -1
+         stock-img create -q -f qcow2 -o compat=0.10 v 10M; qemu-img convert --bitmaps -n -O qcow2 c v
+         stock-img create -q -f qcow2 w 10M; stock-img bitmap --add w b0; qemu-img convert --bitmaps -n -O qcow2 a w
+         stock-img create -q -f qcow2 x 20M; qemu-img convert --bitmaps -n -O qcow2 a x >&- 2>&- || echo refused
+         (stock-io -c 'write -q 3M 64k' -c abort a; true) >&- 2>&-
+         qemu-img convert --bitmaps -O qcow2 a d; ls d 2>&1
+         qemu-img convert --bitmaps --skip-broken-bitmaps -O qcow2 a d; stock-img info d | grep -c bitmaps",
+    );
+    let ours = Sandbox::ours();
+    let got = ours.run(
+        "stock-img create -q -f qcow2 a 10M; stock-img bitmap --add a b0; stock-io -c 'write -q 1M 100k' a
+         lacuna convert --bitmaps -O qcow2 a c; lacuna bitmap --dump c b0",
+    );
+    assert!(got.text.ends_with("0x100000        0x20000\n"), "{}", got.text);
+}

@@ -5,6 +5,7 @@
 //! * Always bounded: requests in flight times request size, said by each job.
 //! * A job is a future. Dropping it stops it at a safe place; what it wrote stays valid.
 
+mod bitmaps;
 mod commit;
 mod compare;
 mod convert;
@@ -14,6 +15,7 @@ mod rebase;
 mod salvage;
 mod sweep;
 
+pub use bitmaps::copy_bitmaps;
 pub use commit::{commit, empty_top};
 pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
 pub use convert::{

@@ -1,11 +1,10 @@
 //! What the flags ask of the copy itself, and what they must not ask together.
 
-use lacuna::chain::Format;
 use lacuna::job::{ConvertOptions, Encoding, KnownZeros, Mover, WriteOrder};
 use lacuna::storage::CacheMode;
 
 use super::super::advice;
-use super::super::open::{self, FileChain};
+use super::super::open;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
 use crate::options::Values;
@@ -33,32 +32,6 @@ pub(super) fn check(parsed: &Parsed) -> CliResult<()> {
         () => return Ok(()),
     };
     Err(CliError::new(problem))
-}
-
-/// Refuses bitmaps that would be lost: copying them is not there yet.
-pub(super) fn check_bitmaps(
-    parsed: &Parsed,
-    sources: &[FileChain],
-    target: Format,
-) -> CliResult<()> {
-    if !parsed.has("bitmaps") {
-        return Ok(());
-    }
-    let [source] = sources else {
-        return Err(CliError::new("Copying bitmaps only possible with single source"));
-    };
-    let header = source.disk().as_qcow2().map(|image| image.header());
-    match header {
-        None => Err(CliError::new("Source lacks bitmap support")),
-        Some(_) if target == Format::Raw => {
-            Err(CliError::new("Format driver 'raw' does not support bitmaps"))
-        }
-        Some(header) if header.extensions.bitmaps.is_some() => {
-            Err(CliError::new("Copying persistent bitmaps is not supported yet")
-                .with_hint("without --bitmaps they are left out of the copy"))
-        }
-        Some(_) => Ok(()),
-    }
 }
 
 /// Refuses a format beside options that say it; QEMU's programs name the same two options always.

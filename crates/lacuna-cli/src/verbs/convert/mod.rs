@@ -1,6 +1,7 @@
 //! `convert`: copies a disk, or several in a row, into another image.
 
 mod asked;
+mod bitmaps;
 mod concat;
 mod run;
 
@@ -50,8 +51,7 @@ pub(super) const VERB: Verb = Verb {
         Flag::switch('n', "no-create", "TARGET exists"),
         Flag::switch('\0', "target-is-zero", "TARGET reads as zeros; with -n").long_only(),
         Flag::valued('S', "sparse-size", "SIZE", "least run of zeros to leave out (4k; 0: none)"),
-        Flag::switch('\0', "bitmaps", "copy persistent bitmaps (refused if there are any)")
-            .long_only(),
+        Flag::switch('\0', "bitmaps", "copy dirty bitmaps too").long_only(),
         Flag::switch('\0', "skip-broken-bitmaps", "with --bitmaps: leave out broken ones")
             .long_only(),
         common::FORCE_SHARE,
@@ -223,7 +223,7 @@ impl Wish {
             return Err(CliError::new(text).with_hint("-O qcow2 makes a qcow2 image"));
         }
         let target = open::of_library(self.target_format.unwrap_or(Format::Raw));
-        asked::check_bitmaps(parsed, &chains, target)?;
+        bitmaps::check(parsed, &chains, target)?;
         self.at_snapshot(tool, chains)
     }
 

@@ -15,6 +15,7 @@ use super::super::dedup;
 use super::super::open::FileChain;
 use super::super::pace;
 use super::super::progress::Meter;
+use super::bitmaps;
 use super::concat::Concat;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult, errno_words, sentence};
@@ -31,12 +32,18 @@ pub(super) fn copy(
     options: &ConvertOptions,
     meter: Meter,
 ) -> CliResult<()> {
+    if parsed.has("bitmaps") {
+        bitmaps::takes_bitmaps(&target)?;
+    }
     match sources {
-        [source] => copy_layer(tool, parsed, source.disk(), target, options, meter),
+        [source] => {
+            let bitmaps = |target: &FileChain| bitmaps::copy(tool, parsed, source, target);
+            copy_layer(tool, parsed, source.disk(), target, options, meter, bitmaps)
+        }
         sources => {
             let row = Concat::new(sources.iter().map(|source| source.disk().clone()))
                 .ok_or_else(|| CliError::new("The sources together are too large for a disk"))?;
-            copy_layer(tool, parsed, &row, target, options, meter)
+            copy_layer(tool, parsed, &row, target, options, meter, |_| Ok(()))
         }
     }
 }
@@ -48,6 +55,7 @@ fn copy_layer<L: Layer>(
     target: FileChain,
     options: &ConvertOptions,
     mut meter: Meter,
+    afterwards: impl FnOnce(&FileChain) -> CliResult<()>,
 ) -> CliResult<()> {
     let limit = pace::rate(parsed)?.map(Limit::new);
     let mut report = |progress: Progress| {
@@ -65,9 +73,11 @@ fn copy_layer<L: Layer>(
         None => copy_to(tool, parsed, source, target.disk(), options, &mut report),
         Some(sharing) => copy_to(tool, parsed, source, sharing, options, &mut report),
     };
-    let closed = copied.and_then(|()| block_on(target.into_disk().close()));
+    let copied = copied.map_err(|error| failure(tool, error)).and_then(|()| afterwards(&target));
+    let closed = copied
+        .and_then(|()| block_on(target.into_disk().close()).map_err(|error| failure(tool, error)));
     meter.finish(closed.is_ok());
-    closed.map_err(|error| failure(tool, error))?;
+    closed?;
     match sharing {
         Some(sharing) if !parsed.has("quiet") => output::print(&dedup::told(&sharing.shared())),
         _ => Ok(()),
