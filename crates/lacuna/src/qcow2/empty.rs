@@ -50,7 +50,7 @@ impl<S: Storage> Image<S> {
         self.discard_in_data_file(all, cleared.hold).await?;
         self.flush_all().await?;
         self.write_back(Refcounting::Written).await?;
-        self.cut_file().await?;
+        self.cut_file(0).await?;
         self.claim_empty().await
     }
 }

@@ -106,6 +106,13 @@ impl InFlight {
         }
     }
 
+    /// Something shows all that the request had reserved.
+    pub(super) fn all_linked(&mut self, token: Token) {
+        if let Some(entry) = self.entries[token.0 as usize].as_mut() {
+            entry.reserved.clear();
+        }
+    }
+
     /// Ends a request; returns what it had reserved and not linked.
     pub(super) fn end(&mut self, token: Token) -> SmallVec<[HostRange; 2]> {
         let entry = self.entries[token.0 as usize].take();

@@ -5,6 +5,7 @@
 //! * Always: memory is ahead of storage; only a write-back brings storage after, in order.
 
 use std::collections::BTreeSet;
+use std::sync::Weak;
 
 use smallvec::SmallVec;
 
@@ -19,7 +20,7 @@ use super::quarantine::{Freed, FreedBy, Quarantine};
 use super::refcounts::{Allocation, Refcounts};
 use super::sharing::Pins;
 use super::table_cache::TableCache;
-use super::view::View;
+use super::view::{SnapshotMap, View};
 use super::zero_cluster::SharedZero;
 use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
@@ -114,6 +115,10 @@ pub(super) struct Meta {
     pub(super) claims: AutoclearFeatures,
     pub(super) shared_zero: SharedZero,
     pub(super) pins: Pins,
+    /// Entries of snapshots' tables may be changed, so that storage may be behind for them too.
+    pub(super) moves_snapshots: bool,
+    /// Maps of snapshots that somebody has.
+    pub(super) snapshot_maps: Vec<Weak<SnapshotMap>>,
 }
 
 /// Where the entry of a guest byte lies.
@@ -334,13 +339,27 @@ impl Meta {
     /// Copies a table that a snapshot shares. The data clusters keep their refcounts: each path
     /// from an L1 table was counted when the snapshot was made.
     fn copy_table(&mut self, guest: GuestOffset, old: HostOffset) -> Planned<()> {
-        let generation = self.l2.generation();
-        let loaded = self.loaded_table.as_ref();
-        if loaded.is_none_or(|it| it.offset != old || it.generation != generation) {
-            return Err(Need::L2Table(old).into());
-        }
+        self.ready_to_copy(old)?;
         self.refcounts.read(self.geometry().host_cluster(old))?;
         let new = self.allocate(1).map_err(|stop| stop.context("L2 table"))?;
+        self.fill_copy(old, new)?;
+        self.install_table(guest, new);
+        self.free(self.geometry().host_cluster(old), FreedBy::Other)?;
+        Ok(())
+    }
+
+    /// Has all of a table at hand.
+    pub(super) fn ready_to_copy(&self, table: HostOffset) -> Planned<()> {
+        let generation = self.l2.generation();
+        let loaded = self.loaded_table.as_ref();
+        match loaded.is_some_and(|it| it.offset == table && it.generation == generation) {
+            true => Ok(()),
+            false => Err(Need::L2Table(table).into()),
+        }
+    }
+
+    /// Fills a new table with what one says that is ready to be copied.
+    pub(super) fn fill_copy(&mut self, old: HostOffset, new: HostOffset) -> Planned<()> {
         let Some(loaded) = self.loaded_table.take() else { return Err(Need::L2Table(old).into()) };
         self.l2.make_fresh(new);
         let slice_bytes = self.l2.slice_bytes();
@@ -352,12 +371,10 @@ impl Meta {
                 target.copy_from_slice(&bytes);
             }
         }
-        self.install_table(guest, new);
-        self.free(self.geometry().host_cluster(old), FreedBy::Other)?;
         Ok(())
     }
 
-    fn install_table(&mut self, guest: GuestOffset, table: HostOffset) {
+    pub(super) fn install_table(&mut self, guest: GuestOffset, table: HostOffset) {
         let index = self.geometry().l1_index(guest) as usize;
         self.l1.set(index, L1Entry::new(table));
         let range = HostRange::new(table, self.geometry().cluster_bytes());
@@ -444,6 +461,24 @@ impl Meta {
             Some(behind) => self.allocate_at(behind, count),
             None => Ok(Allocation { start: self.allocate(count)?, clusters: count }),
         }
+    }
+
+    /// Hands out one run of clusters that ends at cluster `limit` at the latest, from `cursor` on; nothing
+    /// where there is none.
+    pub(super) fn allocate_below(
+        &mut self,
+        count: u64,
+        limit: u64,
+        cursor: &mut u64,
+    ) -> Planned<Option<HostOffset>> {
+        if self.gate.dirty_bit {
+            return Err(Need::DirtyBit.into());
+        }
+        let found = self.refcounts.allocate_below(count, limit, cursor)?;
+        if let Some(start) = found {
+            self.note_allocated(HostRange::new(start, count * self.geometry().cluster_bytes()))?;
+        }
+        Ok(found)
     }
 
     /// Hands out bytes for a compressed cluster.

@@ -30,6 +30,7 @@ mod image;
 mod in_flight;
 mod in_use;
 mod layer;
+mod live_compact;
 mod mapping;
 mod meta;
 mod need;
@@ -73,6 +74,9 @@ pub use create::{BackingName, CreateOptions, DataFileName, PreallocationLayout, 
 pub use dirty::{BitmapFacts, DirtyBitmap, DirtyExtent, DirtyRanges};
 pub use encode::{Encoder, Stream};
 pub use image::{Counts, Image};
+pub use live_compact::{
+    LiveCompactOptions, LiveCompactPhase, LiveCompactProgress, LiveCompacted, LiveCompaction,
+};
 pub use open::read_header;
 pub use options::{
     Access, DiscardPolicy, DiscardUnit, ExtentDetail, GuestDiscard, OnDiscard, OpenOptions, Parts,

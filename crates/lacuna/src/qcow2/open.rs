@@ -247,6 +247,8 @@ async fn load_meta<S: Storage>(
         claims: header.zero_claims(),
         shared_zero: SharedZero::default(),
         pins: Pins::default(),
+        moves_snapshots: false,
+        snapshot_maps: Vec::new(),
     })
 }
 

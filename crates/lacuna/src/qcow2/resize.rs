@@ -238,7 +238,8 @@ impl<S: Storage> Image<S> {
             let hold = self.exclude_behind(new).await?;
             data.set_len(new, hold).await?;
         }
-        self.cut_file().await
+        self.cut_file(0).await?;
+        Ok(())
     }
 
     async fn commit_size(&self, size_bytes: u64) -> Result<()> {
@@ -249,14 +250,16 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// Shortens the file to the end of its last used cluster.
-    pub(super) async fn cut_file(&self) -> Result<()> {
+    /// Shortens the file to the end of its last used cluster, and gives up refcount blocks from the one
+    /// of that index on that count nothing. Returns by how many bytes it is shorter.
+    pub(super) async fn cut_file(&self, first_block: u64) -> Result<u64> {
         self.plan(Meta::pause).await?;
         let pause = Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, CUT);
-        self.drop_empty_blocks().await?;
+        self.drop_empty_blocks(first_block).await?;
         let end = self.find_end().await?;
-        if self.0.storage.len().await? <= end.0 {
-            return Ok(());
+        let len = self.0.storage.len().await?;
+        if len <= end.0 {
+            return Ok(0);
         }
         // Dropped half-way, the driver may still cut: the pause lasts until it has.
         let (pause, riding) = pause.shared();
@@ -265,14 +268,14 @@ impl<S: Storage> Image<S> {
         meta.zero_from = meta.zero_from.min(end);
         drop(meta);
         drop(pause);
-        Ok(())
+        Ok(len - end.0)
     }
 
     /// Gives up refcount blocks that count nothing any more, as QEMU does when it shrinks an image.
     /// Only while nothing is allocated.
-    async fn drop_empty_blocks(&self) -> Result<()> {
+    async fn drop_empty_blocks(&self, first: u64) -> Result<()> {
         let indices = self.0.meta.lock().refcounts.block_indices();
-        for index in indices {
+        for index in indices.into_iter().filter(|index| *index >= first) {
             let mut look = BlockLook::default();
             self.plan(|meta| meta.drop_empty_block(index, &mut look)).await?;
         }

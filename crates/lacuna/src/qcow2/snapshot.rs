@@ -111,7 +111,7 @@ pub struct SnapshotLayer<S: Storage> {
 
 struct Described {
     snapshot: Snapshot,
-    map: SnapshotMap,
+    map: Arc<SnapshotMap>,
 }
 
 impl<S: Storage> Clone for SnapshotLayer<S> {
@@ -162,6 +162,8 @@ impl<S: Storage> Image<S> {
                 "Data lies in an external file, which keeps nothing for snapshots",
             ));
         }
+        // Tables get no other place between a look at them and the note that somebody has them.
+        let _tables_stay = self.keep_pins().await?;
         let table = self.snapshots().await?;
         let found = choice.find(&table).ok_or_else(|| {
             Error::new(ErrorKind::NotFound, format!("The image has no snapshot with {choice}"))
@@ -175,6 +177,8 @@ impl<S: Storage> Image<S> {
         let map = self.load_map(found).await.map_err(|error| {
             error.context(format!("Snapshot '{}' (identifier '{}')", found.name, found.id))
         })?;
+        let map = Arc::new(map);
+        self.0.meta.lock().note_snapshot_map(&map);
         let of = Arc::new(Described { snapshot: found.clone(), map });
         Ok(SnapshotLayer { image: self.clone(), of })
     }
@@ -198,7 +202,7 @@ impl<S: Storage> Image<S> {
         let bytes = self.load(offset, len, "L1 table").await?;
         let (words, _) = bytes.as_chunks::<8>();
         let l1 = words.iter().map(|word| L1Entry(u64::from_be_bytes(*word))).collect();
-        Ok(SnapshotMap { l1, size_bytes })
+        Ok(SnapshotMap { l1: parking_lot::Mutex::new(l1), size_bytes })
     }
 
     /// Version 2 need not say it: such an image is never resized while it has snapshots (B.9).
@@ -249,7 +253,7 @@ impl<S: Storage> Layer for SnapshotLayer<S> {
     }
 
     async fn known_zeroes(&self) -> Result<KnownZeroes> {
-        let maps_nothing = self.of.map.l1.iter().all(|entry| entry.table().is_none());
+        let maps_nothing = self.of.map.l1.lock().iter().all(|entry| entry.table().is_none());
         let open = maps_nothing
             && match &self.image.0.backing {
                 Some(backing) => backing.known_zeroes_boxed().await?.open,

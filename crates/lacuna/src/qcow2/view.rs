@@ -4,6 +4,8 @@
 //!   clusters are shared copy-on-write, and not reused while the snapshot references them.
 //! * Never: a map of a snapshot is written by, or is a reason to close the disk to changes.
 
+use parking_lot::Mutex;
+
 use super::format::{AutoclearFeatures, L1Entry};
 use super::meta::Meta;
 use super::need::Stop;
@@ -23,7 +25,8 @@ pub(super) enum View<'a> {
 /// The map of a snapshot, as far as its disk reaches: VM state behind that is left out.
 #[derive(Debug)]
 pub(super) struct SnapshotMap {
-    pub(super) l1: Vec<L1Entry>,
+    /// Entries change where a table is given another place, under the lock of the metadata.
+    pub(super) l1: Mutex<Vec<L1Entry>>,
     pub(super) size_bytes: u64,
 }
 
@@ -38,13 +41,13 @@ impl View<'_> {
 
     /// Returns an entry of the L1 table; unallocated past its end.
     pub(super) fn l1_entry(self, meta: &Meta, index: u64) -> L1Entry {
-        let entries = match self {
-            Self::Active => &meta.l1.entries,
-            Self::Pins => &meta.pins.l1.entries,
-            Self::Snapshot(map) => &map.l1,
-        };
         let index = usize::try_from(index).unwrap_or(usize::MAX);
-        entries.get(index).copied().unwrap_or_default()
+        let entry = match self {
+            Self::Active => meta.l1.entries.get(index).copied(),
+            Self::Pins => meta.pins.l1.entries.get(index).copied(),
+            Self::Snapshot(map) => map.l1.lock().get(index).copied(),
+        };
+        entry.unwrap_or_default()
     }
 
     /// Returns what the image claims of the whole disk; of a snapshot it claims nothing.
@@ -57,7 +60,7 @@ impl View<'_> {
 
     /// Says whether tables in storage are what tables in memory are.
     pub(super) const fn is_settled(self, meta: &Meta) -> bool {
-        matches!(self, Self::Snapshot(_)) || !meta.writable
+        !meta.writable || matches!(self, Self::Snapshot(_)) && !meta.moves_snapshots
     }
 
     /// Turns a contradiction in a snapshot's map into a plain failure of the request: the disk is

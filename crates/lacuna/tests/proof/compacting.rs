@@ -33,22 +33,22 @@ const SAMPLE: usize = 40;
 
 /// What an image is to have beside data.
 #[derive(Clone, Copy, Debug, Default)]
-struct With {
-    snapshots: bool,
-    bitmaps: bool,
-    streams: bool,
+pub(crate) struct With {
+    pub(crate) snapshots: bool,
+    pub(crate) bitmaps: bool,
+    pub(crate) streams: bool,
 }
 
 /// All that somebody can read of an image.
 #[derive(Debug, PartialEq)]
-struct View {
+pub(crate) struct View {
     active: Vec<u8>,
-    snapshots: Vec<(String, Vec<u8>)>,
+    pub(crate) snapshots: Vec<(String, Vec<u8>)>,
     bitmaps: Vec<(String, Vec<GuestRange>)>,
 }
 
 /// Bytes that compress well, a little, or not at all.
-fn bytes(random: &mut Random, len: u64) -> Vec<u8> {
+pub(crate) fn bytes(random: &mut Random, len: u64) -> Vec<u8> {
     let mut bytes = vec![random.next() as u8; len as usize];
     let noisy = random.below(len + 1) as usize / if random.one_in(2) { 1 } else { 4 };
     bytes[..noisy].iter_mut().for_each(|byte| *byte = random.next() as u8);
@@ -56,7 +56,7 @@ fn bytes(random: &mut Random, len: u64) -> Vec<u8> {
 }
 
 /// Writes or removes clusters here and there, in any order.
-async fn scatter<S: Storage>(
+pub(crate) async fn scatter<S: Storage>(
     image: &Image<S>,
     kind: &Kind,
     random: &mut Random,
@@ -106,7 +106,7 @@ fn img(path: &Path, words: &[&str]) {
 }
 
 /// An image full of holes.
-fn build(kind: &Kind, with: With, seed: u64) -> Case {
+pub(crate) fn build(kind: &Kind, with: With, seed: u64) -> Case {
     let random = &mut Random::new(seed ^ 0xc0_4a);
     let case = Case { options: OpenOptions::new(Access::ReadWrite), ..kind.build(seed | 1) };
     let mut case = pollster::block_on(scattered(&case, random, (2, with)));
@@ -131,7 +131,7 @@ fn build(kind: &Kind, with: With, seed: u64) -> Case {
     }
 }
 
-async fn view(case: &Case) -> lacuna::Result<View> {
+pub(crate) async fn view(case: &Case) -> lacuna::Result<View> {
     let host = SimHost::without_record(Pace::AtOnce, 1);
     let mut files = case.on(&host);
     files.options = OpenOptions::new(Access::ReadOnly);
@@ -174,7 +174,7 @@ async fn compact(case: &Case, options: &CompactOptions) -> lacuna::Result<(Case,
 }
 
 /// Counts by cluster, beyond the end of the file too.
-fn refcounts(image: &SparseBytes) -> Vec<u64> {
+pub(crate) fn refcounts(image: &SparseBytes) -> Vec<u64> {
     let header = Header::decode(&image.read_vec(0, image.len().min(2 << 20) as usize)).unwrap();
     let (geometry, table) = (header.geometry, header.refcount_table);
     let width = RefcountWidth::of(&geometry);
@@ -193,7 +193,7 @@ fn refcounts(image: &SparseBytes) -> Vec<u64> {
 }
 
 /// Nothing that is in use could lie lower, but for `slack` clusters.
-fn assert_short(case: &Case, slack: usize, story: &str) {
+pub(crate) fn assert_short(case: &Case, slack: usize, story: &str) {
     let counts = refcounts(&case.image);
     let clusters = case.image.len().div_ceil(case.kind.cluster_bytes()) as usize;
     let used = counts.iter().filter(|count| **count > 0).count();
@@ -203,7 +203,7 @@ fn assert_short(case: &Case, slack: usize, story: &str) {
 }
 
 /// Clean for both checks, and every byte as it was; stock can go on with it.
-fn assert_sound(case: &Case, before: &View, story: &str) {
+pub(crate) fn assert_sound(case: &Case, before: &View, story: &str) {
     let report = pollster::block_on(own_check(case));
     assert!(report.is_clean(), "{story}: {report:x?}");
     let after = pollster::block_on(view(case)).unwrap();
@@ -248,7 +248,7 @@ fn assert_sound(case: &Case, before: &View, story: &str) {
     }
 }
 
-fn all_kinds(cluster_bits: u32) -> Vec<Kind> {
+pub(crate) fn all_kinds(cluster_bits: u32) -> Vec<Kind> {
     let plain = Kind::plain(cluster_bits);
     let more = [
         Kind { store: Store::Zstd, ..plain },
@@ -260,7 +260,7 @@ fn all_kinds(cluster_bits: u32) -> Vec<Kind> {
 
 /// What a kind can have: snapshots need counts above 2, bitmaps version 3. Half of the kinds have
 /// compressed clusters as well.
-fn with_all(kind: &Kind) -> With {
+pub(crate) fn with_all(kind: &Kind) -> With {
     let is_odd = kind.extended || kind.store == Store::Zstd || kind.lazy;
     let streams = is_odd || kind.backing != Backing::None || kind.refcount_order < 4;
     With { snapshots: kind.refcount_order > 1, bitmaps: kind.version == 3, streams }
@@ -440,7 +440,7 @@ fn crash_everywhere(kind: &Kind, with: With, seed: u64) -> usize {
     count
 }
 
-async fn examine(left: &Case, before: &View) -> Result<(), String> {
+pub(crate) async fn examine(left: &Case, before: &View) -> Result<(), String> {
     assert_safe(left, false).await?;
     let seen = view(left).await.map_err(|error| format!("Reading: {error}"))?;
     if seen == *before { Ok(()) } else { Err("Something reads otherwise".to_owned()) }
@@ -463,7 +463,7 @@ async fn go_on(left: &Case, before: &View, goal: u64, with: With) -> Result<(), 
     Ok(())
 }
 
-async fn repaired(left: &Case) -> Case {
+pub(crate) async fn repaired(left: &Case) -> Case {
     let host = SimHost::without_record(Pace::AtOnce, 1);
     let storage = host.add_file(left.image.clone());
     let options = CheckOptions { repair: Repair::Leaks };

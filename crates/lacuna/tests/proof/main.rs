@@ -18,6 +18,7 @@ mod detection;
 mod drive;
 mod faults;
 mod kept_mapping;
+mod live_compacting;
 mod live_extents;
 mod qemu_differential;
 mod random_operations;

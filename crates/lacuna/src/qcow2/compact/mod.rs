@@ -24,7 +24,9 @@ mod structures;
 
 use self::counts::Counts;
 use self::plan::Plan;
-use self::refuse::{Leaks, refuse_findings, refuse_header};
+pub(super) use self::plan::goal;
+pub(super) use self::refuse::refuse_header;
+use self::refuse::{Leaks, refuse_findings};
 use self::structures::Structures;
 use super::check::{Progress, Survey};
 use super::format::{AutoclearFeatures, Geometry, IncompatibleFeatures};

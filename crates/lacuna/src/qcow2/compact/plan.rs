@@ -50,7 +50,7 @@ pub(super) struct Plan {
 
 /// Returns the smallest number of clusters that holds `others` clusters and the blocks that count
 /// them all.
-pub(super) fn goal(others: u64, per_block: u64) -> u64 {
+pub(in crate::qcow2) fn goal(others: u64, per_block: u64) -> u64 {
     let mut goal = others;
     // Each step adds the blocks of what the last one added: a geometric series.
     loop {

@@ -6,7 +6,7 @@ use crate::qcow2::format::Header;
 use crate::{Error, Result};
 
 /// Refuses what cannot be compacted by what its header says.
-pub(super) fn refuse_header(header: &Header, options: &CompactOptions) -> Result<()> {
+pub(in crate::qcow2) fn refuse_header(header: &Header, options: &CompactOptions) -> Result<()> {
     if header.has_external_data_file() {
         return Err(Error::unsupported(
             "The image has an external data file: where data lies in it is the guest's business",

@@ -82,6 +82,13 @@ impl Refcounts {
         there.map(|(index, _)| index).collect()
     }
 
+    /// Counts the blocks that lie behind the first `goal` clusters and count none of them.
+    pub(in crate::qcow2) fn blocks_behind(&self, goal: u64) -> u64 {
+        let first = goal.div_ceil(self.entries()) as usize;
+        let offsets = self.table.iter().skip(first).map(|entry| entry & BLOCK_OFFSET_MASK);
+        offsets.filter(|offset| *offset >> self.geometry.cluster_bits() >= goal).count() as u64
+    }
+
     /// Drops a block that counts nothing but maybe itself. Only while nothing is allocated: what
     /// `look` saw unused must stay so.
     pub(in crate::qcow2) fn drop_empty_block(

@@ -182,6 +182,22 @@ impl Refcounts {
         Ok(())
     }
 
+    /// Counts the clusters in use from `at` to the end of its slice, but not to `limit`. Returns where that
+    /// slice ends, and how many.
+    pub(in crate::qcow2) fn count_used(&mut self, at: u64, limit: u64) -> Planned<(u64, u64)> {
+        let Some((slice, index)) = self.locate(at)? else {
+            return Ok(((at / self.entries() + 1) * self.entries(), 0));
+        };
+        let (width, per_slice) = (self.width, self.slice_entries());
+        let Some(bytes) = self.blocks.read(slice) else {
+            return Err(Need::RefcountSlice(slice).into());
+        };
+        let is_zero = bytes.iter().all(|byte| *byte == 0);
+        let stop = if is_zero { index } else { per_slice.min(index + limit - at) };
+        let used = (index..stop).filter(|it| width.read(bytes, *it as usize) > 0).count();
+        Ok((at - index + per_slice, used as u64))
+    }
+
     /// The file was cut: what lies beyond `end` is unused.
     pub(in crate::qcow2) fn cut_at(&mut self, end: HostOffset) {
         self.end = self.geometry.clusters_for(end.0);
@@ -285,6 +301,11 @@ impl Refcounts {
         if self.compressed_cursor.is_some_and(|at| self.geometry.host_cluster(at) == cluster) {
             self.compressed_cursor = None;
         }
+    }
+
+    /// Has searches begin with the lowest clusters again.
+    pub(in crate::qcow2) fn search_from_the_start(&mut self) {
+        self.lower_cursors(HostCluster(0));
     }
 
     /// The table on storage names no block any more that was dropped.

@@ -46,6 +46,43 @@ impl Refcounts {
         }
     }
 
+    /// Hands out `count` clusters in one run that ends at `limit` at the latest, in what blocks count
+    /// already; nothing where there is none from `cursor` on, which moves behind what is of no use.
+    pub(in crate::qcow2) fn allocate_below(
+        &mut self,
+        count: u64,
+        limit: u64,
+        cursor: &mut u64,
+    ) -> Planned<Option<HostOffset>> {
+        while *cursor + count <= limit {
+            if self.locate(*cursor)?.is_none() {
+                *cursor = (*cursor / self.entries() + 1) * self.entries();
+                continue;
+            }
+            let start = *cursor;
+            match self.first_used(start, count)? {
+                Some(used) => *cursor = used + 1,
+                None => {
+                    (start..start + count).try_for_each(|at| self.write(HostCluster(at), 1))?;
+                    *cursor = start + count;
+                    return Ok(Some(self.geometry.host_offset(HostCluster(start))));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Returns the first of `count` clusters that is in use, or that nothing counts.
+    fn first_used(&mut self, start: u64, count: u64) -> Planned<Option<u64>> {
+        self.blocks.make_room_for(count / self.slice_entries() + 2);
+        for cluster in start..start + count {
+            if self.locate(cluster)?.is_none() || self.read(HostCluster(cluster))? > 0 {
+                return Ok(Some(cluster));
+            }
+        }
+        Ok(None)
+    }
+
     fn handed_out(&mut self, start: u64, clusters: u64) -> Allocation {
         self.end = self.end.max(start + clusters);
         Allocation { start: self.geometry.host_offset(HostCluster(start)), clusters }

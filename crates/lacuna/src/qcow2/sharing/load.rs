@@ -28,7 +28,7 @@ const ENTRIES_AT_ONCE: u64 = 512;
 
 impl<S: Storage> Image<S> {
     /// Waits until nobody else changes pins, and keeps it so while the hold lives.
-    pub(super) async fn begin_pinning(&self) -> Result<Hold> {
+    pub(in crate::qcow2) async fn begin_pinning(&self) -> Result<Hold> {
         let begin = |meta: &mut Meta| {
             meta.before_change(GuestRange::new(GuestOffset(0), 0))?;
             if meta.gate.dirty_bit {
@@ -40,6 +40,15 @@ impl<S: Storage> Image<S> {
         let hold = self.hold(token);
         self.load_pins().await?;
         Ok(hold)
+    }
+
+    /// Waits until nobody changes pins and moves tables of snapshots, and keeps it so while the hold
+    /// lives.
+    pub(in crate::qcow2) async fn keep_pins(&self) -> Result<Hold> {
+        let begin =
+            |meta: &mut Meta| Ok(meta.in_flight.begin(Touch::Map, CHANGING).map_err(Need::Turn)?);
+        let token = self.plan(begin).await?;
+        Ok(self.hold(token))
     }
 
     async fn load_pins(&self) -> Result<()> {
@@ -182,7 +191,7 @@ impl<S: Storage> Image<S> {
         self.drop_unused_pins_held().await
     }
 
-    pub(super) async fn drop_unused_pins_held(&self) -> Result<u64> {
+    pub(in crate::qcow2) async fn drop_unused_pins_held(&self) -> Result<u64> {
         let (mut at, mut dropped) = (GuestOffset(0), 0);
         while at < self.0.meta.lock().pins_end() {
             dropped += self.plan(|meta| meta.drop_unused_pins_from(&mut at)).await?;

@@ -15,6 +15,7 @@ mod facts;
 mod keeper;
 mod load;
 mod pins;
+mod relocate;
 mod repin;
 mod share;
 mod table;
@@ -23,5 +24,6 @@ mod write;
 
 pub use facts::{PinFacts, pin_facts};
 pub(super) use pins::Pins;
+pub(super) use relocate::Relocated;
 pub use share::Shared;
 pub(super) use table::NewSnapshotTable;

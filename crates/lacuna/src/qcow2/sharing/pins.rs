@@ -50,7 +50,7 @@ impl Default for Pins {
 
 impl Pins {
     /// Says whether a cluster has a pin.
-    pub(super) fn holds(&self, cluster: HostCluster) -> bool {
+    pub(in crate::qcow2) fn holds(&self, cluster: HostCluster) -> bool {
         self.keepers.contains(cluster)
     }
 
@@ -74,7 +74,7 @@ impl Meta {
     }
 
     /// Finds an entry for one more pin, and makes room where there is none.
-    pub(super) fn free_pin(&mut self) -> Planned<GuestOffset> {
+    pub(in crate::qcow2) fn free_pin(&mut self) -> Planned<GuestOffset> {
         loop {
             match self.find_free_pin()? {
                 Some(at) => return Ok(at),
@@ -119,7 +119,7 @@ impl Meta {
     }
 
     /// Pins a cluster at `at`, which is free: the pin takes over one reference that the caller has.
-    pub(super) fn set_pin(&mut self, at: GuestOffset, host: HostOffset) -> Planned<()> {
+    pub(in crate::qcow2) fn set_pin(&mut self, at: GuestOffset, host: HostOffset) -> Planned<()> {
         self.set_entry_in(View::Pins, at, self.sharing_entry(host))?;
         self.pins.free_from = at + self.geometry().cluster_bytes();
         let cluster = self.geometry().host_cluster(host);

@@ -102,7 +102,7 @@ impl Meta {
         self.put_snapshot_table(snapshots, table, old)
     }
 
-    pub(super) fn snapshot_table_clusters(&self, snapshots: &[Snapshot]) -> Result<u64> {
+    pub(in crate::qcow2) fn snapshot_table_clusters(&self, snapshots: &[Snapshot]) -> Result<u64> {
         let len = Snapshot::encode_table(snapshots, self.size_bytes)?.len() as u64;
         Ok(self.geometry().clusters_for(len))
     }
