@@ -12,25 +12,48 @@ use crate::error::{CliError, CliResult};
 /// Longest answer that is taken, in bytes.
 const MAX_ANSWER_BYTES: u64 = 64 << 20;
 
-/// Asks the server behind a socket file to do `command`; returns what came of it.
-pub(crate) fn ask(path: &Path, command: &str, arguments: Map<String, Value>) -> CliResult<Value> {
-    let doing = |what: &str| format!("{what} {}", path.display());
-    let socket = UnixStream::connect(path)
-        .map_err(|error| lacuna::Error::io(error, doing("Connecting to")))?;
-    let mut lines = BufReader::new((&socket).take(MAX_ANSWER_BYTES));
-    let greeting = line(&mut lines, path)?;
-    check(&greeting)?;
-    let request = json!({ "id": 1, "command": command, "arguments": arguments });
-    (&socket)
-        .write_all(format!("{request}\n").as_bytes())
-        .map_err(|error| lacuna::Error::io(error, doing("Asking")))?;
-    let answer = outcome(line(&mut lines, path)?)?;
-    if command == super::commands::STOP {
-        // The end of the stream is the end of the server.
-        let mut rest = Vec::new();
-        drop(lines.read_to_end(&mut rest));
+/// A conversation with the server behind a socket file.
+pub(crate) struct Conversation<'a> {
+    path: &'a Path,
+    socket: UnixStream,
+    lines: BufReader<UnixStream>,
+}
+
+impl<'a> Conversation<'a> {
+    /// Connects.
+    pub(crate) fn begin(path: &'a Path) -> CliResult<Self> {
+        let doing = |error| lacuna::Error::io(error, format!("Connecting to {}", path.display()));
+        let socket = UnixStream::connect(path).map_err(doing)?;
+        let lines = BufReader::new(socket.try_clone().map_err(doing)?);
+        let mut conversation = Self { path, socket, lines };
+        check(&conversation.line()?)?;
+        Ok(conversation)
     }
-    Ok(answer)
+
+    /// Asks the server to do `command`; returns what came of it.
+    pub(crate) fn ask(&mut self, command: &str, arguments: Map<String, Value>) -> CliResult<Value> {
+        let request = json!({ "id": 1, "command": command, "arguments": arguments });
+        self.socket
+            .write_all(format!("{request}\n").as_bytes())
+            .map_err(|error| lacuna::Error::io(error, format!("Asking {}", self.path.display())))?;
+        let answer = outcome(self.line()?)?;
+        if command == super::commands::STOP {
+            // The end of the stream is the end of the server.
+            let mut rest = Vec::new();
+            drop(self.lines.read_to_end(&mut rest));
+        }
+        Ok(answer)
+    }
+
+    /// Asks how a job stands.
+    pub(crate) fn job(&mut self, number: u64) -> CliResult<Value> {
+        let arguments = Map::from_iter([("job".to_owned(), number.into())]);
+        Ok(self.ask(super::commands::JOBS, arguments)?["jobs"][0].take())
+    }
+
+    fn line(&mut self) -> CliResult<Value> {
+        line(&mut (&mut self.lines).take(MAX_ANSWER_BYTES), self.path)
+    }
 }
 
 fn line(lines: &mut impl BufRead, path: &Path) -> CliResult<Value> {

@@ -5,6 +5,7 @@
 //! * `arguments.rs`: what a request says
 //! * `commands/`: a file for each command: what it asks, does and tells; a new one is a file there
 //!   and a line in [`commands::ALL`]
+//! * `jobs/`: work on disks that goes on beside their clients
 //! * `ask.rs`: the side of `lacuna ctl`
 //!
 //! Never touches the way of requests for data: it has threads of its own, and looks at what
@@ -13,6 +14,7 @@
 mod arguments;
 mod ask;
 pub(crate) mod commands;
+mod jobs;
 mod lines;
 mod session;
 mod socket;
@@ -25,11 +27,12 @@ use lacuna::ErrorKind;
 use lacuna_export::{Export, Server, Statistics};
 use pollster::block_on;
 
+use self::jobs::Jobs;
 use crate::error::{CliError, CliResult};
 use crate::persona::Tool;
 use crate::verbs::serve::ChainDisk;
 
-pub(crate) use ask::ask;
+pub(crate) use ask::Conversation;
 pub(crate) use socket::Socket;
 
 /// The version of the protocol: it changes where old clients would be wrong.
@@ -49,6 +52,7 @@ pub(crate) struct Control {
     /// Whether the server is ending. Held for reading by what uses disks.
     is_over: RwLock<bool>,
     removed: Mutex<Removed>,
+    jobs: Jobs,
 }
 
 /// Exports that no client gets any more.
@@ -74,13 +78,17 @@ impl Control {
             is_stop_asked: AtomicBool::new(false),
             is_over: RwLock::new(false),
             removed: Mutex::default(),
+            jobs: Jobs::default(),
         })
     }
 
-    /// Waits for commands that use disks, lets no other begin, and closes what was removed. The
-    /// server has stopped.
+    /// Waits for commands that use disks, lets no other begin, ends jobs, and closes what was removed.
+    /// The server has stopped.
     pub(crate) fn shut_down(&self) -> CliResult<()> {
+        // A command may wait for a job.
+        self.jobs.at_work().iter().for_each(|job| job.cancel());
         *self.is_over.write().unwrap_or_else(PoisonError::into_inner) = true;
+        self.jobs.end();
         let mut result = Ok(());
         for export in std::mem::take(&mut self.removed().leaving) {
             let closed = close(&export);

@@ -82,6 +82,15 @@ impl ToolDisk {
         }
     }
 
+    /// Returns the image at the bottom of this disk, for one who changes where its content lies and not
+    /// what it is; nothing for a raw disk and for a snapshot.
+    pub(crate) fn image_below(&self) -> Option<&Image<AnyStorage>> {
+        match self.disk.below() {
+            Disk::Qcow2(image) => Some(image),
+            _ => None,
+        }
+    }
+
     /// Returns how hard zeros are looked for.
     pub(crate) const fn detection(&self) -> ZeroDetection {
         self.disk.level()

@@ -26,7 +26,7 @@ mod map;
 mod measure;
 pub(crate) mod open;
 pub(crate) mod overlay;
-mod pace;
+pub(crate) mod pace;
 mod progress;
 mod qemu_words;
 mod rebase;

@@ -1,8 +1,12 @@
 //! What can be asked of a running server, a file for each.
 
 mod add;
+mod cancel;
+mod compact;
 mod connections;
+mod dedup;
 mod flush;
+mod jobs;
 mod list;
 mod remove;
 mod resize;
@@ -18,6 +22,9 @@ use crate::args::{Flag, Parsed, nearest};
 use crate::error::{CliError, CliResult};
 
 pub(crate) use add::FLAGS as OF_EXPORTS;
+pub(crate) use compact::{BACKGROUND, NOW};
+pub(crate) use dedup::MEMORY;
+pub(super) use jobs::NAME as JOBS;
 pub(crate) use remove::{HARD, TIMEOUT};
 pub(crate) use resize::SHRINK;
 pub(super) use stop::NAME as STOP;
@@ -43,10 +50,14 @@ pub(crate) struct Command {
 }
 
 /// All commands, in the order of the help.
-pub(crate) const ALL: [&Command; 8] = [
+pub(crate) const ALL: [&Command; 12] = [
     &add::COMMAND,
+    &cancel::COMMAND,
+    &compact::COMMAND,
     &connections::COMMAND,
+    &dedup::COMMAND,
     &flush::COMMAND,
+    &jobs::COMMAND,
     &list::COMMAND,
     &remove::COMMAND,
     &resize::COMMAND,

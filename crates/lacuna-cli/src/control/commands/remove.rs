@@ -79,6 +79,9 @@ fn begin(control: &Control, name: Option<&str>, is_hard: bool) -> CliResult<(Exp
     let removed = server.exports().remove(export.name().as_str());
     let export = removed.ok_or_else(|| super::super::no_export(export.name().as_str()))?;
     export.retire();
+    if let Some(job) = control.jobs.of(&export) {
+        job.cancel();
+    }
     control.removed().leaving.push(Arc::clone(&export));
     let (tell, closed) = mpsc::channel();
     let (leaving, own) = (Arc::clone(&export), control.own.upgrade());
@@ -106,6 +109,10 @@ fn wait_until_left(control: &Control, export: &Exported, is_hard: bool) {
 
 /// Closes the disk, unless the end of the server did. Nobody else closes anything meanwhile.
 fn finish(control: &Control, export: &Exported) -> CliResult<()> {
+    if let Some(job) = control.jobs.of(export) {
+        job.cancel();
+        job.wait();
+    }
     let mut removed = control.removed();
     let Some(at) = removed.leaving.iter().position(|other| Arc::ptr_eq(other, export)) else {
         return Ok(());
