@@ -8,14 +8,15 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use crate::run::{built, command, run};
-use crate::{Outcome, figures, reclaim, wipe, wire, zeros};
+use crate::{Outcome, dedup, figures, reclaim, wipe, wire, zeros};
 
 /// Names under which our binary is called.
 const OURS: [&str; 3] = ["qemu-img", "qemu-io", "qemu-nbd"];
 
 /// Runs `bench --ours LINKS ARGUMENTS`; without arguments a quick round. With `--table` the cells
 /// that have a target, and prints how they did; with `--from FILE` that of a run from before.
-/// `--zeros`, `--wipe`, `--tls`, `--client` and `--reclaim` run cells of our own, which need no harness.
+/// `--zeros`, `--wipe`, `--tls`, `--client`, `--reclaim` and `--dedup` run cells of our own, which need
+/// no harness.
 pub(crate) fn bench(arguments: &[String]) -> Outcome {
     if let [flag, file] = arguments
         && flag == "--from"
@@ -34,10 +35,10 @@ pub(crate) fn bench(arguments: &[String]) -> Outcome {
     if arguments == ["--client"] {
         return wire::clients(&release_build()?);
     }
-    if let Some((flag, rest)) = arguments.split_first()
-        && flag == "--reclaim"
-    {
-        return reclaim::run(&release_build()?, rest);
+    match arguments.split_first() {
+        Some((flag, rest)) if flag == "--reclaim" => return reclaim::run(&release_build()?, rest),
+        Some((flag, rest)) if flag == "--dedup" => return dedup::run(&release_build()?, rest),
+        _ => {}
     }
     let (program, mut rest) = locate("bench", arguments)?;
     if let Some(at) = rest.iter().position(|word| word == "--table") {

@@ -8,6 +8,9 @@
 //! * `figures/` — what a benchmark run reached, as a table
 //! * `guest.rs` — a guest that lives on a disk of ours
 //! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
+//! * `real/` — real file systems before and after space is given back
+//! * `torture.rs` — commands killed at random moments
+//! * `dedup/` — a benchmark of our own: what finding and sharing equal clusters costs
 //! * `reclaim/` — a benchmark of our own: an image made short in place
 //! * `vsock.rs` — a guest that serves itself over a socket of virtual machines
 //! * `watched.rs`, `scratch.rs` — programs that are measured, and where their files lie
@@ -18,16 +21,19 @@
 //! * `zeros.rs` — a benchmark of our own: nothing copied onto nothing
 
 mod ci;
+mod dedup;
 mod figures;
 mod fuzz;
 mod guest;
 mod harness;
 mod licences;
+mod real;
 mod reclaim;
 mod run;
 mod scratch;
 mod setup;
 mod tidy;
+mod torture;
 mod vsock;
 mod watched;
 mod wipe;
@@ -56,11 +62,15 @@ usage: cargo xtask VERB [ARGUMENTS]
            --tls measures servers and --client clients of NBD beside their peers, both in plaintext
            and under TLS (no DIR, some minutes each);
            --reclaim [--size 10G] makes an image of which 30 % are in use short (no DIR, as large
-           a disk as it has and a quarter of an hour)
+           a disk as it has and a quarter of an hour);
+           --dedup [rates|online|peers] measures how equal clusters are found, and what others find
   iotests  [--harness DIR] [ARGUMENTS...]   QEMU's own tests (DIR/run-iotests)
   guest    [--harness DIR] [FS...]          boots a guest on a served disk (DIR/guest): ext4, btrfs,
            xfs; makes, fills, trims and checks a file system; the image must be clean and smaller;
            guest vsock: server and clients on a guest's sockets of virtual machines
+  real     [INPUT...]        reclaim and dedup on file systems of guests and tools: guest-ext4,
+           guest-btrfs (need LACUNA_HARNESS), debian, ntfs; every file is hashed before and after
+  torture  [--rounds N] [--seed N]   reclaim and dedup killed (kill -9) at random moments
   fuzz     [--seconds N] [TARGET...]        cargo-fuzz on all targets, or on some
 
 LACUNA_HARNESS stands in for --harness.";
@@ -90,6 +100,8 @@ fn dispatch(verb: &str, rest: &[String]) -> Outcome {
         "licences" | "deny" => licences::check(),
         "bench" => harness::bench(rest),
         "guest" => guest::boot(rest),
+        "real" => real::run(rest),
+        "torture" => torture::run(rest),
         "iotests" => harness::iotests(rest),
         "fuzz" => fuzz::targets(rest),
         "" | "help" | "--help" | "-h" => {

@@ -57,6 +57,25 @@ const WIRES: [Peer; 4] = [
     Peer { package: "gnutls-bin", programs: &["certtool"] },
 ];
 
+/// What makes, fills, checks and reads file systems without mounting them.
+const FILE_SYSTEMS: [Peer; 7] = [
+    Peer { package: "e2fsprogs", programs: &["mke2fs", "e2fsck", "debugfs"] },
+    Peer { package: "zerofree", programs: &["zerofree"] },
+    Peer { package: "btrfs-progs", programs: &["btrfs"] },
+    Peer { package: "ntfs-3g", programs: &["mkntfs", "ntfscp", "ntfscat", "ntfsfix", "ntfswipe"] },
+    Peer { package: "debootstrap", programs: &["debootstrap"] },
+    Peer { package: "kmod", programs: &["depmod"] },
+    Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io", "qemu-nbd"] },
+];
+
+/// Who else finds duplicates, for a benchmark.
+const DEDUPLICATORS: [Peer; 4] = [
+    Peer { package: "duperemove", programs: &["duperemove"] },
+    Peer { package: "borgbackup", programs: &["borg"] },
+    Peer { package: "restic", programs: &["restic"] },
+    Peer { package: "libnbd-bin", programs: &["nbdcopy"] },
+];
+
 /// Installs what tests need and is missing.
 pub(crate) fn peers() -> Outcome {
     ensure(&PEERS)
@@ -81,6 +100,16 @@ pub(crate) fn sparsify() -> Outcome {
 /// Installs what the benchmarks of NBD need and is missing.
 pub(crate) fn peers_of_wires() -> Outcome {
     ensure(&WIRES)
+}
+
+/// Installs what real file systems need and is missing.
+pub(crate) fn file_systems() -> Outcome {
+    ensure(&FILE_SYSTEMS)
+}
+
+/// Installs who else finds duplicates.
+pub(crate) fn deduplicators() -> Outcome {
+    ensure(&DEDUPLICATORS)
 }
 
 /// Installs what booting a guest needs and is missing.

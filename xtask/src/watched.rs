@@ -28,6 +28,8 @@ pub(crate) struct Cost {
     pub(crate) written_bytes: u64,
     /// By how much its folder exceeded what it held before.
     pub(crate) extra_bytes: u64,
+    /// The most memory of the program itself, resident.
+    pub(crate) memory_bytes: u64,
 }
 
 /// Runs a command that is to succeed; returns what it took and what it printed.
@@ -62,7 +64,7 @@ fn reader<R: Read + Send + 'static>(pipe: Option<R>) -> JoinHandle<String> {
 
 /// Looks at a running program until it has ended, and then at the kernel's counts.
 fn observe(id: u32, folder: &Path, before: u64, start: Instant) -> Outcome<Cost> {
-    let mut most = 0;
+    let (mut most, mut memory_bytes) = (0, 0);
     loop {
         let facts = proc_file(id, "stat")?;
         let wall = start.elapsed().as_secs_f64();
@@ -71,8 +73,9 @@ fn observe(id: u32, folder: &Path, before: u64, start: Instant) -> Outcome<Cost>
         if fields.is_over {
             let written_bytes = written(&proc_file(id, "io")?)?;
             let extra_bytes = most.saturating_sub(before);
-            return Ok(Cost { cpu: fields.cpu, wall, written_bytes, extra_bytes });
+            return Ok(Cost { cpu: fields.cpu, wall, written_bytes, extra_bytes, memory_bytes });
         }
+        memory_bytes = memory_bytes.max(peak_memory(&proc_file(id, "status")?));
         thread::sleep(PERIOD);
     }
 }
@@ -114,6 +117,13 @@ fn written(facts: &str) -> Outcome<u64> {
     }
 }
 
+/// Reads the peak from `/proc/PID/status`; a program that is ending has none any more.
+fn peak_memory(facts: &str) -> u64 {
+    let line = facts.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.unwrap_or_default() << 10
+}
+
 /// Returns the middle of figures.
 pub(crate) fn median(figures: impl IntoIterator<Item = f64>) -> f64 {
     let mut figures: Vec<f64> = figures.into_iter().collect();
@@ -129,6 +139,7 @@ pub(crate) fn summary(runs: &[Cost]) -> Cost {
         wall: median(runs.iter().map(|run| run.wall)),
         written_bytes: most(|run| run.written_bytes),
         extra_bytes: most(|run| run.extra_bytes),
+        memory_bytes: most(|run| run.memory_bytes),
     }
 }
 
@@ -164,6 +175,8 @@ mod tests {
         assert!(Fields::of("nothing").is_err());
         assert_eq!(written("rchar: 1\nwchar: 5\nwrite_bytes: 4096\n"), Ok(4096));
         assert!(written("rchar: 1").is_err());
+        assert_eq!(peak_memory("VmPeak:\t 9 kB\nVmHWM:\t    12 kB\n"), 12 << 10);
+        assert_eq!(peak_memory("Name:\tx"), 0);
     }
 
     #[test]
