@@ -1,6 +1,8 @@
 //! Requests in, replies out.
 //!
-//! * Requests of one receive are all started before anything is sent; their replies go out together.
+//! * Requests of one receive are started before anything is sent, and their replies go out together,
+//!   until [`ENOUGH_TO_SEND_BYTES`] wait: more memory would be touched for the first time, and be cold
+//!   when it is sent.
 //! * A request is taken only while the limits allow one more; the socket fills up meanwhile, and the
 //!   client waits, and nobody else.
 //! * A client that disconnects, or a server that stops, waits for what is in flight.
@@ -31,6 +33,8 @@ use crate::{Export, ServedDisk};
 
 /// A rest of a payload that is at least this long is received where it belongs.
 const DIRECT_FROM_BYTES: usize = 16 << 10;
+/// Replies of so many bytes go out before more requests are taken.
+const ENOUGH_TO_SEND_BYTES: u64 = 1 << 20;
 
 /// Serves until the client leaves or the server ends.
 pub(super) async fn until_the_end<D: ServedDisk>(
@@ -142,7 +146,8 @@ where
 
     /// Says whether one more request may be taken.
     fn has_room(&self) -> bool {
-        self.in_flight.len() < self.limits.requests
+        self.output.memory_bytes() < ENOUGH_TO_SEND_BYTES
+            && self.in_flight.len() < self.limits.requests
             && self.in_flight.weight() + self.output.memory_bytes() < self.limits.bytes
     }
 
