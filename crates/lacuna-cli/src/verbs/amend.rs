@@ -96,13 +96,25 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let chain = open::open(tool, &request)?;
     open::warn_of_guess(&request, &chain);
     let done = match &asked {
-        Asked::Help => list(tool, open::of_chain(chain.disk().format())).map(drop),
+        Asked::Help => list(tool, open::of_chain(chain.disk().format())).map(|_| None),
         Asked::Values(given) => amend(tool, given, &chain, meter),
     };
     let closed = block_on(chain.into_disk().close());
-    done?;
+    let size = done?;
     closed?;
-    Ok(0)
+    match size {
+        Some(new) => resize(&open::open(tool, &request)?, new).map(|()| 0),
+        None => Ok(0),
+    }
+}
+
+/// Changes the size of an image that was of a version before in which that was not possible.
+fn resize(chain: &FileChain, new: u64) -> CliResult<()> {
+    let old = chain.disk().size_bytes();
+    let done = Change { old, new, mode: Preallocation::Off }.make(chain);
+    let closed = block_on(chain.disk().clone().close());
+    done?;
+    Ok(closed?)
 }
 
 /// Prints what can be changed.
@@ -122,20 +134,29 @@ fn not_supported() -> CliError {
         .with_hint("only qcow2 images have something to amend")
 }
 
-fn amend(tool: &Tool, given: &Given, chain: &FileChain, mut meter: Meter) -> CliResult<()> {
+/// Returns the size that the image is to get after all that, where it cannot have it before: version 2
+/// with snapshots keeps its own.
+fn amend(
+    tool: &Tool,
+    given: &Given,
+    chain: &FileChain,
+    mut meter: Meter,
+) -> CliResult<Option<u64>> {
     let Some(image) = chain.disk().as_qcow2() else { return Err(not_supported()) };
     let values = values(given)?;
     let header = image.header();
     let options = wish(&values, &header)?;
     check(&options, &values, &header)?;
-    if let Some(new) = values.number("size").filter(|size| *size > 0) {
+    let size = values.number("size").filter(|size| *size > 0);
+    let waits = options.version == Some(Version::V3) && header.snapshots.count > 0;
+    if let Some(new) = size.filter(|_| !waits) {
         let old = image.size_bytes();
         Change { old, new, mode: Preallocation::Off }.make(chain)?;
     }
     let mut report = |done, total| meter.update("amend", done, total);
     let done = block_on(image.clone().amend(&options, &mut report));
     meter.finish(done.is_ok());
-    done.map_err(|error| words(tool, &header, error))
+    done.map(|()| size.filter(|_| waits)).map_err(|error| words(tool, &header, error))
 }
 
 /// Takes the options that can be changed; says of others why they cannot.
@@ -233,10 +254,15 @@ fn names_another_backing(values: &Values, header: &Header) -> bool {
 /// Says in QEMU's words what the engine found out on the way.
 fn words(tool: &Tool, header: &Header, error: Error) -> CliError {
     let own = CliError::from(error.clone());
+    let message = error.message();
+    let own = match message.starts_with("Version 2 cannot keep the bitmaps") {
+        true => own
+            .with_hint("`bitmap --remove` takes them off; qemu-img loses them and their clusters"),
+        false => own,
+    };
     if tool.is_own() {
         return own;
     }
-    let message = error.message();
     let text = match () {
         () if message.contains("does not fit into") => too_narrow(message),
         () if message.starts_with("Version 2 cannot say that snapshot") => {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use lacuna::block::{Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::format::{AutoclearFeatures, Header, Version};
-use lacuna::qcow2::{AmendOptions, Image};
+use lacuna::qcow2::{Access, AmendOptions, Image, OpenOptions, SnapshotChoice};
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::sim::{Pace, SimHost, SimStorage, crash};
 use testkit::{DropPoint, Executor, SparseBytes, content, seeds};
@@ -60,7 +60,7 @@ async fn examine(left: &Case, old: &SparseBytes, ask_qemu: bool) -> Result<(), S
     }
     let host = SimHost::without_record(Pace::AtOnce, 1);
     let mut files = left.on(&host);
-    files.options = lacuna::qcow2::OpenOptions::new(lacuna::qcow2::Access::ReadWrite);
+    files.options = OpenOptions::new(Access::ReadWrite);
     let image = files.open().await.map_err(|error| format!("Opening: {error}"))?;
     let seen = whole_content(&image).await.map_err(|error| format!("Reading: {error}"))?;
     image.close().await.map_err(|error| format!("Closing: {error}"))?;
@@ -217,4 +217,42 @@ fn claims_after(kind: &Kind, is_filled: bool) -> AutoclearFeatures {
     });
     let first = host.content(0).read_vec(0, kind.cluster_bytes() as usize);
     Header::decode(&first).unwrap().features.autoclear
+}
+
+/// Zero clusters with a place that only a snapshot has, or the snapshot and the disk.
+#[test]
+fn a_crash_in_a_downgrade_keeps_what_snapshots_read() {
+    let options = AmendOptions { version: Some(Version::V2), ..AmendOptions::default() };
+    for (bits, seed) in [(9, 1), (12, 2), (12, 3)] {
+        let kind = Kind::plain(bits);
+        let (case, old) = kind.build_with_snapshot(seed);
+        let host = SimHost::new(Pace::AtOnce, 1);
+        let files = case.on(&host);
+        host.start_record();
+        pollster::block_on(async {
+            files.open().await.unwrap().amend(&options, &mut |_, _| ()).await.unwrap();
+        });
+        assert_eq!(nature(&with_content(&case, &host)).0, Version::V2);
+        for point in crash::points(&host).into_iter().step_by(2) {
+            for state in point.states(seed, STATES) {
+                let left = case.with_content(state.files);
+                let result = pollster::block_on(async {
+                    examine(&left, &old, false).await?;
+                    let mut files = left.on(&SimHost::without_record(Pace::AtOnce, 1));
+                    files.options = OpenOptions::new(Access::ReadWrite);
+                    let image = files.open().await.map_err(|error| format!("Opening: {error}"))?;
+                    let choice = SnapshotChoice::Name("one".into());
+                    let snapshot = image.snapshot(&choice).await.map_err(|e| e.to_string())?;
+                    let seen = whole_content(&snapshot).await.map_err(|e| e.to_string())?;
+                    match seen.to_vec() == old.to_vec() {
+                        true => Ok(()),
+                        false => Err("The snapshot reads otherwise".to_owned()),
+                    }
+                });
+                if let Err(error) = result {
+                    panic!("{bits}, seed {seed}: {error}\n  {}", state.survivors.join("\n  "));
+                }
+            }
+        }
+    }
 }

@@ -2,7 +2,7 @@
 //!
 //! | step | what | a crash in it leaves |
 //! |---|---|---|
-//! | 1 | a downgrade: zero clusters become bytes, or nothing where nothing lies below | the image, reading the same; leaks at worst |
+//! | 1 | a downgrade: zero clusters, those of snapshots too, become bytes, or nothing where nothing lies below | the image, reading the same; leaks at worst |
 //! | 2 | the image is closed, for all clones | as closing does |
 //! | 3 | the header with all that fits into the version it has or is to have | the old header or the new one |
 //! | 4 | refcounts of another width, behind everything; one sector switches to them | the old or the new ones |
@@ -14,6 +14,7 @@
 
 mod prove;
 mod refcount_width;
+mod snapshot_zeros;
 mod zeros;
 
 use super::format::{
@@ -59,8 +60,7 @@ impl<S: Storage> Image<S> {
     ///
     /// # Errors
     /// `InvalidRequest` or `Unsupported` for what the image cannot become, before anything changes
-    /// but for a width that some refcount does not fit into, and zero clusters that only a snapshot
-    /// has; else what reading, writing and closing give. Whatever failed, the image is valid.
+    /// but for a width that some refcount does not fit into; else what reading, writing and closing give. Whatever failed, the image is valid.
     ///
     /// ```
     /// use lacuna::qcow2::{Access, AmendOptions, CreateOptions, Image, OpenOptions, Parts, create};
@@ -92,6 +92,7 @@ impl<S: Storage> Image<S> {
         if falls {
             self.check_downgrade(&old).await?;
             self.expand_zeros(progress).await?;
+            self.expand_zeros_of_snapshots(&old).await?;
         }
         self.clone().close().await?;
         let claims = match options.zero_claims {

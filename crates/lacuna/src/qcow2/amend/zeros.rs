@@ -3,12 +3,9 @@
 //! A cluster that reads as zeros becomes an unallocated one where nothing lies below and no place is
 //! reserved for it, else one that holds zeros.
 
-use std::collections::BTreeSet;
-
 use super::beyond_version_2;
 use crate::block::{Layer, ZeroFlags};
-use crate::qcow2::check::read::{read_bytes, read_words};
-use crate::qcow2::format::{Header, L1Entry, L2Entry, Snapshot};
+use crate::qcow2::format::{Header, Snapshot};
 use crate::qcow2::image::Image;
 use crate::qcow2::mapping::Mapping;
 use crate::qcow2::plan_zero::Intent;
@@ -33,19 +30,10 @@ impl<S: Storage> Image<S> {
             return Err(Error::unsupported("Version 2 cannot keep the bitmaps that the image has"));
         }
         let (all, _) = snapshots::read_table(self.storage(), header).await?;
-        let mut tables = BTreeSet::new();
-        for snapshot in &all {
-            self.check_snapshot(snapshot, header, &mut tables).await?;
-        }
-        Ok(())
+        all.iter().try_for_each(|snapshot| self.check_snapshot(snapshot, header))
     }
 
-    async fn check_snapshot(
-        &self,
-        snapshot: &Snapshot,
-        header: &Header,
-        seen: &mut BTreeSet<HostOffset>,
-    ) -> Result<()> {
+    fn check_snapshot(&self, snapshot: &Snapshot, header: &Header) -> Result<()> {
         snapshot.check_l1(&header.geometry)?;
         let size = snapshot.disk_size_bytes.unwrap_or(header.size_bytes);
         let is_other = size != self.size_bytes() && !snapshot.is_pin();
@@ -56,27 +44,7 @@ impl<S: Storage> Image<S> {
                 snapshot.name
             )));
         }
-        let entries = u64::from(snapshot.l1.entries);
-        for entry in read_words(self.storage(), snapshot.l1.offset, entries).await? {
-            let Some(table) = L1Entry(entry).table() else { continue };
-            if seen.insert(table) && self.has_zero_flag(table).await? {
-                return Err(Error::unsupported(format!(
-                    "Snapshot {} has clusters that say they are zeros, as version 2 cannot; the \
-                     tables of snapshots are not changed",
-                    snapshot.name
-                )));
-            }
-        }
         Ok(())
-    }
-
-    async fn has_zero_flag(&self, table: HostOffset) -> Result<bool> {
-        let geometry = self.geometry();
-        let bytes = read_bytes(self.storage(), table, geometry.cluster_bytes() as usize).await?;
-        let width = geometry.entry_width();
-        let entries = bytes.chunks_exact(width.bytes() as usize);
-        let mut entries = entries.map(|bytes| L2Entry::at_start(bytes, width));
-        Ok(entries.any(|entry| !entry.is_compressed() && entry.has_zero_flag()))
     }
 
     /// Replaces all zero flags of the active map.
