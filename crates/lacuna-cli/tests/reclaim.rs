@@ -100,6 +100,41 @@ fn with_dedup_equal_clusters_are_stored_once() {
     ours.prepare("stock-img check -q a");
 }
 
+/// A disk whose clusters were written in an order of their own, with a snapshot and an overlay of it.
+const SHUFFLED: &str = "
+    stock-img create -q -f qcow2 -o cluster_size=4k a 8M
+    for i in 0 700 3 650 1 4 200 8 2 900 6 5 300 7 1000 9; do
+        stock-io -f qcow2 -c \"write -P $((i % 250 + 1)) $((i * 8))k 8k\" a >&2
+    done
+    stock-img snapshot -c one a
+    stock-io -f qcow2 -d unmap -c 'write -P 9 1M 64k' -c 'write -P 8 20k 12k' -c 'discard 1600k 32k' a >&2
+    cp a before";
+
+#[test]
+fn data_is_put_in_the_order_of_the_disk_on_request() {
+    let ours = Sandbox::ours();
+    ours.prepare(SHUFFLED);
+    let estimate = json(&ours, "lacuna reclaim --dry-run --defragment --report=json a");
+    assert_eq!(ours.bytes("a"), ours.bytes("before"), "a dry run changes nothing");
+    let report = json(&ours, "lacuna reclaim --defragment --report=json a");
+    assert_same(&ours);
+    let (extents, told) = (&report["extents"], &estimate["extents"]);
+    assert_eq!(extents, told);
+    let count = |when: &str| extents[when].as_u64().unwrap();
+    assert!(count("after") * 2 < count("before"), "{extents}");
+    // By the stock tool's map: offsets in the file rise with those of the disk.
+    let map = ours.run("stock-img map --output=json -f qcow2 a");
+    let map: Value = serde_json::from_str(&map.text).unwrap();
+    let of = |it: &Value| it["offset"].as_u64();
+    let offsets: Vec<u64> = map.as_array().unwrap().iter().filter_map(of).collect();
+    assert!(offsets.is_sorted() && offsets.len() > 4, "{offsets:?}");
+    ours.prepare("for i in a before; do stock-img convert -l one -O raw $i $i.raw; done; cmp a.raw before.raw");
+    let again = json(&ours, "lacuna reclaim --defragment --report=json a");
+    assert_eq!(step(&again, "compact")["written-bytes"], 0);
+    let people = ours.run("lacuna reclaim --defragment a").text;
+    assert!(people.contains("Extents of data in the file: "), "{people}");
+}
+
 #[test]
 fn people_are_told_by_step_and_by_size() {
     let ours = Sandbox::ours();

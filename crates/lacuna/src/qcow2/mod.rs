@@ -67,8 +67,8 @@ pub(crate) use host_status::HostStatuses;
 pub use amend::AmendOptions;
 pub use bitmaps::{BitmapRepairs, NewBitmap, repair_bitmaps};
 pub use compact::{
-    CompactClusters, CompactEstimate, CompactOptions, CompactPace, CompactPhase, CompactProgress,
-    CompactReport, CompactStep, KeptMapping, compact_estimate,
+    CompactClusters, CompactEstimate, CompactExtents, CompactOptions, CompactOrder, CompactPace,
+    CompactPhase, CompactProgress, CompactReport, CompactStep, KeptMapping, compact_estimate,
 };
 pub use create::{BackingName, CreateOptions, DataFileName, PreallocationLayout, create};
 pub use dirty::{BitmapFacts, DirtyBitmap, DirtyExtent, DirtyRanges};

@@ -12,8 +12,8 @@ use lacuna::job::{DedupOptions, dedup};
 use lacuna::qcow2::check::{CheckOptions, Repair, check};
 use lacuna::qcow2::format::{Header, RefcountTableEntry, RefcountWidth};
 use lacuna::qcow2::{
-    Access, CompactOptions, CompactPace, CompactReport, CompactStep, Image, KeptMapping,
-    OpenOptions, PinFacts, SnapshotChoice, compact_estimate,
+    Access, CompactOptions, CompactOrder, CompactPace, CompactReport, CompactStep, Image,
+    KeptMapping, OpenOptions, PinFacts, SnapshotChoice, compact_estimate,
 };
 use lacuna::storage::Storage;
 use lacuna::units::{GuestOffset, GuestRange};
@@ -24,6 +24,7 @@ use testkit::{Random, SparseBytes, seeds};
 use crate::case::{Backing, Case, Kind, Store};
 use crate::crash::kinds;
 use crate::drive::{assert_safe, own_check, whole_content};
+use crate::guest_order::assert_in_order;
 
 /// States per crash point where not all can be looked at.
 const STATES: usize = 5;
@@ -186,7 +187,7 @@ pub(crate) async fn view(case: &Case) -> lacuna::Result<View> {
 }
 
 /// Batches of a few clusters, and memory for a few pointers: as many rounds as there can be.
-fn options(kind: &Kind) -> CompactOptions {
+pub(crate) fn options(kind: &Kind) -> CompactOptions {
     CompactOptions {
         batch_bytes: Some(9 * kind.cluster_bytes()),
         memory_bytes: 6000,
@@ -195,7 +196,10 @@ fn options(kind: &Kind) -> CompactOptions {
     }
 }
 
-async fn compact(case: &Case, options: &CompactOptions) -> lacuna::Result<(Case, CompactReport)> {
+pub(crate) async fn compact(
+    case: &Case,
+    options: &CompactOptions,
+) -> lacuna::Result<(Case, CompactReport)> {
     let host = SimHost::without_record(Pace::AtOnce, 1);
     let image = case.on(&host).open().await?;
     let report = image.compact(options, &mut |_| ()).await?;
@@ -297,19 +301,28 @@ pub(crate) fn with_all(kind: &Kind) -> With {
 }
 
 /// Kinds that can have pins, and what of all they have.
-fn pinned_kinds(cluster_bits: u32) -> impl Iterator<Item = (Kind, With)> {
+pub(crate) fn pinned_kinds(cluster_bits: u32) -> impl Iterator<Item = (Kind, With)> {
     let can = |kind: &Kind| kind.refcount_order > 2;
     let with = |kind: Kind| (kind, With { pins: true, ..with_all(&kind) });
     all_kinds(cluster_bits).into_iter().filter(can).map(with)
 }
 
 fn compact_and_look(kind: &Kind, with: With, seed: u64) {
-    let story = format!("LACUNA_SEED={seed} {kind:?} {with:?}");
+    for order in [CompactOrder::Any, CompactOrder::Guest] {
+        compact_in_order(kind, with, order, seed);
+    }
+}
+
+fn compact_in_order(kind: &Kind, with: With, order: CompactOrder, seed: u64) {
+    let story = format!("LACUNA_SEED={seed} {kind:?} {with:?} {order:?}");
     let case = build(kind, with, seed);
     let before = pollster::block_on(view(&case)).unwrap();
-    let options = options(kind);
+    let options = CompactOptions { order, ..options(kind) };
     let run = pollster::block_on(compact(&case, &options));
     let (after, report) = run.unwrap_or_else(|error| panic!("{story}: {error}"));
+    if order == CompactOrder::Guest {
+        assert_in_order(&after, &report, &story);
+    }
     assert!(report.after_bytes < report.before_bytes, "{story}: {report:?}");
     assert_eq!(report.after_bytes, after.image.len(), "{story}");
     assert_short(&after, 0, &story);
@@ -442,15 +455,15 @@ fn what_cannot_be_compacted_is_refused_with_the_reason() {
 }
 
 /// Looks at every state that a crash may leave.
-fn crash_everywhere(kind: &Kind, with: With, seed: u64) -> usize {
+fn crash_everywhere(kind: &Kind, with: With, order: CompactOrder, seed: u64) -> usize {
+    let options = CompactOptions { order, ..options(kind) };
     let case = build(kind, with, seed);
     let before = pollster::block_on(view(&case)).unwrap();
     let host = SimHost::new(Pace::AtOnce, 1);
     let files = case.on(&host);
     host.start_record();
-    let report = pollster::block_on(async {
-        files.open().await?.compact(&options(kind), &mut |_| ()).await
-    });
+    let report =
+        pollster::block_on(async { files.open().await?.compact(&options, &mut |_| ()).await });
     let goal = report.unwrap().after_bytes;
     let mut count = 0;
     let mut random = Random::new(seed);
@@ -469,7 +482,7 @@ fn crash_everywhere(kind: &Kind, with: With, seed: u64) -> usize {
             let run = async {
                 examine(&left, &before).await?;
                 match count % SAMPLE {
-                    1 => go_on(&left, &before, goal, with).await,
+                    1 => go_on(&left, &before, goal, (with, order)).await,
                     _ => Ok(()),
                 }
             };
@@ -477,7 +490,7 @@ fn crash_everywhere(kind: &Kind, with: With, seed: u64) -> usize {
             if let Err(error) = examined {
                 let story = state.survivors.join("\n  ");
                 panic!(
-                    "LACUNA_SEED={seed} {kind:?} {with:?} event {}: {error}\n  {story}",
+                    "LACUNA_SEED={seed} {kind:?} {with:?} {order:?} event {}: {error}\n  {story}",
                     point.event
                 );
             }
@@ -493,10 +506,15 @@ pub(crate) async fn examine(left: &Case, before: &View) -> Result<(), String> {
 }
 
 /// Repairs what a crash left, compacts it and comes to the same end.
-async fn go_on(left: &Case, before: &View, goal: u64, with: With) -> Result<(), String> {
+async fn go_on(
+    left: &Case,
+    before: &View,
+    goal: u64,
+    (with, order): (With, CompactOrder),
+) -> Result<(), String> {
     assert_safe(left, true).await?;
     let repaired = repaired(left).await;
-    let options = options(&left.kind);
+    let options = CompactOptions { order, ..options(&left.kind) };
     let (again, _) =
         compact(&repaired, &options).await.map_err(|error| format!("Again: {error}"))?;
     // Streams that were packed half-way may come to lie otherwise.
@@ -518,32 +536,32 @@ pub(crate) async fn repaired(left: &Case) -> Case {
     left.with_content(vec![host.content(0)])
 }
 
-fn crash_kinds(kinds: impl IntoIterator<Item = (Kind, With)>) {
+pub(crate) fn crash_kinds(kinds: impl IntoIterator<Item = (Kind, With)>, order: CompactOrder) {
     for (kind, with) in kinds {
         for seed in seeds(1) {
-            let count = crash_everywhere(&kind, with, seed);
+            let count = crash_everywhere(&kind, with, order, seed);
             println!("{kind:?}: {count} states");
             assert!(count > 5, "{kind:?}: only {count} states");
         }
     }
 }
 
-fn unpinned_kinds(cluster_bits: u32) -> impl Iterator<Item = (Kind, With)> {
+pub(crate) fn unpinned_kinds(cluster_bits: u32) -> impl Iterator<Item = (Kind, With)> {
     all_kinds(cluster_bits).into_iter().map(|kind| (kind, with_all(&kind)))
 }
 
 #[test]
 fn a_crash_leaves_leaks_at_worst_with_small_clusters() {
-    crash_kinds(unpinned_kinds(9));
+    crash_kinds(unpinned_kinds(9), CompactOrder::Any);
 }
 
 #[test]
 fn a_crash_leaves_leaks_at_worst_with_larger_clusters() {
-    crash_kinds(unpinned_kinds(14));
+    crash_kinds(unpinned_kinds(14), CompactOrder::Any);
 }
 
 #[test]
 fn a_crash_leaves_leaks_at_worst_where_clusters_are_pinned() {
     let wider = pinned_kinds(14).filter(|(kind, _)| kind.extended);
-    crash_kinds(pinned_kinds(9).chain(wider));
+    crash_kinds(pinned_kinds(9).chain(wider), CompactOrder::Any);
 }

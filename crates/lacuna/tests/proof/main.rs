@@ -17,6 +17,7 @@ mod dedup_writes;
 mod detection;
 mod drive;
 mod faults;
+mod guest_order;
 mod kept_mapping;
 mod live_compacting;
 mod live_extents;

@@ -10,7 +10,7 @@ mod report;
 mod steps;
 
 use lacuna::ErrorKind;
-use lacuna::qcow2::{Access, KeptMapping};
+use lacuna::qcow2::{Access, CompactOrder, KeptMapping};
 
 use self::report::Report;
 use self::steps::Work;
@@ -38,6 +38,7 @@ pub(super) const VERB: Verb = Verb {
         Flag::switch('n', "dry-run", "tell what would be saved, and change nothing"),
         Flag::valued('\0', "report", "human|json", "form of the report").long_only(),
         Flag::switch('\0', "dedup", "have equal clusters share a place, too").long_only(),
+        Flag::switch('\0', "defragment", "put data in the order of the disk, too").long_only(),
         Flag::switch('\0', "move-kept", "also where the image is to keep places").long_only(),
         pace::BANDWIDTH,
         Flag::valued('\0', "memory", "SIZE", "most memory for one step (256M)").long_only(),
@@ -52,6 +53,7 @@ pub(super) const VERB: Verb = Verb {
             shows: "beside other work, for a program",
             line: "--bandwidth=50M --report=json disk.qcow2",
         },
+        Example { shows: "make sequential reads sequential", line: "--defragment disk.qcow2" },
     ],
     codes: &[
         ExitCode { code: 0, means: "done" },
@@ -78,6 +80,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         memory_bytes: dedup::memory_bytes(parsed)?,
         dedups: parsed.has("dedup"),
         kept_mapping: keep_or_move(parsed.has("move-kept")),
+        order: order(parsed.has("defragment")),
         is_dry,
     };
     let mut report = Report::begin(&request, is_dry);
@@ -102,6 +105,10 @@ fn on_image(tool: &Tool, request: &Request, work: &mut Work, report: &mut Report
     steps::opened(chain, work, report)?;
     let chain = open::open(tool, request)?;
     steps::compacting(&chain, work, report)
+}
+
+const fn order(is_asked: bool) -> CompactOrder {
+    if is_asked { CompactOrder::Guest } else { CompactOrder::Any }
 }
 
 const fn keep_or_move(moves: bool) -> KeptMapping {

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::MetadataExt as _;
 
+use lacuna::qcow2::CompactExtents;
 use serde_json::{Value, json};
 
 use super::guest::Guest;
@@ -88,6 +89,8 @@ pub(super) struct Report {
     after: Size,
     pub(super) steps: Vec<Step>,
     pub(super) guests: Vec<Guest>,
+    /// In how many runs the data lies, where it was to be put in order.
+    pub(super) extents: Option<CompactExtents>,
 }
 
 impl Report {
@@ -95,7 +98,8 @@ impl Report {
     pub(super) fn begin(request: &Request, is_dry: bool) -> Self {
         let before = Size::of(request);
         let name = request.image.shown.clone();
-        Self { name, is_dry, before, after: before, steps: Vec::new(), guests: Vec::new() }
+        let (steps, guests) = (Vec::new(), Vec::new());
+        Self { name, is_dry, before, after: before, steps, guests, extents: None }
     }
 
     /// Looks at what the file has become. A dry run estimates the length from what the steps would
@@ -143,6 +147,7 @@ impl Report {
             "read-bytes": self.sum(|step| step.read_bytes),
             "written-bytes": self.sum(|step| step.written_bytes),
             "seconds": self.steps.iter().map(|step| step.seconds).sum::<f64>(),
+            "extents": self.extents.map(|it| json!({ "before": it.before, "after": it.after })),
             "guest": self.guests.iter().map(Guest::json).collect::<Vec<_>>(),
         })
     }
@@ -167,6 +172,10 @@ impl Report {
         };
         let (name, before, now) = (tame(&self.name), sizes(self.before), sizes(self.after));
         text += &format!("{name} was {before}, {after} {now}\n");
+        if let Some(extents) = self.extents {
+            let (before, now) = (extents.before, extents.after);
+            text += &format!("Extents of data in the file: {before}, {after} {now}\n");
+        }
         if self.sum(|step| step.shared_clusters) > 0 {
             text += HAZARD;
         }

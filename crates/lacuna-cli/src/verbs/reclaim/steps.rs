@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use lacuna::job::{SweepProgress, sweep, sweep_estimate};
-use lacuna::qcow2::{CompactOptions, CompactPhase, CompactProgress, KeptMapping, compact_estimate};
+use lacuna::qcow2::{
+    CompactOptions, CompactOrder, CompactPhase, CompactProgress, KeptMapping, compact_estimate,
+};
 use pollster::block_on;
 
 use super::guest;
@@ -25,6 +27,7 @@ pub(super) struct Work {
     pub(super) memory_bytes: u64,
     pub(super) dedups: bool,
     pub(super) kept_mapping: KeptMapping,
+    pub(super) order: CompactOrder,
     pub(super) is_dry: bool,
 }
 
@@ -109,17 +112,18 @@ fn counting_equals(chain: &FileChain, work: &mut Work) -> CliResult<Step> {
 /// The file gets shorter. The image is for nobody else meanwhile, and closed afterwards.
 pub(super) fn compacting(chain: &FileChain, work: &mut Work, report: &mut Report) -> CliResult<()> {
     let Some(image) = chain.disk().as_qcow2() else { return Ok(()) };
-    report.steps.push(match work.is_dry {
+    let step = match work.is_dry {
         true => estimated(image, work, report)?,
-        false => compacted(image, work)?,
-    });
+        false => compacted(image, work, report)?,
+    };
+    report.steps.push(step);
     match work.interrupted.is_so() {
         true => Err(interrupted_in_place()),
         false => Ok(()),
     }
 }
 
-fn compacted(image: &Image, work: &mut Work) -> CliResult<Step> {
+fn compacted(image: &Image, work: &mut Work, report: &mut Report) -> CliResult<Step> {
     let start = Instant::now();
     work.pace.restart();
     let options = options(work);
@@ -134,6 +138,7 @@ fn compacted(image: &Image, work: &mut Work) -> CliResult<Step> {
         before = progress.done;
     };
     let done = block_on(image.clone().compact(&options, &mut progress))?;
+    report.extents = done.extents;
     Ok(Step {
         shortened_bytes: done.before_bytes.saturating_sub(done.after_bytes),
         read_bytes: done.moved_bytes,
@@ -145,8 +150,9 @@ fn compacted(image: &Image, work: &mut Work) -> CliResult<Step> {
 
 /// Tells what compacting would do after the other steps. What they free leaves more to be moved, and
 /// nobody knows yet how much more: the figure is the most.
-fn estimated(image: &Image, work: &Work, report: &Report) -> CliResult<Step> {
+fn estimated(image: &Image, work: &Work, report: &mut Report) -> CliResult<Step> {
     let found = block_on(compact_estimate(image.storage(), &options(work)))?;
+    report.extents = found.extents;
     let freed = report.freed_use_bytes();
     let goal_bytes = found.goal_bytes.saturating_sub(freed);
     let moved_bytes = found.moved_bytes.saturating_add(freed).min(goal_bytes);
@@ -163,6 +169,7 @@ fn options(work: &Work) -> CompactOptions {
     CompactOptions {
         memory_bytes: work.memory_bytes,
         kept_mapping: work.kept_mapping,
+        order: work.order,
         stop: Some(work.interrupted.flag()),
         ..CompactOptions::default()
     }

@@ -70,6 +70,13 @@ impl References {
         Self { len, low, high: HashMap::default() }
     }
 
+    /// Makes room to count clusters `0..len`, if there is less.
+    pub(crate) fn grow(&mut self, len: u64) {
+        self.len = self.len.max(len);
+        let pages = usize::try_from(self.len.div_ceil(PAGE as u64)).unwrap_or(usize::MAX);
+        self.low.resize_with(pages, || None);
+    }
+
     /// Returns how many clusters can be counted.
     pub(crate) const fn len(&self) -> u64 {
         self.len

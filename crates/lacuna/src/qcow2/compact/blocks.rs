@@ -21,11 +21,11 @@ use crate::units::{HostCluster, HostOffset};
 const LOOKED_AT: usize = 1 << 16;
 
 impl<S: Storage> Compaction<'_, S> {
-    /// Adds the blocks that are missing below the goal: each at the start of what it counts, where
+    /// Adds the blocks that are missing below `end`: each at the start of what it counts, where
     /// everything is free.
-    pub(super) async fn add_blocks(&mut self) -> Result<()> {
+    pub(super) async fn add_blocks(&mut self, end: u64) -> Result<()> {
         let per_block = self.geometry.refcount_block_entries();
-        for index in 0..self.plan.goal.div_ceil(per_block) {
+        for index in 0..end.div_ceil(per_block) {
             if self.counts.table.block(index) != Block::Absent {
                 continue;
             }

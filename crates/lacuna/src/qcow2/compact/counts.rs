@@ -33,6 +33,16 @@ impl Counts {
         self.references.count(cluster)
     }
 
+    /// Says whether there is a refcount block for a cluster.
+    pub(super) fn has_block(&self, cluster: u64) -> bool {
+        matches!(self.table.block(cluster / self.geometry.refcount_block_entries()), Block::At(_))
+    }
+
+    /// Makes room to count `clusters`.
+    pub(super) fn grow(&mut self, clusters: u64) {
+        self.references.grow(clusters);
+    }
+
     /// Returns the clusters that are in use, in order.
     pub(super) fn used(&self) -> impl Iterator<Item = u64> + '_ {
         self.references.iter_from(0).map(|(cluster, _)| cluster)

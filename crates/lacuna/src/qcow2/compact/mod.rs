@@ -4,7 +4,7 @@
 //! The story: a check surveys the image; `plan` says, purely, how long the file needs to be and where
 //! there is room; `rounds` goes through the kinds of clusters, data first and refcounts last, as
 //! `collect` finds them with all their pointers; `moves` carries them in an order that a crash cannot
-//! hurt; `blocks` ends it. See `docs/design/compaction.md`.
+//! hurt; `blocks` ends it. On request `guest_order` puts data in order before. See `docs/design/compaction.md`.
 //!
 //! * Always: the image is closed to everybody else.
 //! * Always: the refcount of what moves goes with it, so that no copied flag changes.
@@ -14,13 +14,16 @@ mod bits;
 mod blocks;
 mod collect;
 mod counts;
+mod guest_order;
 mod moves;
 mod options;
 mod plan;
 mod refuse;
 mod rounds;
+mod shuffle;
 mod streams;
 mod structures;
+mod walk;
 
 use self::counts::Counts;
 use self::plan::Plan;
@@ -35,8 +38,8 @@ use crate::storage::Storage;
 use crate::{Error, Result};
 
 pub use options::{
-    CompactClusters, CompactEstimate, CompactOptions, CompactPace, CompactPhase, CompactProgress,
-    CompactReport, CompactStep, KeptMapping,
+    CompactClusters, CompactEstimate, CompactExtents, CompactOptions, CompactOrder, CompactPace,
+    CompactPhase, CompactProgress, CompactReport, CompactStep, KeptMapping,
 };
 
 /// Bytes that move at a time, at least.
@@ -59,6 +62,10 @@ struct Compaction<'a, S> {
     batch_bytes: u64,
     /// Bytes that were found to lie beyond the goal.
     total_bytes: u64,
+    /// Where tables of one cluster are to gather.
+    front: bits::Bits,
+    /// Whether data stays in the tail until it is put in order.
+    leaves_data: bool,
     /// Whether this pass has moved something.
     moved_any: bool,
     report: CompactReport,
@@ -119,6 +126,9 @@ impl<S: Storage> Image<S> {
         }
         let mut compaction = Compaction::new(storage, survey, options, progress).await?;
         compaction.run().await?;
+        if options.order == CompactOrder::Guest && !compaction.report.is_stopped {
+            compaction.run_in_order().await?;
+        }
         compaction.finish().await?;
         Ok(compaction.report)
     }
@@ -150,12 +160,17 @@ pub async fn compact_estimate<S: Storage>(
     let mut nobody = |_| ();
     let survey = survey(storage, options, Leaks::Ignored, &mut nobody).await?;
     let compaction = Compaction::new(storage, survey, options, &mut nobody).await?;
-    Ok(CompactEstimate {
+    let mut estimate = CompactEstimate {
         before_bytes: compaction.report.before_bytes,
         goal_bytes: (compaction.plan.goal << compaction.geometry.cluster_bits())
             .min(compaction.report.before_bytes),
         moved_bytes: compaction.total_bytes,
-    })
+        extents: None,
+    };
+    if options.order == CompactOrder::Guest {
+        compaction.estimate_order(&mut estimate).await?;
+    }
+    Ok(estimate)
 }
 
 /// Checks the image; only a sound one goes on.
@@ -200,6 +215,8 @@ impl<'a, S: Storage> Compaction<'a, S> {
             plan: Plan { goal: 0, holes: bits::Bits::default(), windows: Vec::new() },
             batch_bytes: options.batch_bytes.unwrap_or(least),
             total_bytes: 0,
+            front: bits::Bits::default(),
+            leaves_data: options.order == CompactOrder::Guest,
             moved_any: false,
             report: CompactReport {
                 before_bytes: file_bytes,
@@ -210,6 +227,16 @@ impl<'a, S: Storage> Compaction<'a, S> {
         compaction.plan = compaction.make_plan();
         compaction.total_bytes = compaction.beyond_goal() << geometry.cluster_bits();
         Ok(compaction)
+    }
+
+    /// Puts data in order, and moves what that left in the tail.
+    async fn run_in_order(&mut self) -> Result<()> {
+        self.put_in_order().await?;
+        self.leaves_data = false;
+        if !self.report.is_stopped {
+            self.run().await?;
+        }
+        self.count_extents_after().await
     }
 
     /// Returns how many clusters in use lie beyond the goal, or where a table is to come.

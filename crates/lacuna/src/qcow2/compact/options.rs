@@ -62,6 +62,23 @@ pub enum KeptMapping {
     Move,
 }
 
+/// Where data goes.
+///
+/// ```
+/// assert_eq!(lacuna::qcow2::CompactOrder::default(), lacuna::qcow2::CompactOrder::Any);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum CompactOrder {
+    /// Whatever lies in the tail of the file goes into holes; all else stays.
+    #[default]
+    Any,
+    /// Data lies as the guest has it, behind the tables, so that reading the disk in order reads the
+    /// file in order. A cluster that several guest clusters share has the place of the first; what
+    /// only snapshots and bitmaps have comes behind; compressed streams lie as for `Any`. An image that
+    /// has no more extents than it must is left alone.
+    Guest,
+}
+
 /// How an image is compacted.
 ///
 /// ```
@@ -74,6 +91,8 @@ pub struct CompactOptions {
     /// to it. With less, the tables are walked more often. The counts of the whole file (2 to 4
     /// bytes for each of its clusters) are not part of it.
     pub memory_bytes: u64,
+    /// Where data goes.
+    pub order: CompactOrder,
     /// Whether images are compacted that are to keep the places of clusters.
     pub kept_mapping: KeptMapping,
     /// Bytes that are copied before they become durable and their old places are given back: what
@@ -89,6 +108,7 @@ impl Default for CompactOptions {
     fn default() -> Self {
         Self {
             memory_bytes: MEMORY_BYTES,
+            order: CompactOrder::default(),
             kept_mapping: KeptMapping::default(),
             batch_bytes: None,
             pace: None,
@@ -164,6 +184,21 @@ pub struct CompactClusters {
     pub refcounts: u64,
 }
 
+/// In how many runs of neighbouring clusters the data of the active disk lies: in one, guest clusters
+/// and host clusters both follow each other. Compressed clusters are not counted.
+///
+/// ```
+/// assert_eq!(lacuna::qcow2::CompactExtents::default().before, 0);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CompactExtents {
+    /// Runs before.
+    pub before: u64,
+    /// Runs afterwards. An estimate counts at least one for each guest cluster that shows what an
+    /// earlier one shows: it may be fewer.
+    pub after: u64,
+}
+
 /// What a compaction did.
 ///
 /// ```
@@ -183,6 +218,8 @@ pub struct CompactReport {
     pub peak_extra_bytes: u64,
     /// What moved.
     pub moved: CompactClusters,
+    /// Runs of data, where it was to be put in order.
+    pub extents: Option<CompactExtents>,
     /// Whether somebody asked to stop before the end.
     pub is_stopped: bool,
 }
@@ -199,6 +236,9 @@ pub struct CompactEstimate {
     /// Length that the clusters in use need. Tables of several clusters and compressed streams may
     /// come to need a little more, or less.
     pub goal_bytes: u64,
-    /// Bytes that lie beyond the goal, to be moved.
+    /// Bytes to be moved: those beyond the goal, or, where data is to be in order, those that lie
+    /// elsewhere than they should. Some of these move twice, to make way.
     pub moved_bytes: u64,
+    /// Runs of data, where it is to be put in order.
+    pub extents: Option<CompactExtents>,
 }

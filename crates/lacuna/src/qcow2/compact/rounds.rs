@@ -16,12 +16,16 @@ use crate::units::{HostCluster, HostOffset, HostRange};
 /// Passes over the image. Almost always one is enough; what had no room in it may have some in the next.
 const PASSES: usize = 10;
 /// Memory for a cluster that moves, and for a pointer to it.
-const MOVE_BYTES: u64 = (size_of::<Move>() + 40) as u64;
-const POINTER_BYTES: u64 = size_of::<Pointer>() as u64;
+pub(super) const MOVE_BYTES: u64 = (size_of::<Move>() + 40) as u64;
+pub(super) const POINTER_BYTES: u64 = size_of::<Pointer>() as u64;
 
 /// What is moved out of.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Area {
+pub(super) enum Area {
+    /// Where tables are to gather.
+    Front,
+    /// Everything but that.
+    Strays,
     /// What lies beyond the goal.
     Tail,
     /// Where a table is to come.
@@ -48,7 +52,7 @@ impl<S: Storage> Compaction<'_, S> {
         if self.end() <= self.plan.goal {
             return Ok(());
         }
-        self.add_blocks().await?;
+        self.add_blocks(self.plan.goal).await?;
         self.send_away().await?;
         if !self.plan.windows.is_empty() {
             self.empty(Area::Windows).await?;
@@ -99,6 +103,8 @@ impl<S: Storage> Compaction<'_, S> {
 
     fn is_in(&self, area: Area, cluster: u64) -> bool {
         match area {
+            Area::Front => self.front.contains(cluster),
+            Area::Strays => !self.front.contains(cluster),
             Area::Tail => cluster >= self.plan.goal,
             Area::Windows => self.plan.in_window(cluster),
         }
@@ -107,7 +113,7 @@ impl<S: Storage> Compaction<'_, S> {
     // ---- data ------------------------------------------------------------------------------
 
     /// Moves data and compressed streams, as much at a time as memory allows.
-    async fn move_data(&mut self, area: Area) -> Result<()> {
+    pub(super) async fn move_data(&mut self, area: Area) -> Result<()> {
         let metadata = self.metadata();
         let mut from = 0;
         while !self.report.is_stopped && self.plan.holes.next(0).is_some() {
@@ -121,7 +127,9 @@ impl<S: Storage> Compaction<'_, S> {
             let mut holes = std::mem::take(&mut self.plan.holes);
             Packer::new(self.geometry, &holes).pack(&mut load.moves, &mut holes);
             self.plan.holes = holes;
-            self.assign(&mut load.moves);
+            if area != Area::Tail || !self.leaves_data {
+                self.assign(&mut load.moves);
+            }
             self.count(&load, |moved| &mut moved.data);
             self.carry(load).await?;
         }
@@ -147,7 +155,7 @@ impl<S: Storage> Compaction<'_, S> {
     }
 
     /// Returns the clusters that hold no data.
-    fn metadata(&self) -> Bits {
+    pub(super) fn metadata(&self) -> Bits {
         let mut metadata = Bits::new(self.clusters);
         metadata.insert(0);
         self.structures.l2.keys().for_each(|cluster| metadata.insert(*cluster));
@@ -158,7 +166,7 @@ impl<S: Storage> Compaction<'_, S> {
     }
 
     /// Every pointer to a cluster must have been found before it moves.
-    fn check_weights(&self, load: &Load) -> Result<()> {
+    pub(super) fn check_weights(&self, load: &Load) -> Result<()> {
         let is_wrong = |it: &&Move| {
             let cluster = self.geometry.host_cluster(it.from.start).0;
             it.mask != !0 && self.counts.count(cluster) != it.weight
@@ -180,7 +188,7 @@ impl<S: Storage> Compaction<'_, S> {
         }
     }
 
-    fn count(&mut self, load: &Load, kind: fn(&mut CompactClusters) -> &mut u64) {
+    pub(super) fn count(&mut self, load: &Load, kind: fn(&mut CompactClusters) -> &mut u64) {
         let moved = |it: &&Move| it.to.is_some();
         let streams = load.moves.iter().filter(moved).filter(|it| it.mask == !0).count() as u64;
         let clusters: u64 = load
@@ -196,7 +204,7 @@ impl<S: Storage> Compaction<'_, S> {
 
     // ---- tables ----------------------------------------------------------------------------
 
-    async fn move_l2(&mut self, area: Area) -> Result<()> {
+    pub(super) async fn move_l2(&mut self, area: Area) -> Result<()> {
         if self.report.is_stopped {
             return Ok(());
         }
@@ -216,7 +224,7 @@ impl<S: Storage> Compaction<'_, S> {
         self.carry(load).await
     }
 
-    async fn move_tables(&mut self, area: Area, kind: Kind) -> Result<()> {
+    pub(super) async fn move_tables(&mut self, area: Area, kind: Kind) -> Result<()> {
         if self.report.is_stopped {
             return Ok(());
         }
@@ -265,11 +273,11 @@ impl<S: Storage> Compaction<'_, S> {
     // ---- refcount blocks -------------------------------------------------------------------
 
     /// Says whether a block counts nothing that stays.
-    fn is_doomed(&self, index: u64) -> bool {
+    pub(super) fn is_doomed(&self, index: u64) -> bool {
         index >= self.plan.goal.div_ceil(self.geometry.refcount_block_entries())
     }
 
-    async fn move_blocks(&mut self, area: Area) -> Result<()> {
+    pub(super) async fn move_blocks(&mut self, area: Area) -> Result<()> {
         if self.report.is_stopped {
             return Ok(());
         }
@@ -336,7 +344,7 @@ fn add(load: &mut Load, from: HostRange, to: Option<HostOffset>, pointers: &[Hos
     load.pointers.extend(pointers.iter().map(|at| Pointer { rank, at: *at }));
 }
 
-fn place(it: &mut Move, to: HostOffset) {
+pub(super) fn place(it: &mut Move, to: HostOffset) {
     it.to = Some(HostRange::new(to, it.from.len));
     it.new = to.0;
 }

@@ -12,7 +12,7 @@ use crate::units::{HostOffset, HostRange};
 use crate::{Error, Result};
 
 /// Where the header names the active L1 table, the refcount table and the snapshot table (B.1).
-const L1_AT: HostOffset = HostOffset(40);
+pub(super) const L1_AT: HostOffset = HostOffset(40);
 const REFCOUNTS_AT: HostOffset = HostOffset(48);
 const SNAPSHOTS_AT: HostOffset = HostOffset(64);
 
