@@ -11,6 +11,7 @@ mod case;
 mod claims;
 mod commit;
 mod compacting;
+mod compaction_bounds;
 mod crash;
 mod crash_random;
 mod dedup_writes;
