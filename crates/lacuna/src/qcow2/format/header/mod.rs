@@ -23,6 +23,7 @@
 mod limits;
 mod location;
 mod placed;
+mod private;
 
 use std::borrow::Cow;
 
@@ -33,12 +34,10 @@ pub(crate) use self::limits::check_table;
 pub use self::location::{L1Location, RefcountTableLocation, SnapshotTableLocation};
 pub(crate) use self::placed::Placed;
 use super::extension::{self, Extensions, Surroundings};
-use super::features::{
-    AutoclearFeatures, CompatibleFeatures, FeatureName, Features, IncompatibleFeatures,
-};
+use super::features::{AutoclearFeatures, CompatibleFeatures, Features, IncompatibleFeatures};
 use super::geometry::{EntryWidth, Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Version};
 use super::name::StoredName;
-use crate::units::{HostOffset, HostRange};
+use crate::units::HostOffset;
 use crate::{Error, Result};
 
 /// The first four bytes of every image: `QFI\xfb`.
@@ -57,8 +56,6 @@ const V2_BYTES: usize = 72;
 const V3_LEAST_BYTES: usize = 104;
 /// Header length that QEMU writes.
 const V3_BYTES: usize = 112;
-/// Where the header says how long it is (version 3).
-const LENGTH_AT: std::ops::Range<usize> = 100..104;
 
 /// How guest data is compressed.
 ///
@@ -365,20 +362,6 @@ impl Header {
             && self.features.autoclear.contains(AutoclearFeatures::RAW_EXTERNAL_DATA)
     }
 
-    /// Says whether discards and zeroing are to keep the places of clusters, as the image remembers
-    /// (version 3).
-    #[must_use]
-    pub fn keeps_mapping(&self) -> bool {
-        self.geometry.version() == Version::V3 && self.extensions.keep_mapping()
-    }
-
-    /// Has the image remember to keep places, and say that so far everybody did.
-    pub(crate) fn remember_to_keep_mapping(&mut self) {
-        self.extensions.set_keep_mapping();
-        self.extensions.feature_names.push(FeatureName::mapping_kept());
-        self.features.autoclear |= AutoclearFeatures::MAPPING_KEPT;
-    }
-
     /// Returns where the bitmap directory lies, unless there is none or it is stale because
     /// somebody wrote who knew no bitmaps.
     #[must_use]
@@ -386,42 +369,6 @@ impl Header {
         self.extensions
             .bitmaps
             .filter(|_| self.features.autoclear.contains(AutoclearFeatures::BITMAPS))
-    }
-
-    /// Says whether bitmaps that were left in use can be recovered by what the header says: the bit
-    /// is set, and the image calls it by no other name.
-    pub(crate) fn keeps_bitmap_intents(&self) -> bool {
-        let bit = AutoclearFeatures::BITMAP_INTENTS;
-        self.features.autoclear.contains(bit) && self.may_keep_bitmap_intents()
-    }
-
-    /// Says whether the bit can be set.
-    pub(crate) fn may_keep_bitmap_intents(&self) -> bool {
-        let ours = FeatureName::bitmap_intents();
-        let is_other = |name: &FeatureName| {
-            (name.word, name.bit) == (ours.word, ours.bit) && name.name != ours.name
-        };
-        self.geometry.version() == Version::V3
-            && !self.extensions.feature_names.iter().any(is_other)
-    }
-
-    /// Has the header keep intents of bitmaps.
-    pub(crate) fn put_bitmap_intents(&mut self, data: Vec<u8>) {
-        let name = FeatureName::bitmap_intents();
-        if !self.extensions.feature_names.contains(&name) {
-            self.extensions.feature_names.push(name);
-        }
-        self.extensions.set_bitmap_intents(data);
-        self.features.autoclear |= AutoclearFeatures::BITMAP_INTENTS;
-    }
-
-    /// Returns where the intents of bitmaps lie in the first cluster of an image.
-    pub(crate) fn place_of_bitmap_intents(first_cluster: &[u8]) -> Option<HostRange> {
-        let length = first_cluster.get(LENGTH_AT)?;
-        let start = u32::from_be_bytes(length.try_into().ok()?) as usize;
-        let found = extension::place_of(first_cluster.get(start..)?, extension::BITMAP_INTENTS)?;
-        let offset = HostOffset(start.checked_add(found.start)? as u64);
-        Some(HostRange::new(offset, found.len() as u64))
     }
 
     fn raw(&self) -> RawHeader {
