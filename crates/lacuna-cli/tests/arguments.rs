@@ -69,7 +69,12 @@ fn messages_and_exit_codes_of_our_own_name() {
             1,
             "Invalid parameter 'snapshot.foo'\nhint: -l takes",
         ),
-        ("lacuna snapshot -c one image", 1, "snapshot --create is not supported yet"),
+        (
+            "lacuna snapshot -a nope image",
+            1,
+            "Could not apply snapshot 'nope': The image has no snapshot with identifier or name 'nope'\n\
+             hint: `lacuna snapshot -l FILE`",
+        ),
         ("lacuna info --object secret,id=x image", 1, "--object is not supported for 'secret'"),
         ("lacuna map -f qcow2 raw", 1, "Could not open 'raw'"),
         ("lacuna io a b", 1, "Expecting one image file name"),

@@ -105,3 +105,105 @@ fn a_snapshot_is_copied_with_the_size_that_its_disk_had() {
     let bytes = ours.bytes("small");
     assert_eq!((bytes.len(), bytes[0], bytes[1 << 20]), (4 << 20, 1, 0));
 }
+
+/// What a disk and its snapshots hold, and whether stock finds anything wrong.
+const LOOK: &str = "stock-img check -q image && md5sum image.raw snapshots.txt";
+
+#[test]
+fn making_applying_and_deleting_leaves_what_stock_leaves() {
+    let (stock, ours) = both();
+    let steps = "qemu-img snapshot -c three image
+         qemu-img snapshot -d two image
+         qemu-img snapshot -d 2 image
+         qemu-img snapshot -d nope image
+         qemu-img snapshot -a one image
+         qemu-img snapshot -q -a 4 image
+         qemu-img snapshot -a nope image
+         qemu-img snapshot -c '' image
+         qemu-img snapshot -a '' image
+         qemu-img snapshot -d '' image
+         qemu-img snapshot -c one image
+         qemu-img snapshot -d one image
+         qemu-img snapshot -a 1 image
+         qemu-img snapshot -f raw -c x raw
+         qemu-img snapshot -f raw -a x raw
+         qemu-img snapshot -f raw -d x raw
+         qemu-img snapshot -c x missing
+         qemu-img snapshot -U -c x image
+         qemu-img snapshot -c x -a y image";
+    for step in steps.lines() {
+        common::both_in(&stock, &ours, step);
+        for sandbox in [&stock, &ours] {
+            // All but when they were made.
+            sandbox.prepare(
+                "stock-img convert -O raw image image.raw
+                 stock-img snapshot -l image | sed 's/20..-..-.. ..:..:..//' > snapshots.txt",
+            );
+        }
+        common::both_in(&stock, &ours, LOOK);
+    }
+}
+
+#[test]
+fn what_cannot_be_kept_is_refused_as_by_stock_and_nothing_changes() {
+    let (stock, ours) = (Sandbox::stock(), Sandbox::ours());
+    let made = "stock-img create -q -f qcow2 -o refcount_bits=1 narrow 4M
+         stock-io -c 'write 0 1M' narrow >&2
+         stock-img create -q -f qcow2 -o data_file=d external 4M
+         stock-img create -q -f qcow2 marked 4M; stock-img snapshot -c s marked
+         stock-img bitmap --add marked b";
+    for sandbox in [&stock, &ours] {
+        sandbox.prepare(made);
+    }
+    common::both_in(
+        &stock,
+        &ours,
+        "qemu-img snapshot -c s narrow
+         qemu-img snapshot -c s external
+         qemu-img snapshot -a s external
+         qemu-img snapshot -d s external
+         qemu-img snapshot -a s marked",
+    );
+    assert_eq!(
+        ours.run("stock-img check narrow | head -1").text,
+        "No errors were found on the image.\n"
+    );
+    let refused = ours.run("lacuna snapshot -c s narrow").text;
+    assert!(refused.contains("refcount_bits=16"), "{refused}");
+}
+
+#[test]
+fn a_bitmap_is_told_of_what_applying_changes() {
+    let ours = Sandbox::ours();
+    ours.prepare(
+        "stock-img create -q -f qcow2 image 4M; stock-io -c 'write -P 1 0 128k' image >&2
+         stock-img snapshot -c one image; stock-io -c 'write -P 2 64k 64k' -c 'write 1M 64k' image >&2
+         stock-img bitmap --add image b; lacuna snapshot -a one image; stock-img check -q image",
+    );
+    let map = ours.run(
+        "stock-nbd -t -r -f qcow2 -B b -k $PWD/s image & sleep 0.5
+         nbdinfo --map=qemu:dirty-bitmap:b 'nbd+unix:///?socket='$PWD/s | awk '{print $1, $2, $3}'; kill $!",
+    );
+    assert_eq!(
+        map.text,
+        "0 65536 0\n65536 65536 1\n131072 917504 0\n1048576 65536 1\n1114112 3080192 0\n"
+    );
+}
+
+#[test]
+fn the_snapshot_that_holds_shared_clusters_is_no_snapshot_of_the_disk() {
+    let ours = Sandbox::ours();
+    ours.prepare(
+        "stock-img create -q -f qcow2 image 4M; stock-io -c 'write -P 1 0 1M' image >&2
+         lacuna dedup image >&2; lacuna snapshot -c one image; stock-io -c 'write -P 2 64k 64k' image >&2
+         lacuna snapshot -c two image; lacuna snapshot -a one image; lacuna snapshot -d two image
+         stock-img check -q image",
+    );
+    for action in ["-a", "-d"] {
+        let refused = ours.run(&format!("lacuna snapshot {action} lacuna-pin image"));
+        assert!(refused.text.contains("dedup --unpin"), "{}", refused.text);
+    }
+    let list = ours.run("lacuna snapshot -l image | awk '{print $1}'").text;
+    assert_eq!(list, "Snapshot\nID\nlacuna-pin\n1\n");
+    assert_eq!(ours.run("stock-io -c 'read -P 1 0 1M' image | grep -c failed").text, "0\n");
+}

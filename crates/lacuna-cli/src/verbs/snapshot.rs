@@ -1,8 +1,10 @@
 //! `snapshot`: the internal snapshots of an image; and how other verbs are told of one.
 
-use lacuna::ErrorKind;
-use lacuna::qcow2::SnapshotChoice;
-use lacuna::qcow2::format::Snapshot;
+use std::time::SystemTime;
+
+use lacuna::qcow2::format::{Snapshot, StoredName};
+use lacuna::qcow2::{Access, SnapshotChoice};
+use lacuna::{Error, ErrorKind};
 use pollster::block_on;
 use serde_json::Value;
 
@@ -16,12 +18,14 @@ use crate::persona::{Persona, Tool};
 
 /// What the verb can be asked to do.
 const ACTIONS: [&str; 4] = ["list", "apply", "create", "delete"];
+/// QEMU cuts longer names off.
+const NAME_BYTES: usize = 255;
 
 /// The verb.
 pub(super) const VERB: Verb = Verb {
     name: "snapshot",
-    task: Task::Look,
-    summary: "List the internal snapshots of an image",
+    task: Task::Change,
+    summary: "List, make, apply or delete internal snapshots",
     operands: "FILENAME",
     flags: &[
         common::QUIET,
@@ -29,9 +33,14 @@ pub(super) const VERB: Verb = Verb {
         common::IMAGE_OPTS,
         common::FORCE_SHARE,
         Flag::switch('l', "list", "list them (what is done without an option)"),
-        Flag::valued('a', "apply", "SNAPSHOT", "not supported yet"),
-        Flag::valued('c', "create", "SNAPSHOT", "not supported yet"),
-        Flag::valued('d', "delete", "SNAPSHOT", "not supported yet"),
+        Flag::valued(
+            'a',
+            "apply",
+            "SNAPSHOT",
+            "make the disk what it was then; what it is now is lost",
+        ),
+        Flag::valued('c', "create", "SNAPSHOT", "keep the disk as it is now, under this name"),
+        Flag::valued('d', "delete", "SNAPSHOT", "delete one, and give back what only it uses"),
         common::OUTPUT.own(),
         common::OBJECT,
         common::PROBE_BACKING,
@@ -42,6 +51,9 @@ pub(super) const VERB: Verb = Verb {
             shows: "the same for programs, with the size of each disk",
             line: "--output=json snapshots.qcow2",
         },
+        Example { shows: "keep a disk as it is now", line: "-c before-upgrade disk.qcow2" },
+        Example { shows: "go back to a snapshot", line: "-a monday snapshots.qcow2" },
+        Example { shows: "delete it", line: "-d monday snapshots.qcow2" },
     ],
     codes: &[],
     run,
@@ -53,8 +65,9 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         return Err(CliError::usage("Cannot mix '-l', '-a', '-c', '-d'"));
     }
     let file = one_image(parsed)?;
-    if let Some(action) = ACTIONS[1..].iter().find(|action| parsed.has(action)) {
-        return Err(CliError::new(format!("snapshot --{action} is not supported yet")));
+    let asked = ACTIONS[1..].iter().find_map(|it| Some((*it, parsed.last(it)?)));
+    if let Some((action, name)) = asked {
+        return change(tool, parsed, file, action, name);
     }
     let chain = open::open(tool, &Request::reading(file, parsed, "format")?)?;
     let snapshots = match chain.disk().as_qcow2() {
@@ -66,6 +79,77 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
         Form::Json => output::pretty(&snapshots.iter().map(json).collect()) + "\n",
     };
     output::print(&text).map(|()| 0)
+}
+
+/// Makes, applies or deletes one.
+fn change(tool: &Tool, parsed: &Parsed, file: &str, action: &str, name: &str) -> CliResult<u8> {
+    let request =
+        Request { access: Access::ReadWrite, ..Request::reading(file, parsed, "format")? };
+    let chain = open::open(tool, &request)?;
+    open::warn_of_guess(&request, &chain);
+    let done = changed(tool, &chain, action, name);
+    // The image is closed in any case; the first error is the one to tell.
+    let closed = block_on(chain.into_disk().close());
+    done.map_err(|error| error.under(format!("Could not {action} snapshot '{name}'")))?;
+    closed?;
+    Ok(0)
+}
+
+fn changed(tool: &Tool, chain: &FileChain, action: &str, name: &str) -> CliResult<()> {
+    let Some(image) = chain.disk().as_qcow2() else {
+        return Err(without_snapshots(action));
+    };
+    let word = StoredName::from(name);
+    let done = match action {
+        "apply" if has_bitmaps(image)? && !tool.is_own() => {
+            return Err(CliError::new("Device has active dirty bitmaps"));
+        }
+        "apply" => block_on(image.apply_snapshot(&SnapshotChoice::IdOrName(word))),
+        "create" => {
+            let cut = word.len().min(if tool.is_own() { usize::MAX } else { NAME_BYTES });
+            let word = StoredName::new(&word.as_bytes()[..cut]);
+            block_on(image.create_snapshot(&word, SystemTime::now()))
+        }
+        _ if tool.is_own() => block_on(image.delete_snapshot(&SnapshotChoice::IdOrName(word))),
+        _ => block_on(image.delete_snapshot(&SnapshotChoice::Name(word))),
+    };
+    done.map(drop).map_err(|error| failure(action, &error))
+}
+
+fn has_bitmaps(image: &lacuna::qcow2::Image<crate::nodes::AnyStorage>) -> CliResult<bool> {
+    Ok(!block_on(image.bitmaps())?.is_empty())
+}
+
+/// What a format without snapshots is asked for.
+fn without_snapshots(action: &str) -> CliError {
+    let stock = match action {
+        "apply" => "Block driver does not support snapshots",
+        "create" => "Operation not supported",
+        _ => "snapshot not found",
+    };
+    CliError::new(stock)
+        .in_our_words("Only images of the format qcow2 have internal snapshots")
+        .with_class(ErrorKind::Unsupported)
+}
+
+/// Says in QEMU's words and in ours what was wrong.
+fn failure(action: &str, error: &Error) -> CliError {
+    let stock = match (action, error.kind()) {
+        ("delete", ErrorKind::NotFound | ErrorKind::Unsupported) => "snapshot not found",
+        ("apply", ErrorKind::NotFound) => "Failed to load snapshot: No such file or directory",
+        ("apply", ErrorKind::Unsupported) => "Failed to load snapshot: Operation not supported",
+        (_, ErrorKind::InvalidRequest) => "Invalid argument",
+        (_, ErrorKind::NoSpace) => "File too large",
+        (_, ErrorKind::Unsupported) => "Operation not supported",
+        _ => return CliError::from(error.clone()),
+    };
+    let said = CliError::new(stock).in_our_words(error.to_string()).with_class(error.kind());
+    match error.kind() {
+        ErrorKind::NotFound => {
+            said.with_hint("`lacuna snapshot -l FILE` lists the snapshots of an image")
+        }
+        _ => said,
+    }
 }
 
 fn human(tool: &Tool, snapshots: &[Snapshot]) -> String {

@@ -52,7 +52,7 @@ impl<S: Storage> Image<S> {
         self.write_back_in_turn(refcounting).await
     }
 
-    async fn write_back_in_turn(&self, refcounting: Refcounting) -> Result<()> {
+    pub(super) async fn write_back_in_turn(&self, refcounting: Refcounting) -> Result<()> {
         self.wait_for_metadata_writes().await;
         if let Some(error) = &self.0.meta.lock().failed {
             return Err(error.clone().context("The image was closed to changes"));

@@ -25,6 +25,7 @@ mod extents;
 mod flush;
 pub mod format;
 mod header_change;
+mod history;
 mod host_status;
 mod image;
 mod in_flight;

@@ -6,6 +6,7 @@ use super::format::{
     AutoclearFeatures, CompatibleFeatures, Encryption, Header, IncompatibleFeatures, L1Entry,
     Version,
 };
+use super::history::Readers;
 use super::image::Image;
 use super::in_flight::InFlight;
 use super::mapping::{DataPlace, Decoder};
@@ -249,6 +250,7 @@ async fn load_meta<S: Storage>(
         pins: Pins::default(),
         moves_snapshots: false,
         snapshot_maps: Vec::new(),
+        readers: Readers::default(),
     })
 }
 
@@ -261,7 +263,7 @@ async fn words<S: Storage>(storage: &S, range: HostRange) -> Result<Vec<u64>> {
 }
 
 /// Finds where the metadata lies that no write may hit.
-async fn structures<S: Storage>(
+pub(super) async fn structures<S: Storage>(
     storage: &S,
     header: &Header,
     l1: &[L1Entry],

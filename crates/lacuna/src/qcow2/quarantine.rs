@@ -69,6 +69,11 @@ impl Quarantine {
         self.waiting.len() >= MAX_WAITING
     }
 
+    /// Says whether no reference is about to go.
+    pub(super) fn is_empty(&self) -> bool {
+        self.pending.is_empty()
+    }
+
     /// Returns how many clusters a write-back would make reusable.
     pub(super) const fn leaving(&self) -> u64 {
         self.leaving

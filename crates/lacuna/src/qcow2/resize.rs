@@ -364,7 +364,7 @@ impl Meta {
     }
 
     /// Lets nothing be allocated until the file was cut.
-    fn pause(&mut self) -> Planned<()> {
+    pub(super) fn pause(&mut self) -> Planned<()> {
         if self.paused {
             return Err(Need::Turn(self.in_flight.wait()).into());
         }

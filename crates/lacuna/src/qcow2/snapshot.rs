@@ -112,6 +112,8 @@ pub struct SnapshotLayer<S: Storage> {
 struct Described {
     snapshot: Snapshot,
     map: Arc<SnapshotMap>,
+    /// Keeps the snapshot from being deleted.
+    _reader: Arc<()>,
 }
 
 impl<S: Storage> Clone for SnapshotLayer<S> {
@@ -145,6 +147,8 @@ impl<S: Storage> Image<S> {
     /// # Ok::<_, lacuna::Error>(())
     /// ```
     pub async fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        // Storage does not go by another table meanwhile.
+        let _turn = self.0.turn.lock().await;
         let header = self.header();
         Ok(snapshots::read_table(&self.0.storage, &header).await?.0)
     }
@@ -162,7 +166,8 @@ impl<S: Storage> Image<S> {
                 "Data lies in an external file, which keeps nothing for snapshots",
             ));
         }
-        // Tables get no other place between a look at them and the note that somebody has them.
+        // Tables get no other place, and no snapshot goes, between a look at them and the note that
+        // somebody has them.
         let _tables_stay = self.keep_pins().await?;
         let table = self.snapshots().await?;
         let found = choice.find(&table).ok_or_else(|| {
@@ -178,8 +183,12 @@ impl<S: Storage> Image<S> {
             error.context(format!("Snapshot '{}' (identifier '{}')", found.name, found.id))
         })?;
         let map = Arc::new(map);
-        self.0.meta.lock().note_snapshot_map(&map);
-        let of = Arc::new(Described { snapshot: found.clone(), map });
+        let _reader = {
+            let mut meta = self.0.meta.lock();
+            meta.note_snapshot_map(&map);
+            meta.readers.note(&found.id)
+        };
+        let of = Arc::new(Described { snapshot: found.clone(), map, _reader });
         Ok(SnapshotLayer { image: self.clone(), of })
     }
 

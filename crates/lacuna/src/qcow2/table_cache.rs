@@ -197,6 +197,22 @@ impl TableCache {
         }
     }
 
+    /// Says whether something is not in storage.
+    pub(super) fn is_dirty(&self) -> bool {
+        !self.dirty.is_empty() || !self.fresh.is_empty()
+    }
+
+    /// Drops everything: the tables are others now. What is being loaded is not believed.
+    pub(super) fn forget_all(&mut self) {
+        self.slots.clear();
+        self.by_offset.clear();
+        self.hand = 0;
+        self.dirty.clear();
+        self.fresh.clear();
+        self.fresh_written.clear();
+        self.generation += 1;
+    }
+
     /// Says whether so much is dirty that it should be written before more is changed.
     pub(super) fn is_crowded(&self) -> bool {
         self.dirty.len() > self.capacity / 2 || self.fresh.len() > self.capacity / 2

@@ -122,10 +122,15 @@ impl Meta {
     pub(super) fn forget_zero_cluster(&mut self, freed: HostCluster) {
         let zeros = self.decoder.zero_cluster;
         if zeros.is_some_and(|zeros| self.geometry().host_cluster(zeros) == freed) {
-            self.decoder.zero_cluster = None;
-            self.shared_zero.trust = Trust::Nothing;
-            self.shared_zero.pin = None;
+            self.doubt_zero_cluster();
         }
+    }
+
+    /// The map is another one: the cluster is looked for anew.
+    pub(super) fn doubt_zero_cluster(&mut self) {
+        self.decoder.zero_cluster = None;
+        self.shared_zero.trust = Trust::Nothing;
+        self.shared_zero.pin = None;
     }
 
     /// Returns the L1 index of the table with the pins.
@@ -294,6 +299,15 @@ impl<S: Storage> Image<S> {
                 SharedZeroCluster::Off => false,
                 SharedZeroCluster::On => true,
             };
+    }
+
+    /// As when the image was opened, after its map became another one.
+    pub(super) async fn recall_zero_cluster_again(&self) {
+        let choice = match self.shares_zeros() {
+            true => SharedZeroCluster::On,
+            false => SharedZeroCluster::Off,
+        };
+        self.recall_zero_cluster(choice).await;
     }
 
     fn may_share(&self, meta: &Meta) -> bool {

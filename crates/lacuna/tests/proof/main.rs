@@ -19,6 +19,7 @@ mod detection;
 mod drive;
 mod faults;
 mod guest_order;
+mod history;
 mod kept_mapping;
 mod live_compacting;
 mod live_extents;

@@ -86,7 +86,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Takes note of the directory that storage has. The caller has the turn.
-    pub(super) async fn reload_bitmaps(&self) -> Result<()> {
+    pub(in crate::qcow2) async fn reload_bitmaps(&self) -> Result<()> {
         self.wait_for_metadata_writes().await;
         let header = super::super::read_header(&self.0.storage).await?;
         let loaded = Bitmaps::load(&self.0.storage, &header).await?;

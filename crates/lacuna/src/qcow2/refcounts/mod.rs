@@ -15,7 +15,7 @@ pub(in crate::qcow2) use blocks::BlockLook;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::format::{Geometry, RefcountWidth};
+use super::format::{Geometry, RefcountTableLocation, RefcountWidth};
 use super::need::{Need, Planned, Stop};
 use super::overlap::Structure;
 
@@ -201,6 +201,31 @@ impl Refcounts {
     /// The file was cut: what lies beyond `end` is unused.
     pub(in crate::qcow2) fn cut_at(&mut self, end: HostOffset) {
         self.end = self.geometry.clusters_for(end.0);
+    }
+
+    /// Returns where the blocks lie, 0 where there is none.
+    pub(in crate::qcow2) fn block_offsets(&self) -> Vec<u64> {
+        self.table.iter().map(|entry| entry & BLOCK_OFFSET_MASK).collect()
+    }
+
+    /// Goes by another table, which storage has with all its blocks, of a file of `file_bytes`.
+    pub(in crate::qcow2) fn go_by(
+        &mut self,
+        table: Vec<u64>,
+        location: RefcountTableLocation,
+        file_bytes: u64,
+    ) {
+        self.table = table;
+        (self.table_offset, self.table_clusters) = (location.offset, location.clusters.into());
+        self.blocks.forget_all();
+        self.table_dirty.clear();
+        self.table_moved = false;
+        self.replaced.clear();
+        self.leaving.clear();
+        self.end = self.end.max(self.geometry.clusters_for(file_bytes));
+        // All that was learnt of what is free is of the old table.
+        self.compressed_cursor = None;
+        self.lower_cursors(HostCluster(0));
     }
 
     const fn entries(&self) -> u64 {
