@@ -13,7 +13,6 @@ use crate::qcow2::check::read::{read_vec, read_words};
 use crate::qcow2::format::{Header, L1Entry, L2Entry};
 use crate::qcow2::image::Image;
 use crate::qcow2::overlap::Structure;
-use crate::qcow2::quarantine::FreedBy;
 use crate::qcow2::snapshots;
 use crate::qcow2::write_back::Refcounting;
 use crate::storage::{Storage, ZeroMode};
@@ -71,9 +70,8 @@ impl<S: Storage> Image<S> {
             self.put_table(table, &bytes).await?;
         }
         for cluster in freed.into_iter().map(|host| geometry.host_cluster(host)) {
-            for _ in 0..references {
-                self.plan(|meta| meta.free(cluster, FreedBy::Other)).await?;
-            }
+            // The table that gave it up is durable.
+            self.plan(|meta| meta.refcounts.decrease(cluster, references)).await?;
         }
         Ok(())
     }
