@@ -363,7 +363,7 @@ mod tests {
         tally.note(Some(6), 9, None);
         tally.note(None, 3, Some(8));
         let extents = CompactExtents { before: 3, after: 3 };
-        let jumps = CompactExtents { before: 3, after: 1 };
+        let jumps = CompactExtents { before: 2, after: 1 };
         assert_eq!(tally.disorder, Disorder { displaced: 5, extents, jumps, back: 1 });
     }
 }

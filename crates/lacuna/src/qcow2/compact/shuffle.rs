@@ -142,11 +142,14 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_a_hole_moves_once() {
+    fn what_follows_a_hole_moves_once_but_for_who_steps_aside() {
         let pieces: Vec<Piece> = (10..20).map(|at| piece(at + 1, at)).collect();
         for most in [1, 3, 100] {
             let (at, count) = run(&pieces, &[10, 30], 21, most);
-            assert!(at.iter().copied().eq(10..20) && count == 10, "{most}: {at:?} {count}");
+            // A batch that has room lets others step aside as well: batches are slow, moves are not.
+            let all = if most > 1 { 10..=20 } else { 10..=10 };
+            let is_done = at.iter().copied().eq(10..20);
+            assert!(is_done && all.contains(&count), "{most}: {at:?} {count}");
         }
     }
 
