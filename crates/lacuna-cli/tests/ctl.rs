@@ -16,14 +16,6 @@ const IMAGES: &str = "
     stock-img create -q -f qcow2 other.qcow2 16M
     stock-io -f qcow2 -c 'write -P 5 0 1M' other.qcow2 >&2";
 
-/// Starts a server in the background that stays; `ctl` talks to it.
-const SERVE: &str = "
-    ctl() { lacuna ctl --control ctl.sock \"$@\"; }
-    lacuna serve -t -k nbd.sock --control ctl.sock -f qcow2 a=disk.qcow2 > where & server=$!
-    while ! [ -s where ]; do sleep 0.01; done
-    a=nbd+unix:///a?socket=$PWD/nbd.sock; b=nbd+unix:///b?socket=$PWD/nbd.sock
-    ";
-
 fn prepared() -> Sandbox {
     let sandbox = Sandbox::ours();
     sandbox.prepare(IMAGES);
@@ -33,9 +25,7 @@ fn prepared() -> Sandbox {
 /// Runs lines beside a server, and ends it by `stop` if it is there still.
 fn served(lines: &str) -> (Sandbox, Outcome) {
     let sandbox = prepared();
-    let got = sandbox.run(&format!(
-        "{SERVE}{lines}\n[ -e ctl.sock ] && ctl stop; wait $server; echo server ended with $?"
-    ));
+    let got = common::served(&sandbox, "a=disk.qcow2", lines);
     (sandbox, got)
 }
 

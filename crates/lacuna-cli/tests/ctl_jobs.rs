@@ -16,12 +16,7 @@ const IMAGES: &str = "
     stock-img convert -f raw -O qcow2 alike.raw alike.qcow2
     stock-img convert -f qcow2 -O raw disk.qcow2 before.raw";
 
-const SERVE: &str = "
-    ctl() { lacuna ctl --control ctl.sock \"$@\"; }
-    lacuna serve -t -k nbd.sock --control ctl.sock -f qcow2 a=disk.qcow2 b=alike.qcow2 > where & server=$!
-    while ! [ -s where ]; do sleep 0.01; done
-    a=nbd+unix:///a?socket=$PWD/nbd.sock; b=nbd+unix:///b?socket=$PWD/nbd.sock
-    ";
+const EXPORTS: &str = "a=disk.qcow2 b=alike.qcow2";
 
 fn prepared() -> Sandbox {
     let sandbox = Sandbox::ours();
@@ -31,9 +26,7 @@ fn prepared() -> Sandbox {
 
 fn served(lines: &str) -> (Sandbox, Outcome) {
     let sandbox = prepared();
-    let got = sandbox.run(&format!(
-        "{SERVE}{lines}\n[ -e ctl.sock ] && ctl stop; wait $server; echo server ended with $?"
-    ));
+    let got = common::served(&sandbox, EXPORTS, lines);
     (sandbox, got)
 }
 
@@ -96,11 +89,12 @@ fn jobs_at_work_do_no_harm_to_what_fio_verifies() {
 /// A kill leaves leaks at worst, and every byte that was flushed; also where clusters are shared.
 #[test]
 fn a_server_killed_at_work_leaves_a_sound_image() {
+    let serving = common::serving(EXPORTS);
     for (first, after) in [("", "0.02"), ("dedup", "0.1"), ("dedup", "0.3"), ("", "0.3")] {
         let sandbox = prepared();
         let first = if first.is_empty() { String::new() } else { format!("ctl {first} a --now") };
         let got = sandbox.run(&format!(
-            "{SERVE}
+            "{serving}
              stock-io -f raw -c 'write -P 9 50M 4M' -c flush \"$a\" >&2
              {first}
              ctl compact a --now --background --bandwidth 20M || exit 1
@@ -154,9 +148,9 @@ fn the_end_of_an_export_or_of_the_server_is_the_end_of_its_job() {
     assert!(got.text.contains("server ended with 0\n"), "{}", got.text);
     clean(&sandbox, "disk.qcow2");
     clean(&sandbox, "alike.qcow2");
-    let sandbox = prepared();
+    let (sandbox, serving) = (prepared(), common::serving(EXPORTS));
     let got = sandbox.run(&format!(
-        "{SERVE}ctl compact a --now --bandwidth 1k & client=$!
+        "{serving}ctl compact a --now --bandwidth 1k & client=$!
          for ((i = 0; i < 2000; i++)); do ctl jobs | grep -q running && break; sleep 0.01; done
          kill $server; wait $server; echo server ended with $?; wait $client; echo client $?"
     ));

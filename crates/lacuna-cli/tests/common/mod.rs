@@ -124,6 +124,25 @@ fn normal(text: &str) -> String {
     lines.join("\n")
 }
 
+/// Starts a server that stays in the background: its exports are at `$a` and `$b`, `ctl` talks to it.
+pub(crate) fn serving(exports: &str) -> String {
+    format!(
+        "ctl() {{ lacuna ctl --control ctl.sock \"$@\"; }}
+         lacuna serve -t -k nbd.sock --control ctl.sock -f qcow2 {exports} > where & server=$!
+         while ! [ -s where ]; do sleep 0.01; done
+         a=nbd+unix:///a?socket=$PWD/nbd.sock; b=nbd+unix:///b?socket=$PWD/nbd.sock
+         "
+    )
+}
+
+/// Runs lines beside such a server, and ends it by `stop` if it is there still.
+pub(crate) fn served(sandbox: &Sandbox, exports: &str, lines: &str) -> Outcome {
+    let serving = serving(exports);
+    sandbox.run(&format!(
+        "{serving}{lines}\n[ -e ctl.sock ] && ctl stop; wait $server; echo server ended with $?"
+    ))
+}
+
 fn normal_line(line: &str) -> String {
     for (start, end) in [(" ops; ", ""), ("disk size: ", ""), ("\"actual-size\": ", ",")] {
         if let Some((before, after)) = line.split_once(start) {

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 
 use super::bitmaps::directory;
 use super::dirty_scan::{Answer, Part, Stretch, part, stretch};
-use super::format::{BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry, StoredName};
+use super::format::{BitmapEntry, BitmapFlags, BitmapTableEntry, StoredName};
 use super::image::Image;
 use crate::storage::Storage;
 use crate::units::{GuestRange, HostOffset};
@@ -227,25 +227,17 @@ impl<S: Storage> Image<S> {
     /// that got lost would read as clear.
     pub(super) async fn checked_table(&self, entry: &BitmapEntry) -> Result<Vec<BitmapTableEntry>> {
         let file_bytes = self.0.storage.len().await?;
-        let fits = |offset: HostOffset, len: u64| {
-            offset.0.checked_add(len).is_some_and(|end| end <= file_bytes)
-        };
-        if !fits(entry.table_offset, u64::from(entry.table_entries) * 8) {
+        let table_bytes = u64::from(entry.table_entries) * 8;
+        let end = entry.table_offset.0.checked_add(table_bytes);
+        if end.is_none_or(|end| end > file_bytes) {
             return Err(Error::corrupt(format!(
                 "Table of bitmap '{}' at {} passes the end of the file at {file_bytes:#x}",
                 entry.name, entry.table_offset
             )));
         }
         let geometry = self.geometry();
-        let is_sound = |word: &BitmapTableEntry| match word.cluster() {
-            _ if word.has_reserved_bits() => false,
-            BitmapCluster::Data(offset) => {
-                geometry.is_aligned(offset.0) && fits(offset, geometry.cluster_bytes())
-            }
-            BitmapCluster::AllOnes | BitmapCluster::AllZeros => true,
-        };
         let table = self.load_bitmap_table(entry).await?;
-        match table.iter().position(|word| !is_sound(word)) {
+        match table.iter().position(|word| !word.is_sound(&geometry, file_bytes)) {
             None => Ok(table),
             Some(index) => Err(Error::corrupt(format!(
                 "Table of bitmap '{}': entry {index} ({:#018x}) names no cluster of the file",

@@ -11,7 +11,7 @@ use lacuna::qcow2::{
 use lacuna::storage::Storage;
 use lacuna::units::{GuestCluster, GuestOffset, GuestRange};
 use testkit::sim::{Pace, SimHost, SimStorage};
-use testkit::{DropPoint, ModelDisk, Operation, Random, SparseBytes, content, seeds};
+use testkit::{ModelDisk, Operation, Random, SparseBytes, content, seeds};
 
 use crate::case::{Case, Kind, Store};
 use crate::compacting::{With, all_kinds, assert_short, assert_sound, build, view, with_all};
@@ -161,19 +161,9 @@ fn what_is_written_while_an_image_is_compacted_is_kept() {
 fn a_live_compaction_dropped_at_any_await_changes_no_byte_and_leaks_nothing() {
     for kind in few() {
         let case = build(&kind, without_bitmaps(&kind), 1);
-        for polls in (1..).step_by(23) {
-            let mut scene = Scene::set(&case, 1, adopt);
-            let image = scene.image.clone();
-            let run = async move { compact(&image, options(&kind)).await };
-            let task = scene.executor.spawn_until(DropPoint::AfterPoll(polls), run);
-            scene.executor.settle().unwrap();
-            let is_over = task.take().is_some();
-            scene.judge(&case, &format!("{kind:?} dropped after poll {polls}"));
-            if is_over {
-                assert!(polls > 50, "{kind:?}: over after {polls} polls");
-                break;
-            }
-        }
+        Scene::drop_everywhere(&case, (23, 50), adopt, |image| async move {
+            compact(&image, options(&kind)).await
+        });
     }
 }
 
@@ -294,18 +284,9 @@ fn shared_clusters_move_with_their_pins_while_guests_write() {
 fn moving_pins_may_be_dropped_at_any_await_and_survives_power_cuts() {
     for kind in few() {
         let case = to_share(&kind, 1);
-        for polls in (1..).step_by(29) {
-            let mut scene = Scene::set(&case, 1, share_behind_holes);
-            let image = scene.image.clone();
-            let run = async move { compact(&image, options(&kind)).await };
-            let task = scene.executor.spawn_until(DropPoint::AfterPoll(polls), run);
-            scene.executor.settle().unwrap();
-            let is_over = task.take().is_some();
-            scene.judge(&case, &format!("{kind:?} dropped after poll {polls}"));
-            if is_over {
-                break;
-            }
-        }
+        Scene::drop_everywhere(&case, (29, 0), share_behind_holes, |image| async move {
+            compact(&image, options(&kind)).await
+        });
         let host = SimHost::without_record(Pace::AtOnce, 1);
         let mut model = case.model();
         pollster::block_on(async {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use lacuna::qcow2::Image;
 use testkit::sim::{Pace, SimHost, SimStorage};
-use testkit::{Executor, ModelDisk};
+use testkit::{DropPoint, Executor, ModelDisk};
 
 use crate::case::Case;
 use crate::drive::{assert_qemu_agrees, assert_safe, whole_content};
@@ -35,6 +35,32 @@ impl Scene {
         };
         let model = executor.block_on(fill);
         Self { host, executor, image, model }
+    }
+
+    /// Drops what `run` starts at sampled awaits, `every` polls apart, each time with an image that
+    /// `fill` has filled, until it is over; it takes `least` polls. Nothing may have changed.
+    pub(crate) fn drop_everywhere<Fill, Run, F>(
+        case: &Case,
+        (every, least): (usize, usize),
+        fill: Fill,
+        run: Run,
+    ) where
+        Fill: AsyncFnOnce(&Image<SimStorage>, &mut ModelDisk, u64) + Copy + 'static,
+        Run: Fn(Image<SimStorage>) -> F,
+        F: Future<Output: 'static> + 'static,
+    {
+        for polls in (1..).step_by(every) {
+            let mut scene = Self::set(case, 1, fill);
+            let work = run(scene.image.clone());
+            let task = scene.executor.spawn_until(DropPoint::AfterPoll(polls), work);
+            scene.executor.settle().unwrap();
+            let is_over = task.take().is_some();
+            scene.judge(case, &format!("{:?} dropped after poll {polls}", case.kind));
+            if is_over {
+                assert!(polls > least, "{:?}: over after {polls} polls", case.kind);
+                return;
+            }
+        }
     }
 
     /// Every byte is as it should be, also after a close, and for QEMU.

@@ -5,7 +5,7 @@ use lacuna::buffer::Buffer;
 use lacuna::qcow2::{Image, OnDiscard};
 use lacuna::units::{GuestCluster, GuestOffset, GuestRange};
 use testkit::sim::{Fault, OperationKind, Pace, SimHost, SimStorage, crash};
-use testkit::{DropPoint, ModelDisk, Operation, Random, content, seeds};
+use testkit::{ModelDisk, Operation, Random, content, seeds};
 
 use crate::case::{Case, Kind};
 use crate::crash::{Recorded, kinds};
@@ -170,19 +170,9 @@ fn taking_pins_off_and_making_them_again_leaves_leaks_at_worst_or_the_dirty_bit(
 fn sharing_dropped_at_any_await_changes_no_byte_and_leaks_nothing() {
     for kind in few() {
         let case = build(&kind, 1);
-        for polls in (1..).step_by(5) {
-            let mut scene = Scene::set(&case, 1, fill);
-            let image = scene.image.clone();
-            let run = async move { image.share(&groups()).await };
-            let task = scene.executor.spawn_until(DropPoint::AfterPoll(polls), run);
-            scene.executor.settle().unwrap();
-            let is_over = task.take().is_some();
-            scene.judge(&case, &format!("{kind:?} dropped after poll {polls}"));
-            if is_over {
-                assert!(polls > 15, "{kind:?}: over after {polls} polls");
-                break;
-            }
-        }
+        Scene::drop_everywhere(&case, (5, 15), fill, |image| async move {
+            image.share(&groups()).await
+        });
     }
 }
 

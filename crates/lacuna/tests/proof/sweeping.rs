@@ -6,7 +6,7 @@ use lacuna::job::sweep;
 use lacuna::qcow2::Image;
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::sim::{Pace, SimHost, SimStorage};
-use testkit::{DropPoint, ModelDisk, Operation, Random, content, seeds};
+use testkit::{ModelDisk, Operation, Random, content, seeds};
 
 use crate::case::{Case, Kind};
 use crate::crash::{Recorded, kinds};
@@ -83,19 +83,9 @@ fn few() -> Vec<Kind> {
 fn a_sweep_dropped_at_any_await_changes_no_byte_and_leaks_nothing() {
     for kind in few() {
         let case = kind.build(1);
-        for polls in (1..).step_by(3) {
-            let mut scene = Scene::set(&case, 1, fill);
-            let image = scene.image.clone();
-            let run = async move { sweep(&image, &mut |_| {}).await };
-            let task = scene.executor.spawn_until(DropPoint::AfterPoll(polls), run);
-            scene.executor.settle().unwrap();
-            let is_over = task.take().is_some();
-            scene.judge(&case, &format!("{kind:?} dropped after poll {polls}"));
-            if is_over {
-                assert!(polls > 6, "{kind:?}: over after {polls} polls");
-                break;
-            }
-        }
+        Scene::drop_everywhere(&case, (3, 6), fill, |image| async move {
+            sweep(&image, &mut |_| {}).await
+        });
     }
 }
 

@@ -141,14 +141,7 @@ async fn sound_table<S: Storage>(
     }
     let words = bytes.as_chunks::<8>().0.iter();
     let table: Vec<_> = words.map(|word| BitmapTableEntry(u64::from_be_bytes(*word))).collect();
-    let cluster_bytes = header.geometry.cluster_bytes();
-    let is_sound = |entry: &BitmapTableEntry| match entry.cluster() {
-        _ if entry.has_reserved_bits() => false,
-        BitmapCluster::Data(at) => {
-            at.0.is_multiple_of(cluster_bytes) && at.0.saturating_add(cluster_bytes) <= file_bytes
-        }
-        BitmapCluster::AllOnes | BitmapCluster::AllZeros => true,
-    };
+    let is_sound = |entry: &BitmapTableEntry| entry.is_sound(&header.geometry, file_bytes);
     Ok(table.iter().all(is_sound).then_some(table))
 }
 

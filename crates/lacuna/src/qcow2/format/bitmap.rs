@@ -356,6 +356,19 @@ impl BitmapTableEntry {
         }
     }
 
+    /// Says whether the entry names a cluster that lies in the file, or none, and nothing else.
+    pub(crate) fn is_sound(self, geometry: &Geometry, file_bytes: u64) -> bool {
+        let is_inside = |offset: HostOffset| {
+            let end = offset.0.checked_add(geometry.cluster_bytes());
+            geometry.is_aligned(offset.0) && end.is_some_and(|end| end <= file_bytes)
+        };
+        match self.cluster() {
+            _ if self.has_reserved_bits() => false,
+            BitmapCluster::Data(offset) => is_inside(offset),
+            BitmapCluster::AllOnes | BitmapCluster::AllZeros => true,
+        }
+    }
+
     /// Says whether a bit is set that the format reserves.
     #[must_use]
     pub const fn has_reserved_bits(self) -> bool {
