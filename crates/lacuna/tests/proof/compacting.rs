@@ -235,12 +235,31 @@ pub(crate) fn assert_short(case: &Case, slack: usize, story: &str) {
     assert!(used + slack >= clusters, "{story}: {clusters} clusters, {used} in use");
 }
 
+/// Says what of two views is not the same.
+fn differing(seen: &View, before: &View) -> String {
+    let mut names = Vec::new();
+    if seen.active != before.active {
+        names.push("the disk".to_owned());
+    }
+    let snapshots = seen.snapshots != before.snapshots;
+    names.extend(snapshots.then(|| {
+        let of = |view: &View| view.snapshots.iter().map(|it| it.0.clone()).collect::<Vec<_>>();
+        format!("snapshots ({:?}, before {:?})", of(seen), of(before))
+    }));
+    let bitmaps = seen.bitmaps != before.bitmaps;
+    names.extend(
+        bitmaps.then(|| format!("bitmaps ({:?}, before {:?})", seen.bitmaps, before.bitmaps)),
+    );
+    names.join(", ")
+}
+
 /// Clean for both checks, and every byte as it was; stock can go on with it.
 pub(crate) fn assert_sound(case: &Case, before: &View, story: &str) {
     let report = pollster::block_on(own_check(case));
     assert!(report.is_clean(), "{story}: {report:x?}");
     let after = pollster::block_on(view(case)).unwrap();
-    assert!(after == *before, "{story}: something reads otherwise");
+    let differing = differing(&after, before);
+    assert!(differing.is_empty(), "{story}: {differing} read otherwise");
     let folder = tempfile::tempdir().unwrap();
     let path = case.save(folder.path());
     let is_clean = |when: &str| {
@@ -502,7 +521,8 @@ fn crash_everywhere(kind: &Kind, with: With, order: CompactOrder, seed: u64) -> 
 pub(crate) async fn examine(left: &Case, before: &View) -> Result<(), String> {
     assert_safe(left, false).await?;
     let seen = view(left).await.map_err(|error| format!("Reading: {error}"))?;
-    if seen == *before { Ok(()) } else { Err("Something reads otherwise".to_owned()) }
+    let differing = differing(&seen, before);
+    if differing.is_empty() { Ok(()) } else { Err(format!("{differing} read otherwise")) }
 }
 
 /// Repairs what a crash left, compacts it and comes to the same end.
