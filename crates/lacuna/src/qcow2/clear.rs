@@ -8,6 +8,7 @@
 
 use super::image::Image;
 use super::in_flight::Touch;
+use super::meta::Meta;
 use super::need::Need;
 use super::options::{OnDiscard, ZeroUnmap};
 use super::plan_zero::{Cleared, Intent, Subcleared, clear_clusters, clear_subclusters};
@@ -91,10 +92,13 @@ impl Vacated {
 impl<S: Storage> Image<S> {
     /// Waits until nothing else changes these clusters, and keeps it so while the hold lives.
     pub(super) async fn exclude_others(&self, range: GuestRange) -> Result<Hold> {
-        let clusters = self.geometry().cover_clusters(range);
-        let token = self
-            .plan(|meta| Ok(meta.in_flight.begin(Touch::Map, clusters).map_err(Need::Turn)?))
-            .await?;
+        self.enter(Touch::Map, self.geometry().cover_clusters(range)).await
+    }
+
+    /// Enters a request that touches `range` as soon as no other is in the way; the hold ends it.
+    pub(super) async fn enter(&self, touch: Touch, range: GuestRange) -> Result<Hold> {
+        let begin = |meta: &mut Meta| Ok(meta.in_flight.begin(touch, range).map_err(Need::Turn)?);
+        let token = self.plan(begin).await?;
         Ok(self.hold(token))
     }
 

@@ -156,6 +156,11 @@ impl Meta {
         }
     }
 
+    /// As [`before_change`](Self::before_change), for what no guest reads otherwise afterwards.
+    pub(super) fn before_metadata_change(&mut self) -> Planned<()> {
+        self.before_change(GuestRange::new(GuestOffset(0), 0))
+    }
+
     /// Refuses changes where there may be none, asks for what must come before the first, and
     /// notes that `range` changes.
     pub(super) fn before_change(&mut self, range: GuestRange) -> Planned<()> {
@@ -519,10 +524,7 @@ impl Meta {
             return SmallVec::new();
         }
         if let Some(run) = entry.compressed_run(self.geometry()) {
-            let range = run.range();
-            let first = self.geometry().host_cluster(range.start).0;
-            let last = self.geometry().host_cluster(HostOffset(range.end().0 - 1)).0;
-            return (first..=last).map(HostCluster).collect();
+            return self.geometry().host_clusters(run.range()).map(HostCluster).collect();
         }
         entry.host().map(|host| self.geometry().host_cluster(host)).into_iter().collect()
     }
@@ -560,9 +562,7 @@ impl Meta {
     /// Ends a request; what it had reserved and never linked is freed again.
     pub(super) fn end(&mut self, token: Token) {
         for range in self.in_flight.end(token) {
-            let first = self.geometry().host_cluster(range.start).0;
-            let last = self.geometry().host_cluster(HostOffset(range.end().0 - 1)).0;
-            for cluster in first..=last {
+            for cluster in self.geometry().host_clusters(range) {
                 let at = self.in_flight.moment();
                 let freed = Freed { cluster: HostCluster(cluster), by: FreedBy::CopyOnWrite, at };
                 self.quarantine.push(freed, 1);

@@ -72,7 +72,7 @@ pub(super) fn clear_clusters(
     range: GuestRange,
     intent: Intent,
 ) -> Planned<Cleared> {
-    meta.before_change(GuestRange::new(range.start, 0))?;
+    meta.before_metadata_change()?;
     if leaves_no_table(meta, range.start, intent)? {
         let coverage = meta.geometry().l2_coverage_bytes();
         let table_end = GuestOffset((range.start.0 / coverage + 1) * coverage);

@@ -119,7 +119,7 @@ impl<S: Storage> Image<S> {
         let step = self.geometry().l2_coverage_bytes();
         for start in (range.start.0..range.end().0).step_by(step as usize) {
             self.plan(|meta| {
-                meta.before_change(GuestRange::new(GuestOffset(start), 0))?;
+                meta.before_metadata_change()?;
                 meta.own_table(GuestOffset(start))
             })
             .await?;
@@ -185,7 +185,7 @@ impl Meta {
     /// Makes the refcount blocks for `len` bytes at the end of the file, so that none comes to lie
     /// between them, and returns where they may begin.
     fn prepare_run(&mut self, len: u64) -> Planned<HostOffset> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         let start = self.refcounts.cover_behind_end(len >> self.geometry().cluster_bits())?;
         self.note_allocated(HostRange::new(start, 0))?;
         Ok(start)
@@ -198,7 +198,7 @@ impl Meta {
         lining: Lining,
         behind: Option<HostOffset>,
     ) -> Planned<Piece> {
-        self.before_change(GuestRange::new(range.start, 0))?;
+        self.before_metadata_change()?;
         self.own_table(range.start)?;
         let len = self.unmapped(range)?;
         if self.in_flight.conflicts(Touch::Exclusive, GuestRange::new(range.start, len)) {

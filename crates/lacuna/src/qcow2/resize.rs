@@ -253,8 +253,7 @@ impl<S: Storage> Image<S> {
     /// Shortens the file to the end of its last used cluster, and gives up refcount blocks from the one
     /// of that index on that count nothing. Returns by how many bytes it is shorter.
     pub(super) async fn cut_file(&self, first_block: u64) -> Result<u64> {
-        self.plan(Meta::pause).await?;
-        let pause = Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, CUT);
+        let pause = self.pause().await?;
         self.drop_empty_blocks(first_block).await?;
         let end = self.find_end().await?;
         let len = self.0.storage.len().await?;
@@ -269,6 +268,12 @@ impl<S: Storage> Image<S> {
         drop(meta);
         drop(pause);
         Ok(len - end.0)
+    }
+
+    /// Lets nothing be allocated while the hold lives.
+    pub(super) async fn pause(&self) -> Result<Hold> {
+        self.plan(Meta::pause).await?;
+        Ok(Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, CUT))
     }
 
     /// Gives up refcount blocks that count nothing any more, as QEMU does when it shrinks an image.
@@ -293,7 +298,7 @@ impl<S: Storage> Image<S> {
 
     /// Lets no guest byte from `offset` on be changed while the hold lives, now or when the disk is
     /// larger: it rides with what is done to the end of the data file, dropped or not.
-    pub(super) async fn exclude_behind(&self, offset: u64) -> Result<Hold> {
+    async fn exclude_behind(&self, offset: u64) -> Result<Hold> {
         let rest = MAX_SIZE_BYTES.saturating_sub(offset);
         self.exclude_others(GuestRange::new(GuestOffset(offset), rest)).await
     }
@@ -349,7 +354,7 @@ impl Meta {
     /// Frees the L2 tables that lie wholly beyond `size_bytes`; their entries are clear already.
     pub(super) fn drop_tables(&mut self, size_bytes: u64) -> Planned<()> {
         // Bitmaps were told when the clusters went.
-        self.before_change(GuestRange::new(GuestOffset(size_bytes), 0))?;
+        self.before_metadata_change()?;
         let first = self.geometry().l1_entries_for(size_bytes) as usize;
         let pins = self.pin_table();
         for index in (first..self.l1.entries.len()).filter(|index| Some(*index) != pins) {
@@ -363,8 +368,7 @@ impl Meta {
         Ok(())
     }
 
-    /// Lets nothing be allocated until the file was cut.
-    pub(super) fn pause(&mut self) -> Planned<()> {
+    fn pause(&mut self) -> Planned<()> {
         if self.paused {
             return Err(Need::Turn(self.in_flight.wait()).into());
         }

@@ -208,9 +208,7 @@ impl<S: Storage> Image<S> {
                 "L1 table of {len} bytes at {offset} passes the end of the file"
             )));
         }
-        let bytes = self.load(offset, len, "L1 table").await?;
-        let (words, _) = bytes.as_chunks::<8>();
-        let l1 = words.iter().map(|word| L1Entry(u64::from_be_bytes(*word))).collect();
+        let l1 = L1Entry::decode(&self.load(offset, len, "L1 table").await?);
         Ok(SnapshotMap { l1: parking_lot::Mutex::new(l1), size_bytes })
     }
 

@@ -34,7 +34,7 @@ impl<S: Storage> Image<S> {
     pub(crate) async fn sweep_range(&self, range: GuestRange) -> Result<Swept> {
         self.plan(|meta| {
             meta.check_bounds(range)?;
-            meta.before_change(GuestRange::new(range.start, 0))
+            meta.before_metadata_change()
         })
         .await?;
         let mut swept = Swept::default();

@@ -15,7 +15,7 @@
 
 use std::collections::BTreeSet;
 
-use super::format::{Header, L1Location, RefcountTableLocation};
+use super::format::{Header, L1Entry, L1Location, RefcountTableLocation};
 use super::meta::{L1Table, Meta};
 use super::overlap::Structure;
 use super::quarantine::{Freed, FreedBy};
@@ -248,8 +248,7 @@ fn new_snapshot_table(
 
 fn whole_l1(l1: &mut L1Table) -> Piece {
     l1.dirty.clear();
-    let bytes = l1.entries.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
-    Piece { offset: l1.offset, bytes }
+    Piece { offset: l1.offset, bytes: L1Entry::encode(&l1.entries) }
 }
 
 /// Changed L1 entries, whole sectors.
@@ -257,10 +256,7 @@ fn l1_sectors(l1: &mut L1Table) -> Vec<Piece> {
     let dirty = std::mem::take(&mut l1.dirty);
     let sectors: BTreeSet<usize> = dirty.into_iter().map(|at| at / 64).collect();
     let entries = &l1.entries;
-    let bytes = |at: usize| -> Vec<u8> {
-        let sector = &entries[at * 64..entries.len().min(at * 64 + 64)];
-        sector.iter().flat_map(|entry| entry.0.to_be_bytes()).collect()
-    };
+    let bytes = |at: usize| L1Entry::encode(&entries[at * 64..entries.len().min(at * 64 + 64)]);
     sectors
         .into_iter()
         .map(|at| Piece { offset: l1.offset + at as u64 * 512, bytes: bytes(at) })

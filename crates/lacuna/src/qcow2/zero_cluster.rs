@@ -60,18 +60,17 @@ pub(super) struct SharedZero {
 impl Meta {
     /// Returns what zeroing leaves in an entry, where it shares.
     pub(super) fn shared_zeros(&self, intent: Intent) -> Option<L2Entry> {
-        let reads_zero = match intent {
-            Intent::Discard | Intent::ZeroFree | Intent::ZeroKeep => true,
-            Intent::Cut | Intent::Forget | Intent::Repeated => false,
-        };
-        let shares = reads_zero && self.has_backing && !self.has_zero_flag();
+        let shares = self.takes_zero_references(intent);
         self.decoder.zero_cluster.filter(|_| shares).map(shared_entry)
     }
 
     /// Says whether zeroing clusters so takes references of a shared cluster.
     pub(super) fn takes_zero_references(&self, intent: Intent) -> bool {
-        let zeroes = !matches!(intent, Intent::Cut | Intent::Forget | Intent::Repeated);
-        zeroes && self.has_backing && !self.has_zero_flag()
+        let reads_zero = match intent {
+            Intent::Discard | Intent::ZeroFree | Intent::ZeroKeep => true,
+            Intent::Cut | Intent::Forget | Intent::Repeated => false,
+        };
+        reads_zero && self.has_backing && !self.has_zero_flag()
     }
 
     /// Takes as many references as the clusters from `start` to `end` need, or as there are: one
@@ -183,7 +182,7 @@ impl Meta {
 
     /// Finds room for pins, and allocates a cluster for the request `token`.
     fn plan_zero_cluster(&mut self, token: Token) -> Planned<HostOffset> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         self.own_pin_table()?;
         if self.find_pins()?.is_none() {
             return Err(Stop::Fail(no_room()));
@@ -226,7 +225,7 @@ impl Meta {
 
     /// Pins a cluster of zeros: its refcount becomes 2, and two entries beyond the disk show it.
     fn pin(&mut self, token: Token, zeros: HostOffset) -> Planned<()> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         self.own_pin_table()?;
         let Some(pin) = self.find_pins()? else { return Err(Stop::Fail(no_room())) };
         self.refcounts.increase(self.geometry().host_cluster(zeros), 1)?;

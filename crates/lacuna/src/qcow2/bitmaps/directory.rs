@@ -17,11 +17,12 @@ use super::super::format::{AutoclearFeatures, BitmapEntry, BitmapsExtension, Hea
 use super::super::header_change;
 use super::super::image::Image;
 use super::super::overlap::Structure;
+use super::super::resize::MAX_SIZE_BYTES;
 use super::super::write_back::Refcounting;
 use super::Bitmaps;
 use crate::buffer::{Buffer, Hold};
 use crate::storage::Storage;
-use crate::units::{HostOffset, HostRange};
+use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 use crate::{Error, Result};
 
 /// Reads the directory: where each entry lies, and what it says.
@@ -50,9 +51,14 @@ pub(super) struct AtRest<'a, S: Storage> {
     pub(super) entries: Vec<BitmapEntry>,
     /// The directory that is to be replaced.
     old: Option<HostRange>,
-    _turn: MutexGuard<'a, ()>,
-    _hold: Hold,
-    _edits: MutexGuard<'a, ()>,
+    _still: Still<'a>,
+}
+
+/// Nobody changes the disk while this lives, and nobody edits or stores bitmaps.
+pub(in crate::qcow2) struct Still<'a> {
+    pub(in crate::qcow2) turn: MutexGuard<'a, ()>,
+    pub(in crate::qcow2) exclusion: Hold,
+    pub(in crate::qcow2) edits: MutexGuard<'a, ()>,
 }
 
 impl<S: Storage> Image<S> {
@@ -62,16 +68,7 @@ impl<S: Storage> Image<S> {
         if self.geometry().version() == Version::V2 {
             return Err(Error::unsupported("Cannot store dirty bitmaps in qcow2 v2 files"));
         }
-        let edits = self.0.bitmap_edits.lock().await;
-        // Before the turn: a request that runs may be waiting for it.
-        let hold = self.exclude_behind(0).await?;
-        let turn = self.0.bitmap_turn.lock().await;
-        if self.0.meta.lock().closed {
-            return Err(Error::invalid("The image was closed"));
-        }
-        if self.0.meta.lock().bitmaps.outdated {
-            self.reload_bitmaps().await?;
-        }
+        let still = self.still(GuestRange::new(GuestOffset(0), MAX_SIZE_BYTES)).await?;
         self.store_bitmaps_in_turn().await?;
         let header = {
             let mut meta = self.0.meta.lock();
@@ -82,7 +79,23 @@ impl<S: Storage> Image<S> {
         let placed = directory(&self.0.storage, &header).await?;
         let entries = placed.into_iter().map(|(_, entry)| entry).collect();
         let old = header.valid_bitmaps().map(range_of);
-        Ok(AtRest { image: self, entries, old, _turn: turn, _hold: hold, _edits: edits })
+        Ok(AtRest { image: self, entries, old, _still: still })
+    }
+
+    /// Waits until nobody changes `range` or is about to change bitmaps, and keeps it so; what is known of
+    /// bitmaps is what storage has then.
+    pub(in crate::qcow2) async fn still(&self, range: GuestRange) -> Result<Still<'_>> {
+        let edits = self.0.bitmap_edits.lock().await;
+        // Before the turn: a request that runs may be waiting for it.
+        let exclusion = self.exclude_others(range).await?;
+        let turn = self.0.bitmap_turn.lock().await;
+        if self.0.meta.lock().closed {
+            return Err(Error::invalid("The image was closed"));
+        }
+        if self.0.meta.lock().bitmaps.outdated {
+            self.reload_bitmaps().await?;
+        }
+        Ok(Still { turn, exclusion, edits })
     }
 
     /// Takes note of the directory that storage has. The caller has the turn.
@@ -107,19 +120,22 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
-    /// Changes the header where it lies, durably.
-    pub(super) async fn change_open_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+    /// Changes the header where it lies, durably; returns what storage has then.
+    pub(super) async fn change_open_header(
+        &self,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<Header> {
         let _turn = self.0.turn.lock().await;
         self.wait_for_metadata_writes().await;
         let change = |header: &mut Header| {
             change(header);
             Ok(())
         };
-        let (_, steps) = header_change::plan(&self.0.storage, change).await?;
+        let (header, steps) = header_change::plan(&self.0.storage, change).await?;
         for step in steps {
             self.write_header_field(HostOffset(step.at as u64), &step.bytes).await?;
         }
-        Ok(())
+        Ok(header)
     }
 }
 
@@ -138,11 +154,7 @@ impl<S: Storage> AtRest<'_, S> {
             meta.bitmaps.outdated = true;
             meta.gate.bitmaps = true;
         }
-        let change = |header: &mut Header| {
-            header.features.autoclear.set(AutoclearFeatures::BITMAPS, extension.is_some());
-            header.extensions.bitmaps = extension;
-        };
-        image.change_open_header(change).await?;
+        image.change_open_header(|header| header.name_bitmaps(extension)).await?;
         image.reload_bitmaps().await?;
         for range in self.old.into_iter().chain(dropped) {
             image.free_bitmap_range(range).await?;

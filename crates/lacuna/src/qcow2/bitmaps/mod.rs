@@ -30,7 +30,7 @@ use crate::Result;
 use crate::storage::Storage;
 use crate::units::{GuestRange, HostOffset};
 
-pub(super) use directory::directory;
+pub(super) use directory::{Still, directory};
 pub use edit::NewBitmap;
 pub use repair::{BitmapRepairs, repair_bitmaps};
 

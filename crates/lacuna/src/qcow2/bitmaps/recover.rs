@@ -114,12 +114,11 @@ impl<S: Storage> Image<S> {
         let size_bytes = self.0.meta.lock().size_bytes;
         let data = intents::empty(size_bytes, self.geometry().cluster_bytes());
         self.0.meta.lock().bitmaps.intents = Intents::default();
-        match self.change_open_header(|header| header.put_bitmap_intents(data)).await {
+        let header = match self.change_open_header(|it| it.put_bitmap_intents(data)).await {
             // The first cluster has no room: a crash leaves the bitmaps in use.
             Err(error) if error.kind() == ErrorKind::NoSpace => return self.end_intents().await,
-            result => result?,
-        }
-        let header = super::super::read_header(&self.0.storage).await?;
+            changed => changed?,
+        };
         let intents = load_intents(&self.0.storage, &header).await?;
         let mut meta = self.0.meta.lock();
         let mut known = self.0.header.lock();

@@ -6,9 +6,10 @@
 //! * Always: an entry is marked in use before its table changes, so that nobody trusts it half-way.
 //! * Never: a cluster is allocated or freed; a check finds what is left behind.
 
+use std::collections::HashSet;
+
 use super::super::format::{
-    AutoclearFeatures, BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry, BitmapsExtension,
-    Header, StoredName,
+    BitmapCluster, BitmapEntry, BitmapFlags, BitmapTableEntry, BitmapsExtension, Header, StoredName,
 };
 use super::super::header_change::change_header;
 use super::store::table_bytes;
@@ -63,46 +64,62 @@ impl BitmapRepairs {
 /// ```
 pub async fn repair_bitmaps<S: Storage>(storage: &S) -> Result<BitmapRepairs> {
     let mut repairs = BitmapRepairs::default();
-    let mut header = super::super::read_header(storage).await?;
+    let header = super::super::read_header(storage).await?;
     let Some(extension) = header.extensions.bitmaps else { return Ok(repairs) };
     if header.valid_bitmaps().is_none() {
         repairs.outdated = true;
-        change_header(storage, |header| {
-            header.extensions.bitmaps = None;
-            Ok(())
-        })
-        .await?;
+        set_directory(storage, None).await?;
         return Ok(repairs);
     }
-    if directory(storage, &header).await.is_err() {
-        let kept = readable_part(storage, extension).await?;
-        repairs.lost_entries = extension.count - kept.map_or(0, |kept| kept.count);
-        header = change_header(storage, |header| {
-            header.extensions.bitmaps = kept;
-            header.features.autoclear.set(AutoclearFeatures::BITMAPS, kept.is_some());
-            Ok(())
-        })
-        .await?;
-    }
-    let mut names = std::collections::HashSet::new();
+    let header = match directory(storage, &header).await {
+        Ok(_) => header,
+        Err(_) => {
+            let kept = readable_part(storage, extension).await?;
+            repairs.lost_entries = extension.count - kept.map_or(0, |kept| kept.count);
+            set_directory(storage, kept).await?
+        }
+    };
+    let mut names = HashSet::new();
     for (at, entry) in directory(storage, &header).await? {
         let is_second = !names.insert(entry.name.clone());
         let table = sound_table(storage, &header, &entry).await?;
-        match table {
-            Some(table) if !is_second => {
-                if entry.flags.contains(BitmapFlags::IN_USE) {
-                    name_everything(storage, at, &entry, table).await?;
-                    repairs.all_dirty.push(entry.name);
-                }
-            }
-            _ => {
-                // Nobody follows it from here on, and the image can be opened.
-                write_flags(storage, at, entry.flags | BitmapFlags::IN_USE).await?;
-                repairs.broken.push(entry.name);
-            }
-        }
+        let table = table.filter(|_| !is_second);
+        repair_entry(storage, (at, entry), table, &mut repairs).await?;
     }
     Ok(repairs)
+}
+
+async fn repair_entry<S: Storage>(
+    storage: &S,
+    (at, entry): (HostOffset, BitmapEntry),
+    sound: Option<Vec<BitmapTableEntry>>,
+    repairs: &mut BitmapRepairs,
+) -> Result<()> {
+    match sound {
+        Some(table) if entry.flags.contains(BitmapFlags::IN_USE) => {
+            name_everything(storage, at, &entry, table).await?;
+            repairs.all_dirty.push(entry.name);
+        }
+        Some(_) => {}
+        None => {
+            // Nobody follows it from here on, and the image can be opened.
+            write_flags(storage, at, entry.flags | BitmapFlags::IN_USE).await?;
+            repairs.broken.push(entry.name);
+        }
+    }
+    Ok(())
+}
+
+/// Has the header name other bitmaps, or none.
+async fn set_directory<S: Storage>(
+    storage: &S,
+    directory: Option<BitmapsExtension>,
+) -> Result<Header> {
+    change_header(storage, |header| {
+        header.name_bitmaps(directory);
+        Ok(())
+    })
+    .await
 }
 
 /// Returns what of a directory can be read: entries up to the first that cannot.

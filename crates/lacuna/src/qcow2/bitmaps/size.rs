@@ -179,8 +179,7 @@ impl<S: Storage> Image<S> {
         if let Err(error) = checked {
             return Err(self.mark_corrupt(error).await);
         }
-        let first = self.geometry().host_cluster(range.start).0;
-        for cluster in first..first + self.geometry().clusters_for(range.len) {
+        for cluster in self.geometry().host_clusters(range) {
             self.plan(|meta| meta.free(HostCluster(cluster), FreedBy::Other)).await?;
         }
         Ok(())

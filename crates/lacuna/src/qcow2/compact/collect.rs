@@ -105,9 +105,7 @@ impl<'a> Collector<'a> {
     }
 
     fn stream(&mut self, at: HostOffset, word: u64, from: HostRange, times: u64) {
-        let bits = self.geometry.cluster_bits();
-        let mut clusters = from.start.0 >> bits..=(from.end().0 - 1) >> bits;
-        if clusters.any(|cluster| self.sources.contains(cluster)) {
+        if self.geometry.host_clusters(from).any(|cluster| self.sources.contains(cluster)) {
             let len = from.len;
             let found = Move { from, to: None, len, old: word, new: 0, mask: !0, weight: 0 };
             self.note(at, found, times);

@@ -114,12 +114,10 @@ impl<S: Storage> Compaction<'_, S> {
 
     /// Finds what data cannot have: what tables, and compressed streams, lie in.
     async fn layout(&self) -> Result<Layout> {
-        let mut fixed = self.metadata();
-        let bits = self.geometry.cluster_bits();
+        let (geometry, mut fixed) = (self.geometry, self.metadata());
         let mut visit = |seen| {
             if let Seen::Stream(range) = seen {
-                let clusters = range.start.0 >> bits..=(range.end().0 - 1) >> bits;
-                clusters.for_each(|cluster| fixed.insert(cluster));
+                geometry.host_clusters(range).for_each(|cluster| fixed.insert(cluster));
             }
             ControlFlow::Continue(())
         };

@@ -123,7 +123,7 @@ impl<S: Storage> Compaction<'_, S> {
     fn raised(&self, moves: &[Move]) -> Changes {
         let mut changes = Changes::new();
         for (to, weight) in moves.iter().filter_map(|it| Some((it.to?, it.weight))) {
-            for cluster in self.clusters(to) {
+            for cluster in self.geometry.host_clusters(to) {
                 let count = changes.entry(cluster).or_insert_with(|| self.counts.count(cluster));
                 *count += weight;
             }
@@ -134,7 +134,7 @@ impl<S: Storage> Compaction<'_, S> {
     fn lowered(&self, moves: &[Move]) -> Result<Changes> {
         let mut changes = Changes::new();
         for it in moves {
-            for cluster in self.clusters(it.from) {
+            for cluster in self.geometry.host_clusters(it.from) {
                 let count = changes.entry(cluster).or_insert_with(|| self.counts.count(cluster));
                 *count = count.checked_sub(it.weight).ok_or_else(|| miscounted(it.from.start))?;
             }
@@ -204,11 +204,6 @@ impl<S: Storage> Compaction<'_, S> {
                 return;
             }
         }
-    }
-
-    fn clusters(&self, range: HostRange) -> std::ops::Range<u64> {
-        let bits = self.geometry.cluster_bits();
-        range.start.0 >> bits..((range.end().0 - 1) >> bits) + 1
     }
 }
 

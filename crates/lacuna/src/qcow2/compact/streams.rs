@@ -10,7 +10,7 @@ use foldhash::fast::RandomState;
 use super::bits::Bits;
 use super::moves::Move;
 use crate::qcow2::format::{CompressedRun, Geometry, L2Entry};
-use crate::units::{HostOffset, HostRange};
+use crate::units::HostOffset;
 
 const SECTOR: u64 = 512;
 /// Ends of runs with room that are remembered.
@@ -51,7 +51,7 @@ impl Packer {
             let run = CompressedRun::new(HostOffset(start), stream.len);
             stream.to = Some(run.range());
             stream.new = L2Entry::compressed(run, &self.geometry).word;
-            for cluster in self.clusters(run.range()) {
+            for cluster in self.geometry.host_clusters(run.range()) {
                 *self.counts.entry(cluster).or_insert(0) += stream.weight;
                 holes.remove(cluster);
             }
@@ -87,11 +87,6 @@ impl Packer {
         let end = (start + len).next_multiple_of(SECTOR);
         let is_inside = end <= gap.end && start < CompressedRun::offset_limit(&self.geometry);
         is_inside.then_some(start)
-    }
-
-    fn clusters(&self, range: HostRange) -> std::ops::Range<u64> {
-        let bits = self.geometry.cluster_bits();
-        range.start.0 >> bits..((range.end().0 - 1) >> bits) + 1
     }
 }
 

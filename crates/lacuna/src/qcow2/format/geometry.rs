@@ -5,7 +5,7 @@
     reason = "cluster_bits and refcount_order are checked when a Geometry is made, and bound every shift"
 )]
 
-use crate::units::{GuestCluster, GuestOffset, GuestRange, HostCluster, HostOffset};
+use crate::units::{GuestCluster, GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 use crate::{Error, Result};
 
 /// Smallest cluster: 512 bytes (B.1).
@@ -186,6 +186,13 @@ impl Geometry {
     #[must_use]
     pub const fn host_cluster(&self, offset: HostOffset) -> HostCluster {
         HostCluster(offset.0 >> self.cluster_bits)
+    }
+
+    /// Returns the indices of the host clusters in which a range lies.
+    #[must_use]
+    pub const fn host_clusters(&self, range: HostRange) -> std::ops::Range<u64> {
+        let end = range.start.0.saturating_add(range.len);
+        self.host_cluster(range.start).0..self.clusters_for(end)
     }
 
     /// Returns where a host cluster starts.

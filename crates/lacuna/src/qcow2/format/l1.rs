@@ -29,6 +29,17 @@ impl L1Entry {
         Self((table.0 & OFFSET_MASK) | COPIED)
     }
 
+    /// Encodes a table.
+    pub(crate) fn encode(table: &[Self]) -> Vec<u8> {
+        table.iter().flat_map(|entry| entry.0.to_be_bytes()).collect()
+    }
+
+    /// Decodes a table; bytes behind the last whole entry are left out.
+    pub(crate) fn decode(bytes: &[u8]) -> Vec<Self> {
+        let (words, _) = bytes.as_chunks::<8>();
+        words.iter().map(|word| Self(u64::from_be_bytes(*word))).collect()
+    }
+
     /// Returns where the L2 table lies, unless there is none.
     #[must_use]
     pub const fn table(self) -> Option<HostOffset> {

@@ -242,8 +242,7 @@ impl<'a, S: Storage> Change<'a, S> {
 
     async fn prepare(&mut self, fields: Fields) -> Result<NewImage> {
         let l1 = std::mem::take(&mut self.new_l1);
-        let l1_bytes = l1.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
-        let l1_at = self.write_new(l1_bytes).await?;
+        let l1_at = self.write_new(L1Entry::encode(&l1)).await?;
         self.drop_range(self.l1_range()).await?;
         let snapshots = self.write_snapshot_table().await?;
         self.counted(Counts::settle).await?;

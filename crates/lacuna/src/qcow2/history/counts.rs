@@ -180,12 +180,19 @@ impl Counts {
 
     /// Takes a reference off each cluster of a table.
     pub(super) fn drop_range(&mut self, range: HostRange) -> Counted<()> {
-        let first = self.geometry.host_cluster(range.start).0;
-        let clusters = first..first + self.geometry.clusters_for(range.len);
-        for cluster in clusters.clone() {
-            self.now(HostCluster(cluster))?;
-        }
-        clusters.into_iter().try_for_each(|it| self.step(HostCluster(it), Direction::Down))
+        self.step_range(range, Direction::Down)
+    }
+
+    /// Adds a reference to each cluster of a range, or takes one off.
+    pub(super) fn step_range(&mut self, range: HostRange, direction: Direction) -> Counted<()> {
+        self.have_at_hand(range)?;
+        let mut clusters = self.geometry.host_clusters(range);
+        clusters.try_for_each(|cluster| self.step(HostCluster(cluster), direction))
+    }
+
+    fn have_at_hand(&self, range: HostRange) -> Counted<()> {
+        let mut clusters = self.geometry.host_clusters(range);
+        clusters.try_for_each(|cluster| self.now(HostCluster(cluster)).map(drop))
     }
 
     // ---- free clusters ---------------------------------------------------------------------
@@ -305,10 +312,7 @@ impl Counts {
             let text = format!("The refcount table would pass {MAX_REFCOUNT_TABLE_BYTES} bytes");
             return Err(Error::new(ErrorKind::NoSpace, text).into());
         }
-        let first = self.geometry.host_cluster(had.start).0;
-        for cluster in first..first + self.geometry.clusters_for(had.len) {
-            self.now(HostCluster(cluster))?;
-        }
+        self.have_at_hand(had)?;
         let at = self.take(entries / per_cluster)?;
         self.drop_range(had)?;
         self.new_table = Some((at, entries));

@@ -74,13 +74,8 @@ impl<S: Storage> Image<S> {
             )));
         }
         let mut change = Change::begin(self).await?;
-        match change.create(name, made).await {
-            Ok(snapshot) => {
-                let size_bytes = change.header.size_bytes;
-                change.finish(Fields::unchanged(size_bytes)).await.map(|()| snapshot)
-            }
-            Err(error) => Err(change.abandon(error).await),
-        }
+        let made = change.create(name, made).await;
+        change.conclude(made).await
     }
 
     /// Makes the disk what it was when a snapshot was made, of the size that it had then. Returns the
@@ -127,10 +122,8 @@ impl<S: Storage> Image<S> {
                 break change;
             }
         };
-        match change.apply(choice).await {
-            Ok((snapshot, fields)) => change.finish(fields).await.map(|()| snapshot),
-            Err(error) => Err(change.abandon(error).await),
-        }
+        let applied = change.apply(choice).await;
+        change.conclude(applied).await
     }
 
     /// Deletes a snapshot, and gives the space back that nothing else uses. Returns what it was.
@@ -161,13 +154,8 @@ impl<S: Storage> Image<S> {
     pub async fn delete_snapshot(&self, choice: &SnapshotChoice) -> Result<Snapshot> {
         self.check_keeps_history()?;
         let mut change = Change::begin(self).await?;
-        match change.delete(choice).await {
-            Ok(snapshot) => {
-                let size_bytes = change.header.size_bytes;
-                change.finish(Fields::unchanged(size_bytes)).await.map(|()| snapshot)
-            }
-            Err(error) => Err(change.abandon(error).await),
-        }
+        let deleted = change.delete(choice).await;
+        change.conclude(deleted).await
     }
 
     fn check_keeps_history(&self) -> Result<()> {
@@ -209,12 +197,6 @@ impl Meta {
     }
 }
 
-impl Fields {
-    const fn unchanged(size_bytes: u64) -> Self {
-        Self { size_bytes, dropped_claims: AutoclearFeatures::empty() }
-    }
-}
-
 /// Returns the place of a snapshot that is to be `done`.
 fn find<'a>(choice: &SnapshotChoice, all: &'a [Snapshot], done: &str) -> Result<&'a Snapshot> {
     let found = choice.find(all).ok_or_else(|| {
@@ -231,21 +213,32 @@ fn find<'a>(choice: &SnapshotChoice, all: &'a [Snapshot], done: &str) -> Result<
 }
 
 impl<S: Storage> Change<'_, S> {
-    async fn create(&mut self, name: &StoredName, made: SystemTime) -> Result<Snapshot> {
+    /// Switches to what was made ready, or gives it up.
+    async fn conclude(self, ready: Result<(Snapshot, Fields)>) -> Result<Snapshot> {
+        match ready {
+            Ok((snapshot, fields)) => self.finish(fields).await.map(|()| snapshot),
+            Err(error) => Err(self.abandon(error).await),
+        }
+    }
+
+    /// What the header says of the disk stays.
+    fn unchanged(&self) -> Fields {
+        let dropped_claims = AutoclearFeatures::empty();
+        Fields { size_bytes: self.header.size_bytes, dropped_claims }
+    }
+
+    async fn create(&mut self, name: &StoredName, made: SystemTime) -> Result<(Snapshot, Fields)> {
         if self.snapshots.len() >= MAX_SNAPSHOTS as usize {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 format!("The image has {MAX_SNAPSHOTS} snapshots; the format keeps no more"),
             ));
         }
-        let l1 = std::mem::take(&mut self.l1);
-        let tables = self.named(&l1, "The L1 table")?;
-        self.l1 = l1;
+        let tables = self.named(&self.l1, "The L1 table")?;
         self.walk(&tables, Visit::Share).await?;
         self.have_an_entry();
-        let bytes = self.new_l1.iter().flat_map(|entry| entry.0.to_be_bytes()).collect();
-        let l1 =
-            L1Location { offset: self.write_new(bytes).await?, entries: self.new_l1.len() as u32 };
+        let offset = self.write_new(L1Entry::encode(&self.new_l1)).await?;
+        let l1 = L1Location { offset, entries: self.new_l1.len() as u32 };
         let id = next_id(&self.snapshots);
         let since = made.duration_since(UNIX_EPOCH).unwrap_or_default();
         let snapshot = Snapshot {
@@ -257,7 +250,7 @@ impl<S: Storage> Change<'_, S> {
             ..Snapshot::new(&id, "", l1, self.header.size_bytes)
         };
         self.snapshots.push(snapshot.clone());
-        Ok(snapshot)
+        Ok((snapshot, self.unchanged()))
     }
 
     async fn apply(&mut self, choice: &SnapshotChoice) -> Result<(Snapshot, Fields)> {
@@ -273,11 +266,9 @@ impl<S: Storage> Change<'_, S> {
                 there.len()
             )));
         }
-        let here = std::mem::take(&mut self.l1);
-        self.mark_differences(&here, &there, size_bytes).await?;
-        let mut old = self.named(&here, "The L1 table")?;
+        self.mark_differences(&self.l1, &there, size_bytes).await?;
+        let mut old = self.named(&self.l1, "The L1 table")?;
         let mut new = self.named(&there, "The L1 table of the snapshot")?;
-        self.l1 = here;
         // What both have at one place keeps its references, and cannot have COPIED.
         let is_same = |index: usize| {
             let entry = |l1: &[L1Entry]| l1.get(index).and_then(|entry| entry.table());
@@ -293,7 +284,7 @@ impl<S: Storage> Change<'_, S> {
         Ok((snapshot, Fields { size_bytes, dropped_claims }))
     }
 
-    async fn delete(&mut self, choice: &SnapshotChoice) -> Result<Snapshot> {
+    async fn delete(&mut self, choice: &SnapshotChoice) -> Result<(Snapshot, Fields)> {
         let snapshot = find(choice, &self.snapshots, "deleted")?.clone();
         if self.image.0.meta.lock().readers.are_of(&snapshot.id) {
             return Err(Error::new(
@@ -307,9 +298,7 @@ impl<S: Storage> Change<'_, S> {
         let tables = self.named(&gone, "The L1 table of the snapshot")?;
         self.walk(&tables, Visit::Drop).await?;
         self.drop_range(snapshot.l1.range()).await?;
-        let l1 = std::mem::take(&mut self.l1);
-        let tables = self.named(&l1, "The L1 table")?;
-        self.l1 = l1;
+        let tables = self.named(&self.l1, "The L1 table")?;
         let mut own = Vec::new();
         for named in tables {
             // What another snapshot has as well cannot have COPIED.
@@ -318,7 +307,7 @@ impl<S: Storage> Change<'_, S> {
             }
         }
         self.walk(&own, Visit::Own).await?;
-        Ok(snapshot)
+        Ok((snapshot, self.unchanged()))
     }
 
     /// A table that takes a cluster has an entry: nothing else counts it as used.
@@ -363,8 +352,7 @@ impl<S: Storage> Change<'_, S> {
             )));
         }
         let bytes = self.image.load(range.start, range.len, "L1 table of a snapshot").await?;
-        let (words, _) = bytes.as_chunks::<8>();
-        Ok(words.iter().map(|word| L1Entry(u64::from_be_bytes(*word))).collect())
+        Ok(L1Entry::decode(&bytes))
     }
 }
 

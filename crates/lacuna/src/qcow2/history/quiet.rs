@@ -9,7 +9,8 @@ use std::sync::Arc;
 use async_lock::MutexGuard;
 
 use crate::buffer::{Hold, Release};
-use crate::qcow2::image::{CUT, Image};
+use crate::qcow2::bitmaps::Still;
+use crate::qcow2::image::Image;
 use crate::qcow2::meta::Meta;
 use crate::qcow2::resize::MAX_SIZE_BYTES;
 use crate::qcow2::write_back::Refcounting;
@@ -42,22 +43,11 @@ impl Quiet {
 impl<S: Storage> Image<S> {
     /// Waits until nobody else changes the image or edits its bitmaps, and keeps it so.
     pub(super) async fn quiet(&self) -> Result<(Arc<Quiet>, [MutexGuard<'_, ()>; 2])> {
-        self.plan(|meta| meta.before_change(GuestRange::new(GuestOffset(0), 0))).await?;
-        // In the order of those who edit bitmaps; the pause comes last, as who stores bitmaps waits
-        // for its end.
-        let edits = self.0.bitmap_edits.lock().await;
-        let exclusion = self.exclude_others(EVERYTHING).await?;
-        let bitmaps = self.0.bitmap_turn.lock().await;
-        self.plan(Meta::pause).await?;
-        let pause = Hold::new(Arc::clone(&self.0) as Arc<dyn Release>, CUT);
-        let quiet = Arc::new(Quiet { _pause: pause, _exclusion: exclusion });
-        if self.0.meta.lock().closed {
-            return Err(Error::invalid("The image was closed"));
-        }
-        if self.0.meta.lock().bitmaps.outdated {
-            self.reload_bitmaps().await?;
-        }
-        Ok((quiet, [bitmaps, edits]))
+        self.plan(Meta::before_metadata_change).await?;
+        let Still { turn, exclusion, edits } = self.still(EVERYTHING).await?;
+        // Last, as who stores bitmaps waits for its end.
+        let quiet = Arc::new(Quiet { _pause: self.pause().await?, _exclusion: exclusion });
+        Ok((quiet, [turn, edits]))
     }
 
     /// Brings storage as far as memory. The caller has the turn to write back, and it is quiet.

@@ -13,7 +13,7 @@ use crate::buffer::Buffer;
 use crate::qcow2::format::{Geometry, L1Entry, L2Entry};
 use crate::qcow2::image::Image;
 use crate::storage::Storage;
-use crate::units::{HostCluster, HostOffset};
+use crate::units::HostOffset;
 use crate::{Error, Result};
 
 /// Neighbouring tables are read together, up to so many bytes.
@@ -198,13 +198,7 @@ fn count_entry(
 ) -> Counted<()> {
     let entry = L2Entry { word, ..L2Entry::UNALLOCATED };
     if let Some(run) = entry.compressed_run(geometry) {
-        let range = run.range();
-        let first = geometry.host_cluster(range.start).0;
-        let last = geometry.host_cluster(HostOffset(range.end().0 - 1)).0;
-        for cluster in first..=last {
-            counts.now(HostCluster(cluster))?;
-        }
-        return (first..=last).try_for_each(|it| counts.step(HostCluster(it), direction));
+        return counts.step_range(run.range(), direction);
     }
     let Some(host) = entry.host() else { return Ok(()) };
     if !geometry.is_aligned(host.0) {

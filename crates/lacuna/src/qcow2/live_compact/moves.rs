@@ -22,7 +22,7 @@ use super::pointers::{Owner, Pointer, redirected, weight};
 use crate::Result;
 use crate::buffer::{Buffer, Hold};
 use crate::storage::{HostStatus, Storage, ZeroMode};
-use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
+use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 
 /// What became of something that was to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,14 +78,8 @@ impl<S: Storage> Image<S> {
         from: HostOffset,
         holes: &mut Holes,
     ) -> Result<Outcome> {
-        let begun = match self.plan(|meta| meta.begin_single(guest, from, holes)).await? {
-            Ok(begun) => begun,
-            Err(outcome) => return Ok(outcome),
-        };
-        let hold = self.bring(from, begun).await?;
-        let is_linked = self.plan(|meta| meta.link_single(guest, from, begun)).await?;
-        drop(hold);
-        Ok(if is_linked { Outcome::Moved } else { Outcome::Gone })
+        let begun = self.plan(|meta| meta.begin_single(guest, from, holes)).await?;
+        self.carry(from, begun, |meta, begun| meta.link_single(guest, from, begun)).await
     }
 
     /// Moves a cluster that just these entries show.
@@ -95,13 +89,23 @@ impl<S: Storage> Image<S> {
         from: HostOffset,
         holes: &mut Holes,
     ) -> Result<Outcome> {
-        let begun = match self.plan(|meta| meta.begin_shared(pointers, from, holes)).await? {
+        let begun = self.plan(|meta| meta.begin_shared(pointers, from, holes)).await?;
+        self.carry(from, begun, |meta, begun| meta.link_shared(pointers, from, begun)).await
+    }
+
+    /// Brings the bytes of a move that has begun, and has them shown where they are then.
+    async fn carry(
+        &self,
+        from: HostOffset,
+        begun: std::result::Result<Begun, Outcome>,
+        link: impl Fn(&mut Meta, Begun) -> Planned<bool>,
+    ) -> Result<Outcome> {
+        let begun = match begun {
             Ok(begun) => begun,
             Err(outcome) => return Ok(outcome),
         };
-        let hold = self.bring(from, begun).await?;
-        let is_linked = self.plan(|meta| meta.link_shared(pointers, from, begun)).await?;
-        drop(hold);
+        let _hold = self.bring(from, begun).await?;
+        let is_linked = self.plan(|meta| link(meta, begun)).await?;
         Ok(if is_linked { Outcome::Moved } else { Outcome::Gone })
     }
 
@@ -164,7 +168,7 @@ impl Meta {
         holes: &mut Holes,
     ) -> Planned<Result<Begun, Outcome>> {
         let cluster_bytes = self.geometry().cluster_bytes();
-        self.before_change(GuestRange::new(guest, 0))?;
+        self.before_metadata_change()?;
         let entry = self.entry_to_change(guest)?;
         let is_known = entry.host() == Some(from) && self.owns_table(guest);
         if !is_known || !self.may_move(from) {
@@ -193,7 +197,7 @@ impl Meta {
         holes: &mut Holes,
     ) -> Planned<Result<Begun, Outcome>> {
         let nothing = GuestRange::new(GuestOffset(0), 0);
-        self.before_change(nothing)?;
+        self.before_metadata_change()?;
         match self.is_shown_by(from, pointers)? {
             // From here on the cluster is not reused for something else.
             true => self.begin_move(Touch::Read, nothing, true, holes),
@@ -217,7 +221,7 @@ impl Meta {
     }
 
     fn link_single(&mut self, guest: GuestOffset, from: HostOffset, new: Begun) -> Planned<bool> {
-        self.before_change(GuestRange::new(guest, 0))?;
+        self.before_metadata_change()?;
         let old = self.entry_to_change(guest)?;
         if old.host() != Some(from) || !self.owns_table(guest) {
             return Ok(false);
@@ -233,26 +237,42 @@ impl Meta {
     }
 
     fn link_shared(&mut self, pointers: &[Pointer], from: HostOffset, new: Begun) -> Planned<bool> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
-        let (old, to) = (self.geometry().host_cluster(from), self.geometry().host_cluster(new.to));
-        self.refcounts.read(to)?;
+        self.before_metadata_change()?;
+        self.refcounts.read(self.geometry().host_cluster(new.to))?;
         if !self.is_shown_by(from, pointers)? {
             return Ok(false);
         }
-        let count = weight(pointers);
-        // All is at hand: from here on nothing stops half-way.
-        self.refcounts.increase(to, count - 1)?;
-        self.point(pointers, |word| redirected(word, new.to))?;
+        // The copy has one reference already.
+        self.redirect(pointers, from, new.to, weight(pointers) - 1)?;
         self.in_flight.linked(new.token, self.geometry().cluster_bytes());
-        for _ in 0..count {
-            self.free(old, FreedBy::Always)?;
-        }
         self.needs_data_sync = true;
         Ok(true)
     }
 
+    /// Has entries that were just looked at show the copy of a cluster, which gets `more` references.
+    /// All is at hand: from here on nothing stops half-way.
+    fn redirect(
+        &mut self,
+        pointers: &[Pointer],
+        from: HostOffset,
+        to: HostOffset,
+        more: u64,
+    ) -> Planned<()> {
+        self.refcounts.increase(self.geometry().host_cluster(to), more)?;
+        self.point(pointers, |word| redirected(word, to))?;
+        self.free_times(self.geometry().host_cluster(from), weight(pointers))
+    }
+
+    /// Drops so many references of a cluster that something else was shown for.
+    pub(super) fn free_times(&mut self, cluster: HostCluster, count: u64) -> Planned<()> {
+        for _ in 0..count {
+            self.free(cluster, FreedBy::Always)?;
+        }
+        Ok(())
+    }
+
     fn pin_copy(&mut self, new: Begun) -> Planned<()> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         let at = self.free_pin()?;
         self.set_pin(at, new.to)?;
         self.in_flight.linked(new.token, self.geometry().cluster_bytes());
@@ -263,22 +283,14 @@ impl Meta {
     /// Has all that show a pinned cluster show its copy, but for the old pin, which goes as those do
     /// that nobody needs.
     pub(super) fn link_pinned(&mut self, new: &Prepared) -> Planned<bool> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
-        let geometry = *self.geometry();
-        let (old, to) = (geometry.host_cluster(new.from), geometry.host_cluster(new.to));
-        self.refcounts.read(to)?;
+        self.before_metadata_change()?;
+        self.refcounts.read(self.geometry().host_cluster(new.to))?;
         if !self.is_shown_by(new.from, &new.pointers)? {
             return Ok(false);
         }
         let is_pin = |pointer: &Pointer| matches!(pointer.table.owner, Owner::Pins(_));
         let others: Vec<Pointer> = new.pointers.iter().filter(|it| !is_pin(it)).copied().collect();
-        let count = weight(&others);
-        // All is at hand: from here on nothing stops half-way.
-        self.refcounts.increase(to, count)?;
-        self.point(&others, |word| redirected(word, new.to))?;
-        for _ in 0..count {
-            self.free(old, FreedBy::Always)?;
-        }
+        self.redirect(&others, new.from, new.to, weight(&others))?;
         Ok(true)
     }
 
@@ -320,7 +332,7 @@ impl Meta {
         is_owned: bool,
         holes: &mut Holes,
     ) -> Planned<Result<HostOffset, Outcome>> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         let Some(old) = entry.table() else { return Ok(Err(Outcome::Gone)) };
         let cluster = self.geometry().host_cluster(old);
         if cluster.0 < holes.goal || !self.geometry().is_aligned(old.0) || old >= self.zero_from {
@@ -346,7 +358,7 @@ impl Meta {
 
     /// Moves the active L1 table.
     pub(super) fn move_active_l1(&mut self, holes: &mut Holes) -> Planned<Outcome> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         let old = self.l1.range();
         if old.is_empty() || self.geometry().host_cluster(old.start).0 < holes.goal {
             return Ok(Outcome::Gone);

@@ -16,14 +16,13 @@ use super::super::in_flight::{Token, Touch};
 use super::super::meta::Meta;
 use super::super::need::{Need, Planned};
 use super::super::overlap::Structure;
-use super::super::quarantine::FreedBy;
 use super::super::view::SnapshotMap;
 use super::moves::Holes;
 use super::pointers::redirected;
 use crate::Result;
 use crate::buffer::{Buffer, Hold};
 use crate::storage::Storage;
-use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
+use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 
 /// L2 tables that move at once.
 const TABLES_AT_ONCE: usize = 16;
@@ -61,7 +60,7 @@ impl<S: Storage> Image<S> {
         }
         let holes = &mut Holes { goal: holes.goal + self.room_to_switch()?, ..*holes };
         let begin = |meta: &mut Meta| {
-            meta.before_change(NOTHING)?;
+            meta.before_metadata_change()?;
             Ok(meta.in_flight.begin(Touch::Map, NOTHING).map_err(Need::Turn)?)
         };
         let token = self.plan(begin).await?;
@@ -87,10 +86,7 @@ impl<S: Storage> Image<S> {
 
     /// Returns what keeps freed clusters from being reused while a write that was dropped is on its way.
     async fn hold_of_read(&self) -> Result<Hold> {
-        let begin =
-            |meta: &mut Meta| Ok(meta.in_flight.begin(Touch::Read, NOTHING).map_err(Need::Turn)?);
-        let token = self.plan(begin).await?;
-        Ok(self.hold(token))
+        self.enter(Touch::Read, NOTHING).await
     }
 
     async fn copy_tables(&self, batch: &mut Batch, token: Token, holes: &mut Holes) -> Result<()> {
@@ -175,7 +171,7 @@ impl Meta {
         token: Token,
         holes: &mut Holes,
     ) -> Planned<Option<HostOffset>> {
-        self.before_change(NOTHING)?;
+        self.before_metadata_change()?;
         let found = match clusters {
             1 => self.allocate_below(1, holes.goal, &mut holes.cursor)?,
             _ => self.allocate_below(clusters, holes.goal, &mut 0)?,
@@ -197,7 +193,7 @@ impl Meta {
         token: Token,
         holes: &mut Holes,
     ) -> Planned<bool> {
-        self.before_change(NOTHING)?;
+        self.before_metadata_change()?;
         let active = self.active_among(batch);
         if !self.is_as_found(batch, &active)? {
             return Ok(false);
@@ -216,9 +212,7 @@ impl Meta {
         for (from, (to, times)) in &batch.tables {
             let count = times + times_active(&active, *from);
             self.refcounts.increase(self.geometry().host_cluster(*to), count - 1)?;
-            for _ in 0..count {
-                self.free(self.geometry().host_cluster(HostOffset(*from)), FreedBy::Always)?;
-            }
+            self.free_times(self.geometry().host_cluster(HostOffset(*from)), count)?;
         }
         self.needs_data_sync = true;
         Ok(true)
@@ -242,9 +236,8 @@ impl Meta {
             }
         }
         for (_, from, _) in &batch.l1 {
-            let first = self.geometry().host_cluster(from.start);
-            for cluster in first.0..first.0 + self.geometry().clusters_for(from.len) {
-                if self.settled_refcount(crate::units::HostCluster(cluster))? != Some(1) {
+            for cluster in self.geometry().host_clusters(*from) {
+                if self.settled_refcount(HostCluster(cluster))? != Some(1) {
                     return Ok(false);
                 }
             }

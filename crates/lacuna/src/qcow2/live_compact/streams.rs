@@ -11,7 +11,6 @@ use super::super::image::Image;
 use super::super::in_flight::{Token, Touch};
 use super::super::meta::Meta;
 use super::super::need::{Need, Planned};
-use super::super::quarantine::FreedBy;
 use super::moves::{Holes, Outcome};
 use super::pointers::{MOST_POINTERS, Pointer, weight};
 use super::walk::{Walk, Walked};
@@ -166,7 +165,7 @@ impl Meta {
         holes: &mut Holes,
     ) -> Planned<Option<(HostOffset, Token)>> {
         let nothing = GuestRange::new(GuestOffset(0), 0);
-        self.before_change(nothing)?;
+        self.before_metadata_change()?;
         let mut cursor = holes.cursor;
         let Some(at) = self.allocate_below(clusters, holes.goal, &mut cursor)? else {
             return Ok(None);
@@ -182,7 +181,7 @@ impl Meta {
 
     /// Adds the next cluster to a room, if it is a hole.
     fn extend_room(&mut self, end: HostOffset, token: Token, holes: &Holes) -> Planned<bool> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         let mut next = self.geometry().host_cluster(end).0;
         let limit = holes.goal.min(next + 1);
         let Some(at) = self.allocate_below(1, limit, &mut next)? else { return Ok(false) };
@@ -199,7 +198,7 @@ impl Meta {
         to: HostOffset,
     ) -> Planned<Option<Begun>> {
         let nothing = GuestRange::new(GuestOffset(0), 0);
-        self.before_change(nothing)?;
+        self.before_metadata_change()?;
         let is_apart = self.structures.check(from, None).is_ok() && from.start < self.zero_from;
         if !is_apart || !self.all_show(pointers, |_, entry| entry.word == word)? {
             return Ok(None);
@@ -215,7 +214,7 @@ impl Meta {
         pointers: &[Pointer],
         begun: Begun,
     ) -> Planned<bool> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         let run = CompressedRun::new(begun.to, begun.from.len);
         let new = L2Entry::compressed(run, self.geometry());
         let old = L2Entry { word, ..L2Entry::default() };
@@ -238,9 +237,7 @@ impl Meta {
         }
         self.point(pointers, |_| new.word)?;
         for cluster in sources {
-            for _ in 0..count {
-                self.free(cluster, FreedBy::Always)?;
-            }
+            self.free_times(cluster, count)?;
         }
         self.needs_data_sync = true;
         Ok(true)

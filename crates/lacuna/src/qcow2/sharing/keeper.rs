@@ -55,7 +55,7 @@ impl<'a, S: Storage> Keeper<'a, S> {
 
     /// Allocates a cluster for it, which is the reference of its pin.
     pub(super) fn allocate(&mut self, meta: &mut Meta) -> Planned<HostOffset> {
-        meta.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        meta.before_metadata_change()?;
         let host = meta.allocate(1)?;
         self.entry = meta.sharing_entry(host);
         self.clusters = vec![meta.geometry().host_cluster(host)];
@@ -66,7 +66,7 @@ impl<'a, S: Storage> Keeper<'a, S> {
     /// Takes one more reference for each member, as far as there is room, of what a guest cluster shows.
     /// Members for which there is none are given back.
     pub(super) fn take(&mut self, meta: &mut Meta, entry: L2Entry) -> Planned<Vec<GuestOffset>> {
-        meta.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        meta.before_metadata_change()?;
         let clusters = meta.references(entry).to_vec();
         let mut room = u64::MAX;
         // All are at hand then, so that taking cannot stop half-way.
@@ -88,7 +88,7 @@ impl<'a, S: Storage> Keeper<'a, S> {
         let Some(host) = self.entry.host().filter(|_| needs_pin(meta, self.entry)) else {
             return Ok(());
         };
-        meta.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        meta.before_metadata_change()?;
         let cluster = meta.geometry().host_cluster(host);
         meta.refcounts.read(cluster)?;
         let at = meta.free_pin()?;
@@ -106,7 +106,7 @@ impl<'a, S: Storage> Keeper<'a, S> {
     pub(super) fn attach(&mut self, meta: &mut Meta, guest: GuestOffset) -> Planned<Option<u64>> {
         let range = GuestRange::new(guest, meta.geometry().cluster_bytes());
         meta.check_bounds(range)?;
-        meta.before_change(GuestRange::new(guest, 0))?;
+        meta.before_metadata_change()?;
         let may = match meta.standing(guest)? {
             Standing::Compressed(old) => self.entry.is_compressed() && old != self.entry,
             Standing::Single => !self.entry.is_compressed(),

@@ -30,7 +30,7 @@ impl<S: Storage> Image<S> {
     /// Waits until nobody else changes pins, and keeps it so while the hold lives.
     pub(in crate::qcow2) async fn begin_pinning(&self) -> Result<Hold> {
         let begin = |meta: &mut Meta| {
-            meta.before_change(GuestRange::new(GuestOffset(0), 0))?;
+            meta.before_metadata_change()?;
             if meta.gate.dirty_bit {
                 return Err(Need::DirtyBit.into());
             }
@@ -45,10 +45,7 @@ impl<S: Storage> Image<S> {
     /// Waits until nobody changes pins and moves tables of snapshots, and keeps it so while the hold
     /// lives.
     pub(in crate::qcow2) async fn keep_pins(&self) -> Result<Hold> {
-        let begin =
-            |meta: &mut Meta| Ok(meta.in_flight.begin(Touch::Map, CHANGING).map_err(Need::Turn)?);
-        let token = self.plan(begin).await?;
-        Ok(self.hold(token))
+        self.enter(Touch::Map, CHANGING).await
     }
 
     async fn load_pins(&self) -> Result<()> {
@@ -86,9 +83,7 @@ impl<S: Storage> Image<S> {
             )));
         }
         let bytes = self.load(range.start, range.len, "L1 table of pins").await?;
-        let (words, _) = bytes.as_chunks::<8>();
-        let entries = words.iter().map(|word| L1Entry(u64::from_be_bytes(*word))).collect();
-        Ok(L1Table::new(entries, range.start))
+        Ok(L1Table::new(L1Entry::decode(&bytes), range.start))
     }
 
     /// Checks the tables and notes what is pinned.

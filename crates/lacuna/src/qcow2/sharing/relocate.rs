@@ -5,7 +5,7 @@ use crate::qcow2::format::Snapshot;
 use crate::qcow2::meta::Meta;
 use crate::qcow2::need::Planned;
 use crate::qcow2::overlap::Structure;
-use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
+use crate::units::{HostOffset, HostRange};
 
 /// What became of tables that were to move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +44,7 @@ impl Meta {
     /// Moves the snapshot table and the L1 table of the pins to the lowest hole before cluster `limit`,
     /// or as much behind it as they take, if one of them lies behind that. Nobody else may change pins meanwhile.
     pub(in crate::qcow2) fn move_snapshot_table(&mut self, limit: u64) -> Planned<Relocated> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         let geometry = *self.geometry();
         let pin = self.pins.snapshots.iter().position(Snapshot::is_pin);
         let l1 = pin.and_then(|at| pin_l1_range(&self.pins.snapshots[at]));

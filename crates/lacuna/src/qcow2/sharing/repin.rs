@@ -8,7 +8,7 @@ use crate::qcow2::meta::Meta;
 use crate::qcow2::need::Planned;
 use crate::qcow2::write_back::Refcounting;
 use crate::storage::Storage;
-use crate::units::{GuestOffset, GuestRange, HostOffset};
+use crate::units::{GuestOffset, HostOffset};
 
 /// How many entries are looked at under one lock.
 const ENTRIES_AT_ONCE: u64 = 512;
@@ -97,7 +97,7 @@ impl Meta {
 
     /// Pins a cluster that is shared, if there is room for one more reference.
     fn pin_shared(&mut self, host: HostOffset) -> Planned<bool> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         let cluster = self.geometry().host_cluster(host);
         let refcount = self.refcounts.read(cluster)?;
         let has_room = refcount < self.geometry().refcount_max();

@@ -14,7 +14,7 @@ use crate::qcow2::meta::Meta;
 use crate::qcow2::need::Planned;
 use crate::qcow2::write_back::Refcounting;
 use crate::storage::Storage;
-use crate::units::{GuestOffset, GuestRange, HostOffset};
+use crate::units::HostOffset;
 use crate::{Error, Result};
 
 impl<S: Storage> Image<S> {
@@ -85,7 +85,7 @@ impl<S: Storage> Image<S> {
 impl Meta {
     /// Has the next write-back switch to a snapshot table without pins. Their tables leak.
     fn leave_pins(&mut self) -> Planned<()> {
-        self.before_change(GuestRange::new(GuestOffset(0), 0))?;
+        self.before_metadata_change()?;
         let mut snapshots = self.pins.snapshots.clone();
         snapshots.retain(|snapshot| !snapshot.is_pin());
         let at = match self.snapshot_table_clusters(&snapshots)? {

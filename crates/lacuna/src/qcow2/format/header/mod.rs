@@ -371,6 +371,12 @@ impl Header {
             .filter(|_| self.features.autoclear.contains(AutoclearFeatures::BITMAPS))
     }
 
+    /// Has the header say where the bitmap directory lies, or that there is none.
+    pub(crate) fn name_bitmaps(&mut self, bitmaps: Option<extension::BitmapsExtension>) {
+        self.features.autoclear.set(AutoclearFeatures::BITMAPS, bitmaps.is_some());
+        self.extensions.bitmaps = bitmaps;
+    }
+
     fn raw(&self) -> RawHeader {
         let encryption = match self.encryption {
             None => 0,
