@@ -4,13 +4,13 @@
 //! boots it has stock `qemu-img` check the image afterwards. What we add: the file on the host must
 //! have shrunk from its largest, by most of what was deleted.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use crate::harness::locate_in;
+use crate::looks::allocated;
 use crate::run::{built, command, run};
 use crate::{Outcome, setup, vsock};
 
@@ -22,7 +22,6 @@ const VSOCK: &str = "vsock";
 const GIVEN_BACK_BYTES: u64 = 16 << 20;
 /// How often the file is looked at.
 const PERIOD: Duration = Duration::from_millis(20);
-const BLOCK_BYTES: u64 = 512;
 
 /// Boots a guest for each of `file_systems`, or for all that are known.
 pub(crate) fn boot(arguments: &[String]) -> Outcome {
@@ -82,7 +81,7 @@ fn run_guest(
     let ran = thread::scope(|scope| {
         scope.spawn(|| {
             while !is_over.load(Ordering::Relaxed) {
-                most.fetch_max(allocated_bytes(image).unwrap_or(0), Ordering::Relaxed);
+                most.fetch_max(allocated(image).unwrap_or(0), Ordering::Relaxed);
                 thread::sleep(PERIOD);
             }
         });
@@ -91,11 +90,5 @@ fn run_guest(
         ran
     });
     ran?;
-    Ok((most.into_inner(), allocated_bytes(image)?))
-}
-
-fn allocated_bytes(file: &Path) -> Outcome<u64> {
-    let found = std::fs::metadata(file);
-    let found = found.map_err(|error| format!("no {}: {error}", file.display()))?;
-    Ok(found.blocks() * BLOCK_BYTES)
+    Ok((most.into_inner(), allocated(image)?))
 }

@@ -13,6 +13,7 @@
 //! * `dedup/` — a benchmark of our own: what finding and sharing equal clusters costs
 //! * `reclaim/` — a benchmark of our own: an image made short in place
 //! * `vsock.rs` — a guest that serves itself over a socket of virtual machines
+//! * `looks.rs`, `cells.rs` — what stock tools say of images, and how tables say it
 //! * `watched.rs`, `scratch.rs` — programs that are measured, and where their files lie
 //! * `written.rs` — what the command writes of itself for packages
 //! * `run.rs` — starting programs
@@ -20,6 +21,7 @@
 //! * `wipe/` — a benchmark of our own: a full disk wiped with zeros
 //! * `zeros.rs` — a benchmark of our own: nothing copied onto nothing
 
+mod cells;
 mod ci;
 mod dedup;
 mod figures;
@@ -27,6 +29,7 @@ mod fuzz;
 mod guest;
 mod harness;
 mod licences;
+mod looks;
 mod real;
 mod reclaim;
 mod run;

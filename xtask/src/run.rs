@@ -2,8 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
 
 use crate::Outcome;
+
+/// How long a server may take to open its socket.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Returns the folder of the workspace, wherever the command was called.
 pub(crate) fn workspace() -> PathBuf {
@@ -51,6 +58,23 @@ pub(crate) fn output(mut command: Command) -> Outcome<String> {
         let said = String::from_utf8_lossy(&output.stderr);
         Err(format!("`{line}` ended with {}: {}", output.status, said.trim_end()))
     }
+}
+
+/// Reads what a program told programs.
+pub(crate) fn json(text: &str) -> Outcome<Value> {
+    serde_json::from_str(text).map_err(|error| format!("no report: {error}: {text}"))
+}
+
+/// Waits until a server has its socket.
+pub(crate) fn awaited(socket: impl AsRef<Path>) -> Outcome {
+    let start = Instant::now();
+    while !socket.as_ref().exists() {
+        if start.elapsed() > PATIENCE {
+            return Err("the server opens no socket".into());
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
 }
 
 fn shown(command: &Command) -> String {

@@ -1,14 +1,10 @@
 //! A folder for large files, on a disk and not in memory, removed at the end.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::Outcome;
 use crate::run::{command, output, workspace};
-
-/// The unit in which the host counts what it allocated.
-const BLOCK_BYTES: u64 = 512;
 
 /// The folder, in `target/`: a folder for temporary files may be in memory.
 pub(crate) struct Scratch(PathBuf);
@@ -55,28 +51,10 @@ impl Drop for Scratch {
     }
 }
 
-/// Returns what the host has allocated for all files below a folder.
-pub(crate) fn allocated_below(folder: &Path) -> u64 {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let sizes = entries.filter_map(|entry| {
-        let found = entry.metadata().ok()?;
-        match found.is_dir() {
-            true => Some(allocated_below(&entry.path())),
-            false => Some(found.blocks() * BLOCK_BYTES),
-        }
-    });
-    sizes.sum()
-}
-
-/// Returns the length of a file.
-pub(crate) fn length(file: &str) -> Outcome<u64> {
-    let found = fs::metadata(file).map_err(|error| format!("no {file}: {error}"))?;
-    Ok(found.len())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::looks::length;
 
     #[test]
     fn a_scratch_folder_goes_away_and_knows_what_is_free() {

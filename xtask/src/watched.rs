@@ -11,7 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::Outcome;
-use crate::scratch::allocated_below;
+use crate::looks::allocated_below;
 
 /// How often a run is looked at.
 const PERIOD: Duration = Duration::from_millis(5);

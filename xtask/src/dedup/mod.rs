@@ -41,11 +41,6 @@ fn random(scratch: &Scratch, name: &str, mib: u64) -> Outcome<String> {
     Ok(file)
 }
 
-/// Says whether a goal is reached.
-const fn verdict(is_reached: bool) -> &'static str {
-    if is_reached { "reached" } else { "**missed**" }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,12 +1,12 @@
 //! What `serve --dedup=online` costs a client that writes nothing twice, and saves one that does.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
 
-use super::{random, verdict};
-use crate::run::{command, output};
+use super::random;
+use crate::cells::{mib, verdict};
+use crate::looks::{allocated, clean, same};
+use crate::run::{awaited, command, output};
 use crate::scratch::Scratch;
 use crate::watched::{Cost, summary, watch};
 use crate::{Outcome, setup};
@@ -16,8 +16,6 @@ const MIB: u64 = 512;
 const RUNS: usize = 5;
 /// CPU time of the server, above that without, that is too much.
 const MOST_COST: f64 = 0.10;
-/// How long a server may take to open its socket.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(super) fn run(ours: &Path, scratch: &Scratch) -> Outcome<String> {
     setup::deduplicators()?;
@@ -41,10 +39,10 @@ pub(super) fn run(ours: &Path, scratch: &Scratch) -> Outcome<String> {
             [("`serve`", off, ""), ("`serve --dedup=online`", on, judged.as_str())]
         {
             lines.push(format!(
-                "| {way}, {what} | {:.2} s | {:.2} s | {:.1} MiB | {judged} |",
+                "| {way}, {what} | {:.2} s | {:.2} s | {} | {judged} |",
                 cost.cpu,
                 cost.wall,
-                bytes as f64 / f64::from(1 << 20),
+                mib(bytes),
             ));
         }
     }
@@ -78,22 +76,14 @@ fn once(ours: &Path, scratch: &Scratch, raw: &str, options: &[&str]) -> Outcome<
         let wrote = client.join().unwrap_or_else(|_| Err("the client is lost".into()));
         wrote.and(served)
     })?;
-    output(command("qemu-img", &["check", "-q", "-f", "qcow2", &image]))?;
-    let compare = ["compare", "-q", "-f", "raw", "-F", "qcow2", raw, &image];
-    output(command("qemu-img", &compare))?;
-    let found = std::fs::metadata(&image).map_err(|error| format!("no {image}: {error}"))?;
-    Ok((cost.0, found.blocks() * 512))
+    clean(&image)?;
+    same("raw", raw, &image)?;
+    Ok((cost.0, allocated(Path::new(&image))?))
 }
 
 /// Writes all to the server, once there is one; it ends when its client goes.
 fn write(raw: &str, socket: &str) -> Outcome {
-    let start = Instant::now();
-    while !Path::new(socket).exists() {
-        if start.elapsed() > PATIENCE {
-            return Err("the server opens no socket".into());
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
+    awaited(socket)?;
     let uri = format!("nbd+unix:///?socket={socket}");
     let words = ["--connections=1", "--request-size=65536", "--flush", raw, &uri];
     output(command("nbdcopy", &words)).map(drop)

@@ -9,8 +9,9 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use crate::cells::{mib, on_one_line};
 use crate::real::debian_pair;
-use crate::run::{command, output};
+use crate::run::{command, json, output};
 use crate::scratch::Scratch;
 use crate::watched::{Cost, watch};
 use crate::{Outcome, setup};
@@ -36,8 +37,7 @@ pub(super) fn run(ours: &Path, scratch: &Scratch) -> Outcome<String> {
     lines.push(bench.restic()?);
     for size in ["4K", "64K"] {
         lines.push(bench.duperemove(size).unwrap_or_else(|reason| {
-            let reason = reason.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "/");
-            format!("| duperemove | {size}iB | cannot run here: {reason} | | |")
+            format!("| duperemove | {size}iB | cannot run here: {} | | |", on_one_line(&reason))
         }));
     }
     Ok(lines.join("\n"))
@@ -149,13 +149,8 @@ fn shared(said: &str) -> u64 {
     bytes.unwrap_or_default()
 }
 
-fn json(text: &str) -> Outcome<Value> {
-    serde_json::from_str(text).map_err(|error| format!("no report: {error}: {text}"))
-}
-
 fn row(who: &str, chunks: &str, left_bytes: u64, cost: &Cost) -> String {
-    let mib = left_bytes as f64 / f64::from(1 << 20);
-    format!("| {who} | {chunks} | {mib:.1} MiB | {:.2} s | {:.1} s |", cost.cpu, cost.wall)
+    format!("| {who} | {chunks} | {} | {:.2} s | {:.1} s |", mib(left_bytes), cost.cpu, cost.wall)
 }
 
 #[cfg(test)]

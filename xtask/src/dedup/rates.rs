@@ -8,8 +8,9 @@ use std::path::Path;
 
 use twox_hash::XxHash3_64;
 
-use super::{random, verdict};
+use super::random;
 use crate::Outcome;
+use crate::cells::verdict;
 use crate::run::{command, output};
 use crate::scratch::Scratch;
 use crate::watched::{Cost, median, summary, watch};

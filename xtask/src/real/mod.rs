@@ -10,17 +10,17 @@
 mod file_system;
 mod inputs;
 
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde_json::Value;
 
 use self::file_system::FileSystem;
 use self::inputs::Input;
-use crate::run::{built, command, output};
-use crate::scratch::{Scratch, length};
-use crate::{Outcome, setup};
+use crate::cells::mib;
+use crate::looks::length;
+use crate::run::{built, command, json, output};
+use crate::scratch::Scratch;
+use crate::{Outcome, looks, setup};
 
 /// What there is to try.
 const INPUTS: [&str; 4] = ["guest-ext4", "guest-btrfs", "debian", "ntfs"];
@@ -134,7 +134,7 @@ impl Trial<'_> {
         for (image, before) in images.iter().zip(&befores) {
             self.judge(image, before)?;
         }
-        output(command("qemu-img", &["check", "-q", "-f", "qcow2", &base]))?;
+        looks::clean(&base)?;
         if self.contents(file_system, &images)? != contents {
             return Err(format!("{name}: files differ after dedup --across"));
         }
@@ -154,14 +154,9 @@ impl Trial<'_> {
 
     /// Has stock tools check an image and compare it with what it was.
     fn judge(&self, image: &str, before: &str) -> Outcome {
-        output(command("qemu-img", &["check", "-q", "-f", "qcow2", image]))?;
-        let compare = ["compare", "-q", "-f", "qcow2", "-F", "qcow2", before, image];
-        output(command("qemu-img", &compare)).map(drop)
+        looks::clean(image)?;
+        looks::same("qcow2", before, image)
     }
-}
-
-fn json(text: &str) -> Outcome<Value> {
-    serde_json::from_str(text).map_err(|error| format!("no report: {error}: {text}"))
 }
 
 fn shared(report: &Value) -> u64 {
@@ -170,15 +165,7 @@ fn shared(report: &Value) -> u64 {
 }
 
 fn allocated(files: &[String]) -> Outcome<u64> {
-    let of = |file: &String| {
-        let found = fs::metadata(file).map_err(|error| format!("no {file}: {error}"))?;
-        Ok::<_, String>(found.blocks() * 512)
-    };
-    files.iter().map(of).sum()
-}
-
-fn mib(bytes: u64) -> String {
-    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+    files.iter().map(|file| looks::allocated(Path::new(file))).sum()
 }
 
 #[cfg(test)]

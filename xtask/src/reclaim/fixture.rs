@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use serde_json::Value;
 
 use crate::Outcome;
+use crate::looks::clean;
 use crate::run::{command, output};
 use crate::scratch::Scratch;
 
@@ -62,7 +63,7 @@ impl Fixture {
         output(command("qemu-img", &[&create[..], &[&path, &size]].concat()))?;
         let clusters = size_bytes / CLUSTER_BYTES;
         shell(&path, &commands(&shape.live(clusters), clusters))?;
-        output(command("qemu-img", &["check", "-q", "-f", "qcow2", &path]))?;
+        clean(&path)?;
         let map = ["map", "-f", "qcow2", "--output=json", &path];
         let data = data(&output(command("qemu-img", &map))?)?;
         Ok(Self { path, data })

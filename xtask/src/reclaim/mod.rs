@@ -14,10 +14,12 @@ use std::path::Path;
 
 use self::fixture::{Fixture, Shape};
 use self::ways::Way;
-use crate::Outcome;
+use crate::cells::{mib, on_one_line};
+use crate::looks::length;
 use crate::run::{command, output};
-use crate::scratch::{Scratch, length};
+use crate::scratch::Scratch;
 use crate::watched::{Cost, summary};
+use crate::{Outcome, looks};
 
 /// The size of the disk that is judged.
 const SIZE_BYTES: u64 = 10 << 30;
@@ -98,9 +100,8 @@ fn once(scratch: &Scratch, fixture: &Fixture, way: &Way) -> Outcome<(Cost, u64)>
     output(command("cp", &["--sparse=always", &fixture.path, &copy]))?;
     output(command("sync", &[&copy]))?;
     let (cost, result) = way.run(scratch, &copy)?;
-    output(command("qemu-img", &["check", "-q", "-f", "qcow2", &result]))?;
-    let compare = ["compare", "-q", "-f", "qcow2", "-F", "qcow2", &fixture.path, &result];
-    output(command("qemu-img", &compare))?;
+    looks::clean(&result)?;
+    looks::same("qcow2", &fixture.path, &result)?;
     let length = length(&result)?;
     for file in [&copy, &scratch.file("target")] {
         match std::fs::remove_file(file) {
@@ -137,12 +138,7 @@ fn rows(
     ways.iter().zip(results).map(row).collect()
 }
 
-fn on_one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ").replace('|', "/")
-}
-
 fn figures(cost: &Cost, length_bytes: u64, goals: Option<&Goals>) -> String {
-    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
     format!(
         "{} | {} | {} | {:.2} s | {:.1} s | {} | {} |",
         mib(cost.written_bytes),

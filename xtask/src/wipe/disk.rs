@@ -1,10 +1,10 @@
 //! The image that is wiped, and what is left of it.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::Outcome;
+use crate::looks::{allocated, clean, same};
 use crate::run::{command, output};
 use crate::scratch::Scratch;
 
@@ -57,11 +57,9 @@ impl Disk {
     /// Refuses an image that is not clean or not all zeros; returns what it takes on the host.
     pub(super) fn judge(&self, image: &Path) -> Outcome<u64> {
         let image = image.display().to_string();
-        stock("qemu-img", &["check", "-q", "-f", "qcow2", &image])?;
-        let empty = self.folder.join("empty").display().to_string();
-        stock("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "qcow2", &image, &empty])?;
-        let facts = fs::metadata(&image).map_err(|error| format!("cannot look at it: {error}"))?;
-        Ok(facts.blocks() * 512)
+        clean(&image)?;
+        same("qcow2", &self.folder.join("empty").display().to_string(), &image)?;
+        allocated(Path::new(&image))
     }
 }
 

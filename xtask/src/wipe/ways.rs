@@ -2,17 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use super::disk::{Disk, SIZE_MIB};
 use super::trace::{self, Calls};
 use crate::Outcome;
-use crate::run::command;
+use crate::run::{awaited, command};
 
 /// Requests between two flushes.
 const FLUSH_EVERY: u64 = 16;
-/// How long a server may take to open its socket.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A way to an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,13 +128,7 @@ fn commands() -> Vec<String> {
 }
 
 fn client(socket: &Path) -> Outcome {
-    let start = Instant::now();
-    while !socket.exists() {
-        if start.elapsed() > PATIENCE {
-            return Err("the server opens no socket".into());
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    awaited(socket)?;
     // Unasked it would have every write flushed.
     let mut client = command("qemu-io", &["-t", "writeback", "-f", "raw"]);
     client.args(commands()).arg(format!("nbd+unix:///?socket={}", socket.display()));

@@ -12,18 +12,16 @@ mod pki;
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 use std::{fs, thread};
 
 use self::ends::{Client, Job, Server, Wrapped};
+use crate::run::awaited;
 use crate::scratch::Scratch;
 use crate::watched::{Cost, median, watch};
 use crate::{Outcome, setup};
 
 /// Runs of each side.
 const RUNS: usize = 3;
-/// How long a server may take to open its socket.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// What is served: in the page cache after the first run.
 const DISK_BYTES: usize = 512 << 20;
 
@@ -149,17 +147,6 @@ fn finished(child: Child, command: &Command) -> Outcome {
         true => Ok(()),
         false => Err(format!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr))),
     }
-}
-
-fn awaited(socket: &str) -> Outcome {
-    let start = Instant::now();
-    while !Path::new(socket).exists() {
-        if start.elapsed() > PATIENCE {
-            return Err("the server opens no socket".into());
-        }
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
 }
 
 /// Runs all sides by turns.

@@ -9,7 +9,7 @@ use pollster::block_on;
 use super::open::{self, FileChain, Request};
 use super::progress::Meter;
 use super::resize::Change;
-use super::{Example, Task, Verb, advice, common, create};
+use super::{Example, Task, Verb, common, create};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::format::Format;
@@ -87,11 +87,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     };
     let mut request =
         Request { access: Access::ReadWrite, ..Request::reading(name, parsed, "format")? };
-    if let Some(mode) = parsed.last("cache") {
-        request.cache = open::cache_mode(mode).ok_or_else(|| {
-            CliError::new(format!("Invalid cache option: {mode}")).with_hint(advice::CACHE_MODES)
-        })?;
-    }
+    request.cache = open::target_cache(parsed, "cache")?.unwrap_or(request.cache);
     let meter = Meter::new(tool, parsed, "amend")?;
     let chain = open::open(tool, &request)?;
     open::warn_of_guess(&request, &chain);

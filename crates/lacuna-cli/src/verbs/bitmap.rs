@@ -142,10 +142,8 @@ struct Work<'a> {
 impl Work<'_> {
     fn run(&self, tool: &Tool, action: &str, value: &str) -> CliResult<()> {
         let name = &self.new.name;
-        let done = match self.chain.disk().as_qcow2() {
-            Some(image) => block_on(self.act(image, action, value)),
-            None => Err(Error::unsupported("Only qcow2 images keep bitmaps")),
-        };
+        let image = with_bitmaps(self.chain);
+        let done = image.and_then(|image| block_on(self.act(image, action, value)));
         done.map_err(|error| {
             let shown = output::tame(&name.to_string());
             words(tool, error, if action == "merge" { value } else { &shown })
@@ -167,9 +165,7 @@ impl Work<'_> {
             "enable" => image.enable_bitmap(name, true).await,
             "disable" => image.enable_bitmap(name, false).await,
             _ => {
-                let other = self.source.map_or(Some(image), |chain| chain.disk().as_qcow2());
-                let other =
-                    other.ok_or_else(|| Error::unsupported("Only qcow2 images keep bitmaps"))?;
+                let other = self.source.map_or(Ok(image), with_bitmaps)?;
                 image.merge_bitmap(name, &other.bitmap(&value.into()).await?).await
             }
         }
@@ -211,7 +207,7 @@ fn hinted(error: Error) -> CliError {
 fn dump(tool: &Tool, parsed: &Parsed, form: Form) -> CliResult<u8> {
     let (file, name) = file_and_bitmap(parsed)?;
     let chain = open::open(tool, &Request::reading(file, parsed, "format")?)?;
-    let image = chain.disk().as_qcow2().ok_or_else(no_bitmaps)?;
+    let image = with_bitmaps(&chain)?;
     let mut ranges = block_on(image.bitmap(&name)).map_err(hinted)?.ranges();
     let mut lines = match form {
         Form::Human => Lines::starting(&format!("{:<16}Length\n", "Offset")),
@@ -235,8 +231,10 @@ fn dump(tool: &Tool, parsed: &Parsed, form: Form) -> CliResult<u8> {
     lines.print().map(|()| 0)
 }
 
-fn no_bitmaps() -> CliError {
-    CliError::new("Only qcow2 images keep bitmaps").with_class(ErrorKind::Unsupported)
+/// Returns the image at the top, which is to be one that keeps bitmaps.
+fn with_bitmaps(chain: &FileChain) -> lacuna::Result<&Image<AnyStorage>> {
+    let image = chain.disk().as_qcow2();
+    image.ok_or_else(|| Error::unsupported("Only qcow2 images keep bitmaps"))
 }
 
 // ---- repairing -------------------------------------------------------------------------------
@@ -281,7 +279,7 @@ fn remove_broken(tool: &Tool, request: &Request, broken: &[StoredName]) -> CliRe
         return Ok(());
     }
     let chain = open::open(tool, request)?;
-    let image = chain.disk().as_qcow2().ok_or_else(no_bitmaps)?;
+    let image = with_bitmaps(&chain)?;
     let removed = broken.iter().try_for_each(|name| block_on(image.remove_bitmap(name)));
     let closed = block_on(chain.into_disk().close());
     removed?;

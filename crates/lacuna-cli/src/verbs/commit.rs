@@ -1,7 +1,7 @@
 //! `commit`: brings what an image holds into the one that it stands on.
 
 use lacuna::block::Layer;
-use lacuna::job::{self, Phase, Progress};
+use lacuna::job::{self, Progress};
 use lacuna::qcow2::Access;
 use pollster::block_on;
 
@@ -9,7 +9,7 @@ use super::level::Levels;
 use super::open::{self, FileChainParts, Request};
 use super::pace::{self, Pace};
 use super::progress::Meter;
-use super::{Example, ExitCode, Task, Verb, advice, common, one_image};
+use super::{Example, ExitCode, Task, Verb, common, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult, errno_words};
 use crate::interrupt::{INTERRUPTED, Interrupted, interrupted_in_place};
@@ -72,11 +72,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 
 fn request(parsed: &Parsed) -> CliResult<Request> {
     let mut request = Request::reading(one_image(parsed)?, parsed, "format")?;
-    if let Some(mode) = parsed.last("cache") {
-        request.cache = open::cache_mode(mode).ok_or_else(|| {
-            CliError::new(format!("Invalid cache option: {mode}")).with_hint(advice::CACHE_MODES)
-        })?;
-    }
+    request.cache = open::target_cache(parsed, "cache")?.unwrap_or(request.cache);
     request.access = Access::ReadWrite;
     Ok(request)
 }
@@ -136,11 +132,7 @@ impl Work<'_> {
     ) -> CliResult<()> {
         let mut pace = Pace::at(rate);
         let mut report = |progress: Progress| {
-            let phase = match progress.phase {
-                Phase::Copy => "copy",
-                Phase::Flush => "flush",
-            };
-            meter.update(phase, progress.done_bytes, progress.total_bytes);
+            meter.show_copy(&progress);
             pace.keep_up_to(progress.written_bytes, interrupted);
         };
         let copied = block_on(interrupted.or(job::commit(self.parts.chain(), &mut report)));

@@ -469,6 +469,15 @@ pub(crate) fn writes_through(mode: &str) -> bool {
     ["writethrough", "directsync"].contains(&mode)
 }
 
+/// Reads the option for the cache mode of an image that is written; nothing where it is not given.
+pub(crate) fn target_cache(parsed: &Parsed, flag: &str) -> CliResult<Option<CacheMode>> {
+    let mode = |name| {
+        let invalid = || CliError::new(format!("Invalid cache option: {name}"));
+        cache_mode(name).ok_or_else(|| invalid().with_hint(advice::CACHE_MODES))
+    };
+    parsed.last(flag).map(mode).transpose()
+}
+
 /// Reads the option for the cache mode of images that are read.
 pub(crate) fn source_cache(parsed: &Parsed, flag: &str) -> CliResult<CacheMode> {
     match parsed.last(flag) {

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lacuna::job::{Phase, Progress};
 use signal_hook::consts::SIGUSR1;
 
 use crate::args::Parsed;
@@ -89,6 +90,15 @@ impl Meter {
         }
         self.unit = unit;
         self
+    }
+
+    /// Shows how far a copy of a disk is.
+    pub(crate) fn show_copy(&mut self, progress: &Progress) {
+        let phase = match progress.phase {
+            Phase::Copy => "copy",
+            Phase::Flush => "flush",
+        };
+        self.update(phase, progress.done_bytes, progress.total_bytes);
     }
 
     /// Takes note of `done` of `total` bytes, or what else is counted.

@@ -11,7 +11,7 @@ use super::open::{self, FileChain, Request};
 use super::progress::Meter;
 use super::spec::ImageSpec;
 use super::spec::tree::BelowSpec;
-use super::{Example, Task, Verb, advice, common, create, one_image};
+use super::{Example, Task, Verb, common, create, one_image};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult, errno_words, sentence};
 use crate::format::is_known;
@@ -91,13 +91,7 @@ impl<'a> Wish<'a> {
             return Err(CliError::usage("Must specify backing file (-b) or use unsafe mode (-u)"));
         }
         let mut request = Request::reading(name, parsed, "format")?;
-        request.cache = match parsed.last("cache") {
-            None => request.cache,
-            Some(mode) => open::cache_mode(mode).ok_or_else(|| {
-                CliError::new(format!("Invalid cache option: {mode}"))
-                    .with_hint(advice::CACHE_MODES)
-            })?,
-        };
+        request.cache = open::target_cache(parsed, "cache")?.unwrap_or(request.cache);
         open::source_cache(parsed, "backing-cache")?;
         // What may be shared is the backing file.
         request.sharing = Sharing::Format;

@@ -82,12 +82,8 @@ pub(super) fn check_compressed(encoding: Encoding, values: &Values) -> CliResult
 /// Reads `-t`. A copy ends on the disk anyway: where nothing is asked for, large writes go there
 /// directly.
 pub(super) fn target_cache(parsed: &Parsed) -> CliResult<CacheMode> {
-    match parsed.last("target-cache") {
-        None => Ok(CacheMode::LargeWritesDirect),
-        Some(name) => open::cache_mode(name).ok_or_else(|| {
-            CliError::new(format!("Invalid cache option: {name}")).with_hint(advice::CACHE_MODES)
-        }),
-    }
+    let asked = open::target_cache(parsed, "target-cache")?;
+    Ok(asked.unwrap_or(CacheMode::LargeWritesDirect))
 }
 
 fn sparse_size(text: &str) -> CliResult<u64> {

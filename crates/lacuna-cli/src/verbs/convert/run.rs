@@ -6,7 +6,7 @@ use lacuna::Error;
 use lacuna::block::Layer;
 use lacuna::job::{
     self, AtFlush, ConvertOptions, CopyFailure, CopyStep, DedupWrites, DedupWritesOptions, Lost,
-    LostPart, Phase, Progress, Salvage, Target,
+    LostPart, Progress, Salvage, Target,
 };
 use lacuna::units::GuestRange;
 use pollster::block_on;
@@ -59,11 +59,7 @@ fn copy_layer<L: Layer>(
 ) -> CliResult<()> {
     let limit = pace::rate(parsed)?.map(Limit::new);
     let mut report = |progress: Progress| {
-        let phase = match progress.phase {
-            Phase::Copy => "copy",
-            Phase::Flush => "flush",
-        };
-        meter.update(phase, progress.done_bytes, progress.total_bytes);
+        meter.show_copy(&progress);
         if let Some(limit) = &limit {
             limit.wait(progress.written_bytes);
         }
