@@ -131,6 +131,20 @@ impl Recorded {
         Ok(())
     }
 
+    /// Does what a guest asks for, in the image and in the model.
+    pub(crate) async fn change(
+        &mut self,
+        image: &Image<SimStorage>,
+        model: &mut ModelDisk,
+        operation: Operation,
+    ) -> lacuna::Result<()> {
+        self.foresee(model, &operation);
+        perform(image, operation).await?;
+        model.apply(&operation);
+        self.see(model);
+        Ok(())
+    }
+
     pub(crate) fn foresee(&mut self, model: &ModelDisk, operation: &Operation) {
         let mut states = Candidates(vec![model.content().clone()]);
         if let Operation::Discard { range, mode } = *operation {

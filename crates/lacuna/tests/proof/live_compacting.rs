@@ -184,10 +184,7 @@ async fn crashed(case: &Case, seed: u64) -> Result<usize, String> {
     while compaction.step().await.map_err(fail)?.is_some() {
         let place = random.below(clusters);
         let operation = change(&mut random, &case.kind, place);
-        recorded.foresee(&model, &operation);
-        perform(&image, operation).await.map_err(fail)?;
-        model.apply(&operation);
-        recorded.see(&model);
+        recorded.change(&image, &mut model, operation).await.map_err(fail)?;
         if random.one_in(4) {
             image.flush().await.map_err(fail)?;
             recorded.acknowledge();

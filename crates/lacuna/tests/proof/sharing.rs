@@ -96,10 +96,7 @@ async fn crashed(case: &Case, seed: u64) -> Result<usize, String> {
     let mut script = vec![write(14 * cluster, 3 * cluster, 5), write(100, 50, 6)];
     script.extend((0..FILLED).filter(|at| at % GROUPS == 1).map(|at| write(at * cluster, 9, at)));
     for operation in script {
-        recorded.foresee(&model, &operation);
-        perform(&image, operation).await.map_err(fail)?;
-        model.apply(&operation);
-        recorded.see(&model);
+        recorded.change(&image, &mut model, operation).await.map_err(fail)?;
     }
     image.flush().await.map_err(fail)?;
     recorded.acknowledge();

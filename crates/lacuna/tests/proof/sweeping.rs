@@ -47,10 +47,7 @@ async fn crashed(case: &Case, seed: u64) -> Result<usize, String> {
     let cluster = case.kind.cluster_bytes();
     let range = GuestRange::new(GuestOffset(14 * cluster), 3 * cluster);
     let reuse = Operation::Write { range, seed: 5, flags: WriteFlags::empty() };
-    recorded.foresee(&model, &reuse);
-    perform(&image, reuse).await.map_err(fail)?;
-    model.apply(&reuse);
-    recorded.see(&model);
+    recorded.change(&image, &mut model, reuse).await.map_err(fail)?;
     image.close().await.map_err(fail)?;
     recorded.acknowledge();
     recorded.crash_at(seed, |random| random.one_in(2)).await
