@@ -92,11 +92,6 @@ impl Bitmaps {
         self.tracked.is_empty()
     }
 
-    /// Says whether the directory entry at an offset is that of a bitmap in use by us.
-    pub(super) fn uses(&self, at: HostOffset) -> bool {
-        self.in_use && self.tracked.iter().any(|bitmap| bitmap.at == at)
-    }
-
     /// Returns the entry at an offset of the directory as it is in memory, where it is followed.
     pub(super) fn followed(&self, at: HostOffset) -> Option<&BitmapEntry> {
         self.find(at).map(|bitmap| &bitmap.entry)

@@ -54,7 +54,8 @@ impl<S: Storage> Image<S> {
     pub(in crate::qcow2) async fn check_bitmaps(&self, old: u64, new: u64) -> Result<()> {
         let header = self.header();
         for (at, entry) in directory(&self.0.storage, &header).await? {
-            let is_ours = self.0.meta.lock().bitmaps.uses(at);
+            // Followed, it was marked in use by us: maybe a moment ago, or by a call that was dropped.
+            let is_ours = self.0.meta.lock().bitmaps.followed(at).is_some();
             if entry.flags.contains(BitmapFlags::IN_USE) && !is_ours {
                 let name = &entry.name;
                 return Err(Error::invalid(format!(

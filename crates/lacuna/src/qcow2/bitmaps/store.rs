@@ -56,10 +56,10 @@ impl<S: Storage> Image<S> {
             self.reload_bitmaps().await?;
         }
         self.prepare_intents().await?;
+        // Before the marks: if this is dropped among them, they are to be taken off again.
+        self.0.meta.lock().bitmaps.in_use = true;
         self.write_bitmap_flags(BitmapFlags::IN_USE).await?;
-        let mut meta = self.0.meta.lock();
-        meta.bitmaps.in_use = true;
-        meta.gate.bitmaps = false;
+        self.0.meta.lock().gate.bitmaps = false;
         Ok(())
     }
 
@@ -107,6 +107,8 @@ impl<S: Storage> Image<S> {
         }
         self.0.storage.flush().await?;
         self.clear_intents().await?;
+        // A mark that was dropped on its way must not land on what takes it off.
+        self.wait_for_metadata_writes().await;
         self.write_bitmap_flags(BitmapFlags::empty()).await?;
         let mut meta = self.0.meta.lock();
         meta.bitmaps.intents.is_clearing = false;
