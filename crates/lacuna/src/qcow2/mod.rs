@@ -66,7 +66,7 @@ mod zero_cluster;
 pub(crate) use host_status::HostStatuses;
 
 pub use amend::AmendOptions;
-pub use bitmaps::{BitmapRepairs, NewBitmap, repair_bitmaps};
+pub use bitmaps::{BitmapRepairs, FrozenBitmap, FrozenBitmaps, NewBitmap, repair_bitmaps};
 pub use compact::{
     CompactClusters, CompactEstimate, CompactExtents, CompactOptions, CompactOrder, CompactPace,
     CompactPhase, CompactProgress, CompactReport, CompactStep, KeptMapping, compact_estimate,

@@ -22,6 +22,8 @@ use crate::drive::{assert_safe, is_dirty, whole_content};
 const STEPS: usize = 60;
 /// Names that bitmaps have.
 const NAMES: [&str; 3] = ["a", "b", "c"];
+/// Names of those that are frozen together.
+const TOGETHER: [&[&str]; 3] = [&["a"], &["b"], &["a", "c"]];
 /// States per crash point.
 const STATES: usize = 6;
 
@@ -60,11 +62,20 @@ type Models = BTreeMap<&'static str, Model>;
 /// What is asked for.
 #[derive(Clone, Debug)]
 enum Edit {
-    Add { name: &'static str, granularity: u64, is_enabled: bool },
+    Add {
+        name: &'static str,
+        granularity: u64,
+        is_enabled: bool,
+    },
     Remove(&'static str),
     Clear(&'static str),
     Enable(&'static str, bool),
-    Merge { into: &'static str, from: &'static str },
+    Merge {
+        into: &'static str,
+        from: &'static str,
+    },
+    /// Freezes them and finishes: they name what changed since, which is nothing.
+    Renew(&'static [&'static str]),
     Write(GuestRange),
 }
 
@@ -72,7 +83,7 @@ impl Edit {
     fn random(random: &mut Random, kind: &Kind) -> Self {
         let mut name = || NAMES[random.below(3) as usize];
         let (name, other) = (name(), name());
-        match random.below(8) {
+        match random.below(9) {
             0 | 1 => {
                 let granularity = 512 << random.below(8);
                 Self::Add { name, granularity, is_enabled: !random.one_in(4) }
@@ -81,6 +92,7 @@ impl Edit {
             3 if random.one_in(2) => Self::Clear(name),
             4 => Self::Enable(name, random.one_in(2)),
             5 => Self::Merge { into: name, from: other },
+            6 => Self::Renew(TOGETHER[random.index(TOGETHER.len())]),
             _ => {
                 let start = random.below(kind.size_bytes() / 512) * 512;
                 let rest = (kind.size_bytes() - start) / 512;
@@ -110,6 +122,13 @@ impl Edit {
                 named.for_each(|start| into.mark(GuestRange::new(start, len)));
                 true
             }
+            Self::Renew(names) => {
+                let can = |name| models.get(name).is_some_and(|it: &Model| it.is_enabled);
+                let can = names.iter().all(|name| can(*name));
+                let renewed = models.iter_mut().filter(|(name, _)| can && names.contains(name));
+                renewed.for_each(|(_, it)| it.grains.clear());
+                can
+            }
             Self::Write(range) => {
                 models.values_mut().filter(|it| it.is_enabled).for_each(|it| it.mark(*range));
                 true
@@ -130,6 +149,10 @@ impl Edit {
             Self::Merge { into, from } => {
                 let from = image.bitmap(&(*from).into()).await?;
                 image.merge_bitmap(&(*into).into(), &from).await
+            }
+            Self::Renew(names) => {
+                let names: Vec<_> = names.iter().map(|name| (*name).into()).collect();
+                image.freeze_bitmaps(&names, &[]).await?.finish().await
             }
             Self::Write(range) => {
                 let bytes = Buffer::from(&vec![9; range.len as usize][..]);
@@ -154,6 +177,13 @@ impl Edit {
                 run(&[if *on { "--enable" } else { "--disable" }, file, name])
             }
             Self::Merge { into, from } => run(&["--merge", from, file, into]),
+            // Stock tools have no word for it.
+            Self::Renew(_) => pollster::block_on(async {
+                let image = open(path, Access::ReadWrite);
+                let did = self.ours(&image).await;
+                image.close().await.unwrap();
+                did.is_ok()
+            }),
             Self::Write(range) => {
                 qemu_io(path, [format!("write -q -P 9 {} {}", range.start.0, range.len)]);
                 true
@@ -260,7 +290,7 @@ fn two_bitmaps(kind: Kind) -> (Case, Models) {
 }
 
 /// Edits that are crashed and dropped.
-const EDITS: [Edit; 7] = [
+const EDITS: [Edit; 9] = [
     Edit::Add { name: "c", granularity: 512, is_enabled: true },
     Edit::Remove("a"),
     Edit::Remove("b"),
@@ -268,6 +298,8 @@ const EDITS: [Edit; 7] = [
     Edit::Enable("b", false),
     Edit::Merge { into: "a", from: "b" },
     Edit::Merge { into: "b", from: "a" },
+    Edit::Renew(&["a"]),
+    Edit::Renew(&["b", "a"]),
 ];
 
 /// Checks that a state has the bitmaps from before or from after.

@@ -23,6 +23,8 @@ mod history;
 mod kept_mapping;
 mod live_compacting;
 mod live_extents;
+mod point_crash;
+mod points;
 mod qemu_differential;
 mod random_operations;
 mod rebase;

@@ -116,7 +116,8 @@ impl<S: Storage> Image<S> {
         known.features.autoclear.set(AutoclearFeatures::BITMAPS, has_any);
         let generation = meta.bitmaps.generation + 1;
         meta.gate.bitmaps = !loaded.is_empty();
-        meta.bitmaps = Bitmaps { generation, ..loaded };
+        let recordings = std::mem::take(&mut meta.bitmaps.recordings);
+        meta.bitmaps = Bitmaps { generation, recordings, ..loaded };
         Ok(())
     }
 

@@ -70,14 +70,9 @@ impl<S: Storage> Image<S> {
     /// }).unwrap();
     /// ```
     pub async fn add_bitmap(&self, new: &NewBitmap) -> Result<()> {
-        let rest = self.bitmaps_at_rest().await?;
-        if rest.index_of(&new.name).is_ok() {
-            return Err(Error::invalid(format!("Bitmap already exists: {}", new.name)));
-        }
-        let mut entry = self.entry_of(new)?;
-        let table = vec![BitmapTableEntry::default(); entry.table_entries as usize];
-        entry = self.write_table(&entry, &table).await?;
-        let entries: Vec<_> = rest.entries.iter().cloned().chain([entry]).collect();
+        let mut rest = self.bitmaps_at_rest().await?;
+        rest.add(new).await?;
+        let entries = std::mem::take(&mut rest.entries);
         rest.replace(&entries, Vec::new()).await
     }
 
@@ -203,14 +198,35 @@ impl<S: Storage> AtRest<'_, S> {
         Ok(index)
     }
 
+    /// Adds a bitmap in which nothing has changed, to be named by the next directory.
+    pub(super) async fn add(&mut self, new: &NewBitmap) -> Result<()> {
+        if self.index_of(&new.name).is_ok() {
+            return Err(Error::invalid(format!("Bitmap already exists: {}", new.name)));
+        }
+        let entry = self.image.entry_of(new)?;
+        let table = vec![BitmapTableEntry::default(); entry.table_entries as usize];
+        self.entries.push(self.image.write_table(&entry, &table).await?);
+        Ok(())
+    }
+
     /// Gives a bitmap another table, whose data lies in new clusters; gives the old ones back.
     pub(super) async fn store(mut self, index: usize, table: &[BitmapTableEntry]) -> Result<()> {
+        let dropped = self.change_table(index, table).await?;
+        let entries = std::mem::take(&mut self.entries);
+        self.replace(&entries, dropped).await
+    }
+
+    /// Has the next directory name another table of a bitmap; returns what only the old one named.
+    pub(super) async fn change_table(
+        &mut self,
+        index: usize,
+        table: &[BitmapTableEntry],
+    ) -> Result<Vec<HostRange>> {
         let old = &self.entries[index];
         let before = self.image.bitmap_ranges(old).await?;
         let dropped = no_longer_named(before, old, table, &self.image.geometry());
         self.entries[index] = self.image.write_table(old, table).await?;
-        let entries = std::mem::take(&mut self.entries);
-        self.replace(&entries, dropped).await
+        Ok(dropped)
     }
 }
 

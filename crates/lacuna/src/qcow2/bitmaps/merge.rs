@@ -93,7 +93,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Reads a cluster of bits.
-    async fn chunk_of(
+    pub(super) async fn chunk_of(
         &self,
         table: &[BitmapTableEntry],
         chunk: u64,
@@ -110,7 +110,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Writes a cluster of bits to a new place, unless all of them are set.
-    async fn write_chunk(
+    pub(super) async fn write_chunk(
         &self,
         mut bits: Vec<u8>,
         measure: Measure,

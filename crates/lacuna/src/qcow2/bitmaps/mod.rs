@@ -1,7 +1,7 @@
 //! Keeps enabled dirty bitmaps in step with writes (B.10).
 //!
 //! `store` brings storage after memory, `intents` bound what a crash loses in between, `directory` says which bitmaps there are and changes it,
-//! `edit`, `merge` and `repair` are what people ask for, `size` follows the disk's size.
+//! `edit`, `freeze`, `merge` and `repair` are what people ask for, `size` follows the disk's size.
 //!
 //! * Always: the first change of an open image marks every enabled bitmap in use, durably, before
 //!   anything else; only what stores them takes the mark off again. After a crash nobody trusts one
@@ -13,6 +13,7 @@
 
 mod directory;
 mod edit;
+mod freeze;
 mod intents;
 mod merge;
 mod recover;
@@ -24,7 +25,9 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::Range;
 
+use self::freeze::Recording;
 use self::intents::Intents;
+use self::size::Measure;
 use super::format::{BitmapEntry, BitmapFlags, Header};
 use crate::Result;
 use crate::storage::Storage;
@@ -32,6 +35,7 @@ use crate::units::{GuestRange, HostOffset};
 
 pub(super) use directory::{Still, directory};
 pub use edit::NewBitmap;
+pub use freeze::{FrozenBitmap, FrozenBitmaps};
 pub use repair::{BitmapRepairs, repair_bitmaps};
 
 /// Where the flags lie in a directory entry.
@@ -50,6 +54,8 @@ pub(super) struct Bitmaps {
     /// Some other bitmap was left in use by somebody who keeps no intents.
     has_stale: bool,
     intents: Intents,
+    /// What changed since some of them were frozen.
+    recordings: Vec<Recording>,
     /// Counts changes of where bitmaps lie: what was read of one before may be somebody else's.
     pub(super) generation: u64,
 }
@@ -147,6 +153,9 @@ impl Bitmaps {
         for bitmap in &mut self.tracked {
             bitmap.mark(range);
         }
+        for recording in &mut self.recordings {
+            recording.mark(range);
+        }
     }
 }
 
@@ -173,19 +182,39 @@ impl Tracked {
         Self { entry, at, chunk_bits, chunks: Chunks::new(), storing: Chunks::new() }
     }
 
+    const fn measure(&self) -> Measure {
+        Measure { granularity_bits: self.entry.granularity_bits, chunk_bits: self.chunk_bits }
+    }
+
     fn mark(&mut self, range: GuestRange) {
-        if range.is_empty() {
-            return;
-        }
-        let first = range.start.0 >> self.entry.granularity_bits;
-        let last = (range.end().0 - 1) >> self.entry.granularity_bits;
-        for index in first / self.chunk_bits..=last / self.chunk_bits {
-            let start = index * self.chunk_bits;
-            let bytes = (self.chunk_bits / 8) as usize;
-            let chunk = self.chunks.entry(index).or_insert_with(|| vec![0; bytes]);
-            let to = (last - start).min(self.chunk_bits - 1);
-            set_bits(chunk, first.saturating_sub(start), to);
-        }
+        let measure = self.measure();
+        mark(&mut self.chunks, measure, range);
+    }
+}
+
+/// Sets the bits that stand for a range.
+fn mark(chunks: &mut Chunks, measure: Measure, range: GuestRange) {
+    if range.is_empty() {
+        return;
+    }
+    let first = range.start.0 >> measure.granularity_bits;
+    let last = (range.end().0 - 1) >> measure.granularity_bits;
+    for index in first / measure.chunk_bits..=last / measure.chunk_bits {
+        let start = index * measure.chunk_bits;
+        let bytes = (measure.chunk_bits / 8) as usize;
+        let chunk = chunks.entry(index).or_insert_with(|| vec![0; bytes]);
+        let to = (last - start).min(measure.chunk_bits - 1);
+        set_bits(chunk, first.saturating_sub(start), to);
+    }
+}
+
+/// Forgets the bits behind the end of a disk.
+fn cut(chunks: &mut Chunks, measure: Measure, size_bytes: u64) {
+    let end = measure.bits(size_bytes);
+    let last = end / measure.chunk_bits;
+    chunks.retain(|index, _| *index <= last);
+    if let Some(chunk) = chunks.get_mut(&last) {
+        clear_bits_from(chunk, end % measure.chunk_bits);
     }
 }
 
@@ -203,12 +232,8 @@ impl Tracked {
     }
 
     fn cut_at(&mut self, size_bytes: u64) {
-        let end = size_bytes.div_ceil(1 << self.entry.granularity_bits);
-        let last = end / self.chunk_bits;
-        self.chunks.retain(|index, _| *index <= last);
-        if let Some(chunk) = self.chunks.get_mut(&last) {
-            clear_bits_from(chunk, end % self.chunk_bits);
-        }
+        let measure = self.measure();
+        cut(&mut self.chunks, measure, size_bytes);
     }
 }
 

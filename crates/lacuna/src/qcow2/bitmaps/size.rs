@@ -18,7 +18,7 @@ use crate::{Error, Result};
 const SECTOR_BYTES: u64 = 512;
 
 /// Says how many bits a bitmap has and how they are spread.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Measure {
     pub(super) granularity_bits: u8,
     pub(super) chunk_bits: u64,
