@@ -203,13 +203,25 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
     for (name, reason) in [
         ("r", "Only qcow2 images"),
         ("e", "external data file"),
-        ("dirty", "not closed cleanly"),
+        ("--dry-run dirty", "not closed cleanly"),
         ("missing", "No such file"),
     ] {
         let got = ours.run(&format!("lacuna reclaim {name}"));
         assert_eq!(got.code, Some(1), "{name}: {}", got.text);
         assert!(got.text.contains(reason), "{name}: {}", got.text);
     }
+}
+
+/// As a compaction may leave it that a power cut ended.
+#[test]
+fn one_that_was_not_closed_cleanly_is_repaired_first() {
+    let ours = Sandbox::ours();
+    ours.prepare(BLOATED);
+    ours.prepare("printf '\\001' | dd of=a bs=1 seek=79 conv=notrunc status=none");
+    json(&ours, "lacuna reclaim --report=json a");
+    let got = ours.run("stock-img info a");
+    assert!(!got.text.contains("dirty"), "{}", got.text);
+    assert_same(&ours);
 }
 
 #[test]

@@ -18,7 +18,7 @@
 //! * Not always: where the first cluster has no room for both (clusters of 1 or 2 KiB and a long
 //!   name), or version 2 has extensions without end, the sectors are written at once.
 
-use super::format::{Header, Placed};
+use super::format::{Features, Header, Placed};
 use crate::Result;
 use crate::buffer::Buffer;
 use crate::storage::Storage;
@@ -52,6 +52,16 @@ pub(super) async fn change_header<S: Storage>(
         storage.flush().await?;
     }
     Ok(header)
+}
+
+/// Writes the feature words of an image that nobody else writes to, durably. What was written before is
+/// as durable as they are. Returns how many bytes that took.
+pub(super) async fn write_features<S: Storage>(storage: &S, features: &Features) -> Result<u64> {
+    storage.flush().await?;
+    let (at, bytes) = features.header_update();
+    storage.write_at(at, Buffer::from(&bytes[..])).await.0?;
+    storage.flush().await?;
+    Ok(bytes.len() as u64)
 }
 
 /// Plans a change of the header in `storage`: returns the new one, and what is to be written, each

@@ -6,6 +6,7 @@ use super::format::{
     AutoclearFeatures, CompatibleFeatures, Encryption, Header, IncompatibleFeatures, L1Entry,
     Version,
 };
+use super::header_change::write_features;
 use super::history::Readers;
 use super::image::Image;
 use super::in_flight::InFlight;
@@ -165,9 +166,7 @@ async fn prepare_for_writing<S: Storage>(
     let kept = header.features.autoclear & known;
     if kept != header.features.autoclear {
         header.features.autoclear = kept;
-        let (offset, bytes) = header.features.header_update();
-        storage.write_at(offset, Buffer::from(&bytes[..])).await.0?;
-        storage.flush().await?;
+        write_features(storage, &header.features).await?;
     }
     Ok(())
 }

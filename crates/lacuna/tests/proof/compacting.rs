@@ -1,5 +1,5 @@
-//! Compaction in place changes no byte of disk, snapshots and bitmaps, and leaves no hole: through power
-//! cuts, dropped at awaits, stopped and begun again.
+//! Compaction in place changes no byte of disk, snapshots and bitmaps, and leaves no hole; stopped and
+//! begun again, too.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,29 +9,21 @@ use lacuna::ErrorKind;
 use lacuna::block::{DiscardMode, Layer, WriteFlags};
 use lacuna::buffer::Buffer;
 use lacuna::job::{DedupOptions, dedup};
-use lacuna::qcow2::check::{CheckOptions, Repair, check};
 use lacuna::qcow2::format::{Header, RefcountTableEntry, RefcountWidth};
 use lacuna::qcow2::{
     Access, CompactOptions, CompactOrder, CompactPace, CompactReport, CompactStep, Image,
-    KeptMapping, OpenOptions, PinFacts, SnapshotChoice, compact_estimate,
+    KeptMapping, OpenOptions, SnapshotChoice, compact_estimate,
 };
 use lacuna::storage::Storage;
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::foreign::{QEMU_IMG, qemu_img_check, qemu_io};
-use testkit::sim::{Pace, SimHost, crash};
+use testkit::sim::{Pace, SimHost};
 use testkit::{Random, SparseBytes, seeds};
 
 use crate::case::{Backing, Case, Kind, Store};
 use crate::crash::kinds;
-use crate::drive::{assert_safe, own_check, whole_content};
+use crate::drive::{own_check, whole_content};
 use crate::guest_order::assert_in_order;
-
-/// States per crash point where not all can be looked at.
-const STATES: usize = 5;
-/// About so many crash points are looked at; with `LACUNA_LONG` all.
-const POINTS: usize = 40;
-/// One in this many states is compacted again and shown to qemu-img.
-const SAMPLE: usize = 40;
 
 /// What an image is to have beside data.
 #[derive(Clone, Copy, Debug, Default)]
@@ -49,7 +41,8 @@ pub(crate) struct View {
     active: Vec<u8>,
     pub(crate) snapshots: Vec<(String, Vec<u8>)>,
     bitmaps: Vec<(String, Vec<GuestRange>)>,
-    pins: Option<PinFacts>,
+    /// How often clusters that are pinned are shown.
+    pub(crate) shown: Option<u64>,
 }
 
 /// Bytes that compress well, a little, or not at all.
@@ -123,7 +116,7 @@ fn by_qemu(case: &Case, steps: impl FnOnce(&Path)) -> Case {
     case.with_content(vec![SparseBytes::load(&path)])
 }
 
-fn img(path: &Path, words: &[&str]) {
+pub(crate) fn img(path: &Path, words: &[&str]) {
     let name = path.file_name().unwrap().to_str().unwrap();
     let words: Vec<&str> =
         words.iter().map(|word| if *word == "@" { name } else { word }).collect();
@@ -169,7 +162,7 @@ pub(crate) async fn view(case: &Case) -> lacuna::Result<View> {
         active: whole_content(&image).await?.to_vec(),
         snapshots: Vec::new(),
         bitmaps: Vec::new(),
-        pins: image.pin_facts().await?,
+        shown: image.pin_facts().await?.map(|pins| pins.references),
     };
     for snapshot in image.snapshots().await?.into_iter().filter(|it| !it.is_pin()) {
         let layer = image.snapshot(&SnapshotChoice::Id(snapshot.id.clone())).await?;
@@ -236,7 +229,7 @@ pub(crate) fn assert_short(case: &Case, slack: usize, story: &str) {
 }
 
 /// Says what of two views is not the same.
-fn differing(seen: &View, before: &View) -> String {
+pub(crate) fn differing(seen: &View, before: &View) -> String {
     let mut names = Vec::new();
     if seen.active != before.active {
         names.push("the disk".to_owned());
@@ -260,6 +253,7 @@ pub(crate) fn assert_sound(case: &Case, before: &View, story: &str) {
     let after = pollster::block_on(view(case)).unwrap();
     let differing = differing(&after, before);
     assert!(differing.is_empty(), "{story}: {differing} read otherwise");
+    assert_eq!(after.shown, before.shown, "{story}: references of pinned clusters");
     let folder = tempfile::tempdir().unwrap();
     let path = case.save(folder.path());
     let is_clean = |when: &str| {
@@ -471,117 +465,4 @@ fn what_cannot_be_compacted_is_refused_with_the_reason() {
     assert_refused(&with(leaking), ErrorKind::Corrupt, "1 leaks");
     let keeping = plain.builder().extension(0x6c61_6b6d, b"").build().bytes;
     assert_refused(&with(keeping), ErrorKind::InvalidRequest, "keep_mapping");
-}
-
-/// Looks at every state that a crash may leave.
-fn crash_everywhere(kind: &Kind, with: With, order: CompactOrder, seed: u64) -> usize {
-    let options = CompactOptions { order, ..options(kind) };
-    let case = build(kind, with, seed);
-    let before = pollster::block_on(view(&case)).unwrap();
-    let host = SimHost::new(Pace::AtOnce, 1);
-    let files = case.on(&host);
-    host.start_record();
-    let report =
-        pollster::block_on(async { files.open().await?.compact(&options, &mut |_| ()).await });
-    let goal = report.unwrap().after_bytes;
-    let mut count = 0;
-    let mut random = Random::new(seed);
-    let points = crash::points(&host);
-    let one_in = match std::env::var_os("LACUNA_LONG") {
-        Some(_) => 1,
-        None => (points.len() / POINTS).max(1) as u64,
-    };
-    for point in points {
-        if !random.one_in(one_in) {
-            continue;
-        }
-        for state in point.states(seed, STATES) {
-            count += 1;
-            let left = case.with_content(state.files);
-            let run = async {
-                examine(&left, &before).await?;
-                match count % SAMPLE {
-                    1 => go_on(&left, &before, goal, (with, order)).await,
-                    _ => Ok(()),
-                }
-            };
-            let examined = pollster::block_on(run);
-            if let Err(error) = examined {
-                let story = state.survivors.join("\n  ");
-                panic!(
-                    "LACUNA_SEED={seed} {kind:?} {with:?} {order:?} event {}: {error}\n  {story}",
-                    point.event
-                );
-            }
-        }
-    }
-    count
-}
-
-pub(crate) async fn examine(left: &Case, before: &View) -> Result<(), String> {
-    assert_safe(left, false).await?;
-    let seen = view(left).await.map_err(|error| format!("Reading: {error}"))?;
-    let differing = differing(&seen, before);
-    if differing.is_empty() { Ok(()) } else { Err(format!("{differing} read otherwise")) }
-}
-
-/// Repairs what a crash left, compacts it and comes to the same end.
-async fn go_on(
-    left: &Case,
-    before: &View,
-    goal: u64,
-    (with, order): (With, CompactOrder),
-) -> Result<(), String> {
-    assert_safe(left, true).await?;
-    let repaired = repaired(left).await;
-    let options = CompactOptions { order, ..options(&left.kind) };
-    let (again, _) =
-        compact(&repaired, &options).await.map_err(|error| format!("Again: {error}"))?;
-    // Streams that were packed half-way may come to lie otherwise.
-    let slack = if with.streams { 8 * left.kind.cluster_bytes() } else { 0 };
-    if again.image.len().abs_diff(goal) > slack {
-        return Err(format!("Again: {:#x} bytes, not {goal:#x}", again.image.len()));
-    }
-    assert_short(&again, 0, "again");
-    assert_sound(&again, before, "again");
-    Ok(())
-}
-
-pub(crate) async fn repaired(left: &Case) -> Case {
-    let host = SimHost::without_record(Pace::AtOnce, 1);
-    let storage = host.add_file(left.image.clone());
-    let options = CheckOptions { repair: Repair::Leaks };
-    let report = check(&storage, &options, &mut |_| {}).await.unwrap();
-    assert!(report.is_clean(), "{report:?}");
-    left.with_content(vec![host.content(0)])
-}
-
-pub(crate) fn crash_kinds(kinds: impl IntoIterator<Item = (Kind, With)>, order: CompactOrder) {
-    for (kind, with) in kinds {
-        for seed in seeds(1) {
-            let count = crash_everywhere(&kind, with, order, seed);
-            println!("{kind:?}: {count} states");
-            assert!(count > 5, "{kind:?}: only {count} states");
-        }
-    }
-}
-
-pub(crate) fn unpinned_kinds(cluster_bits: u32) -> impl Iterator<Item = (Kind, With)> {
-    all_kinds(cluster_bits).into_iter().map(|kind| (kind, with_all(&kind)))
-}
-
-#[test]
-fn a_crash_leaves_leaks_at_worst_with_small_clusters() {
-    crash_kinds(unpinned_kinds(9), CompactOrder::Any);
-}
-
-#[test]
-fn a_crash_leaves_leaks_at_worst_with_larger_clusters() {
-    crash_kinds(unpinned_kinds(14), CompactOrder::Any);
-}
-
-#[test]
-fn a_crash_leaves_leaks_at_worst_where_clusters_are_pinned() {
-    let wider = pinned_kinds(14).filter(|(kind, _)| kind.extended);
-    crash_kinds(pinned_kinds(9).chain(wider), CompactOrder::Any);
 }

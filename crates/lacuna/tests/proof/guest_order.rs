@@ -12,9 +12,9 @@ use testkit::sim::{Pace, SimHost};
 
 use crate::case::{Case, Kind};
 use crate::compacting::{
-    With, assert_short, assert_sound, build, compact, crash_kinds, options, pinned_kinds,
-    unpinned_kinds, view, with_all,
+    With, assert_short, assert_sound, build, compact, options, pinned_kinds, view, with_all,
 };
+use crate::compacting_crash::{crash_kinds, unpinned_kinds};
 
 fn in_order(kind: &Kind) -> CompactOptions {
     CompactOptions { order: CompactOrder::Guest, ..options(kind) }

@@ -4,6 +4,7 @@
 //! through every combination instead of a spread of them.
 
 mod amend;
+mod anchors;
 mod bitmap_edits;
 mod bitmaps;
 mod cancellation;
@@ -11,6 +12,7 @@ mod case;
 mod claims;
 mod commit;
 mod compacting;
+mod compacting_crash;
 mod compaction_bounds;
 mod crash;
 mod crash_random;

@@ -1,4 +1,7 @@
 //! The first step: what nothing refers to is freed, and an image that is not sound is refused.
+//!
+//! One that was not closed cleanly is repaired as by whoever opens it for writing: a compaction that
+//! ended half-way may leave it so.
 
 use std::time::Instant;
 
@@ -25,10 +28,15 @@ pub(super) fn step(tool: &Tool, request: &Request, work: &mut Work) -> CliResult
         // Whatever is wrong with it is told when it is opened as an image.
         return Ok(Step::nothing(LEAKS));
     };
-    if header.features.incompatible.contains(IncompatibleFeatures::DIRTY) {
-        return Err(unsound("The image was not closed cleanly: its refcounts may be wrong"));
-    }
-    let repair = if work.is_dry { Repair::None } else { Repair::Leaks };
+    let is_dirty = header.features.incompatible.contains(IncompatibleFeatures::DIRTY);
+    let repair = match (work.is_dry, is_dirty) {
+        (true, true) => {
+            return Err(unsound("The image was not closed cleanly: its refcounts may be wrong"));
+        }
+        (true, false) => Repair::None,
+        (false, true) => Repair::All,
+        (false, false) => Repair::Leaks,
+    };
     let start = Instant::now();
     let found = block_on(check(&storage, &CheckOptions { repair }, &mut |progress| {
         work.meter.update(phase(progress.phase), progress.done, progress.total);

@@ -5,7 +5,8 @@
 //! | a new block, which counts itself; *flush*; its entry in the table; *flush* | bytes that nobody counts |
 //! | entries of blocks that are to go, which count themselves alone or are counted by others that stay; *flush* | leaks |
 //! | their counts; counts of what lies beyond the new end; *flush* | a long file |
-//! | the length | |
+//! | the length; *flush* | the dirty bit, where it was set |
+//! | the dirty bit; *flush* | |
 
 use super::Compaction;
 use super::counts::Changes;
@@ -67,7 +68,7 @@ impl<S: Storage> Compaction<'_, S> {
             self.storage.set_len(bytes, Hold::none()).await?;
             self.storage.flush().await?;
         }
-        Ok(())
+        self.uncover().await
     }
 
     /// Gives up blocks from the last on, while they count at most themselves. Returns the end of what

@@ -154,16 +154,23 @@ impl<S: Storage> Compaction<'_, S> {
 
     /// Counts clusters behind what is in use as free ones, as many as a batch takes.
     async fn open_window(&mut self) -> Result<()> {
-        let per_block = self.geometry.refcount_block_entries();
         let window = (self.batch_bytes >> self.geometry.cluster_bits()).max(1);
-        let counted = self.counts.table.entries.len() as u64 * per_block;
-        let mut end = self.end().max(self.plan.goal + window).min(counted);
-        if self.storage.capabilities().set_len == Capability::Unsupported {
-            end = end.min(self.storage.len().await? >> self.geometry.cluster_bits());
-        }
+        let end = self.end().max(self.plan.goal + window).min(self.furthest().await?);
         self.clusters = self.clusters.max(end);
         self.counts.grow(self.clusters);
         self.add_blocks(end).await
+    }
+
+    /// Returns the end of what the file can have, for a while.
+    pub(super) async fn furthest(&self) -> Result<u64> {
+        let per_block = self.geometry.refcount_block_entries();
+        let counted = self.counts.table.entries.len() as u64 * per_block;
+        Ok(match self.storage.capabilities().set_len {
+            Capability::Unsupported => {
+                counted.min(self.storage.len().await? >> self.geometry.cluster_bits())
+            }
+            Capability::Native | Capability::Emulated => counted,
+        })
     }
 
     /// Returns the clusters in which nothing is.
@@ -280,12 +287,14 @@ impl<S: Storage> Compaction<'_, S> {
         let at = |it: &Move| self.geometry.host_cluster(it.from.start).0;
         let piece = |it| Piece { at: at(it), place: places.get(&at(it)).copied() };
         let pieces = load.moves.iter().map(piece).collect();
+        // Behind all places, where nobody misses what they take.
+        self.ready_anchors(&load, aside_from).await?;
         let mut shuffle = Shuffle::new(pieces, self.free(), aside_from);
         load.pointers.sort_unstable_by_key(|pointer| (pointer.rank, pointer.at));
         loop {
             let steps = shuffle.choose(most);
             if steps.is_empty() || self.report.is_stopped {
-                return Ok(());
+                return self.drop_anchors().await;
             }
             let batch = self.batch_of(&load, &steps);
             self.count(&batch, |moved| &mut moved.data);

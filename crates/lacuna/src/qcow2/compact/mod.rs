@@ -4,12 +4,13 @@
 //! The story: a check surveys the image; `plan` says, purely, how long the file needs to be and where
 //! there is room; `rounds` goes through the kinds of clusters, data first and refcounts last, as
 //! `collect` finds them with all their pointers; `moves` carries them in an order that a crash cannot
-//! hurt; `blocks` ends it. On request `guest_order` puts data in order before. See `docs/design/compaction.md`.
+//! hurt, with `anchors` for what is pinned; `blocks` ends it. On request `guest_order` puts data in order before. See `docs/design/compaction.md`.
 //!
 //! * Always: the image is closed to everybody else.
 //! * Always: the refcount of what moves goes with it, so that no copied flag changes.
 //! * Never: something is moved to which not every pointer was found.
 
+mod anchors;
 mod bits;
 mod blocks;
 mod collect;
@@ -25,6 +26,7 @@ mod streams;
 mod structures;
 mod walk;
 
+use self::anchors::Anchors;
 use self::counts::Counts;
 use self::plan::Plan;
 pub(super) use self::plan::goal;
@@ -59,6 +61,9 @@ struct Compaction<'a, S> {
     counts: Counts,
     structures: Structures,
     plan: Plan,
+    anchors: Anchors,
+    /// Whether the dirty bit is set until the end.
+    is_covered: bool,
     batch_bytes: u64,
     /// Bytes that were found to lie beyond the goal.
     total_bytes: u64,
@@ -73,16 +78,17 @@ struct Compaction<'a, S> {
 
 impl<S: Storage> Image<S> {
     /// Closes the image and moves its clusters towards the front of the file until it is as short as
-    /// they allow. Durable when it returns; a guest, snapshots and bitmaps read the same.
+    /// they allow. Pins that hold a cluster for nobody go first. Durable when it returns; a guest, snapshots and bitmaps read the same.
     ///
-    /// A crash leaves leaks at worst. Whoever stops it early, by the options, gets a clean image that
-    /// is as short as what was moved so far allows; running again goes on.
+    /// A crash leaves leaks at worst; in version 3 with snapshots also the dirty bit, so that the next
+    /// opener repairs it. Whoever stops it early, by the options, gets a clean image that is as short as
+    /// what was moved so far allows; running again goes on.
     ///
     /// # Errors
     /// `Unsupported` for an external data file, encryption and header fields that are not known;
     /// `InvalidRequest` for an image that is to keep places; `Corrupt` for one in which a check finds
     /// anything, leaks included; all before anything moves. Else what reading, writing and closing
-    /// give: the image is valid then, with leaks at worst.
+    /// give: the image is as after a crash then.
     ///
     /// ```
     /// use lacuna::block::{DiscardMode, Layer, WriteFlags};
@@ -125,6 +131,8 @@ impl<S: Storage> Image<S> {
             super::header_change::change_header(storage, off).await?;
         }
         let mut compaction = Compaction::new(storage, survey, options, progress).await?;
+        compaction.drop_unused_pins().await?;
+        compaction.prepare();
         compaction.run().await?;
         if options.order == CompactOrder::Guest && !compaction.report.is_stopped {
             compaction.run_in_order().await?;
@@ -159,7 +167,9 @@ pub async fn compact_estimate<S: Storage>(
     refuse_header(&super::read_header(storage).await?, options)?;
     let mut nobody = |_| ();
     let survey = survey(storage, options, Leaks::Ignored, &mut nobody).await?;
-    let compaction = Compaction::new(storage, survey, options, &mut nobody).await?;
+    let mut compaction = Compaction::new(storage, survey, options, &mut nobody).await?;
+    compaction.forget_unused_pins().await?;
+    compaction.prepare();
     let mut estimate = CompactEstimate {
         before_bytes: compaction.report.before_bytes,
         goal_bytes: (compaction.plan.goal << compaction.geometry.cluster_bits())
@@ -204,7 +214,7 @@ impl<'a, S: Storage> Compaction<'a, S> {
         let (geometry, file_bytes) = (survey.geometry, survey.file_bytes);
         // With what its tables take for a while that is within 1 % of the file.
         let least = (file_bytes / 110).max(BATCH_BYTES);
-        let mut compaction = Self {
+        Ok(Self {
             storage,
             geometry,
             options,
@@ -213,6 +223,8 @@ impl<'a, S: Storage> Compaction<'a, S> {
             counts: Counts::new(geometry, survey.references, survey.refcounts),
             structures: Structures::read(storage).await?,
             plan: Plan { goal: 0, holes: bits::Bits::default(), windows: Vec::new() },
+            anchors: Anchors::default(),
+            is_covered: false,
             batch_bytes: options.batch_bytes.unwrap_or(least),
             total_bytes: 0,
             front: bits::Bits::default(),
@@ -223,10 +235,13 @@ impl<'a, S: Storage> Compaction<'a, S> {
                 after_bytes: file_bytes,
                 ..CompactReport::default()
             },
-        };
-        compaction.plan = compaction.make_plan();
-        compaction.total_bytes = compaction.beyond_goal() << geometry.cluster_bits();
-        Ok(compaction)
+        })
+    }
+
+    /// Says what is to be done.
+    fn prepare(&mut self) {
+        self.plan = self.make_plan();
+        self.total_bytes = self.beyond_goal() << self.geometry.cluster_bits();
     }
 
     /// Puts data in order, and moves what that left in the tail.

@@ -3,14 +3,20 @@
 //! | step | written | a crash before the next leaves |
 //! |---|---|---|
 //! | 1 | counts of the new places, then bytes there; *flush* | leaks |
-//! | 2 | every pointer, in any order; *flush* | both places whole, with a count that is high enough |
-//! | 3 | counts of the old places; *flush* | leaks |
-//! | 4 | holes punched in the old places that nobody uses any more | space not given back |
+//! | 2 | second pins of what is pinned, at the new places; *flush* | leaks |
+//! | 3 | every pointer but pins, in any order; *flush* | both places whole, with a count that is high enough |
+//! | 4 | pins; *flush* | the same |
+//! | 5 | counts of the old places, second pins; *flush* | leaks |
+//! | 6 | counts of the new places that had such; *flush* | leaks |
+//! | 7 | holes punched in the old places that nobody uses any more | space not given back |
+//!
+//! Steps 2, 4 and 6 are only for what is pinned ([`anchors`](super::anchors)).
 //!
 //! * Always: counts are raised before bytes are copied, so that a refcount block which moves has both of
 //!   its places counted in both of its copies.
 
 use super::Compaction;
+use super::anchors::Crossing;
 use super::counts::Changes;
 use crate::buffer::{Buffer, Hold};
 use crate::qcow2::patch::{Word, write_words};
@@ -39,6 +45,18 @@ pub(super) struct Move {
     pub(super) weight: u64,
 }
 
+impl Move {
+    /// Returns what one of its pointers becomes.
+    pub(super) const fn word(&self, at: HostOffset) -> Word {
+        Word { at, old: self.old, new: self.new, mask: self.mask }
+    }
+
+    /// Says whether it is a compressed stream, whose pointers are whole words.
+    pub(super) const fn is_stream(&self) -> bool {
+        self.mask == !0
+    }
+}
+
 /// A word of some table that points to the move of that rank.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pointer {
@@ -59,6 +77,7 @@ impl Load {
         let moves = &self.moves;
         self.pointers.retain(|it| moves[it.rank as usize].to.is_some());
         self.pointers.sort_unstable_by_key(|pointer| (pointer.rank, pointer.at));
+        self.pointers.dedup_by_key(|pointer| (pointer.rank, pointer.at));
     }
 }
 
@@ -69,15 +88,7 @@ impl<S: Storage> Compaction<'_, S> {
         let mut pointers = &load.pointers[..];
         let mut first = 0;
         while first < load.moves.len() && !self.report.is_stopped {
-            let (mut end, mut bytes) = (first, 0);
-            while let Some(next) = load.moves.get(end) {
-                let len = next.to.map_or(0, |to| to.len);
-                if bytes > 0 && bytes + len > self.batch_bytes {
-                    break;
-                }
-                bytes += len;
-                end += 1;
-            }
+            let (end, bytes) = self.batch_end(&load.moves, first, pointers);
             let count = pointers.partition_point(|pointer| (pointer.rank as usize) < end);
             let (now, later) = pointers.split_at(count);
             if bytes > 0 {
@@ -89,6 +100,22 @@ impl<S: Storage> Compaction<'_, S> {
         Ok(())
     }
 
+    /// Returns where the batch ends that begins with a move, and how many bytes it has: as much as a
+    /// batch takes, and no more pinned clusters than can be pinned twice.
+    fn batch_end(&self, moves: &[Move], first: usize, pointers: &[Pointer]) -> (usize, u64) {
+        let most = self.anchors.end_of_batch(&self.geometry, pointers).unwrap_or(moves.len());
+        let (mut end, mut bytes) = (first, 0);
+        while let Some(next) = moves[..most].get(end) {
+            let len = next.to.map_or(0, |to| to.len);
+            if bytes > 0 && bytes + len > self.batch_bytes {
+                break;
+            }
+            bytes += len;
+            end += 1;
+        }
+        (end, bytes)
+    }
+
     async fn batch(
         &mut self,
         all: &[Move],
@@ -98,16 +125,16 @@ impl<S: Storage> Compaction<'_, S> {
     ) -> Result<()> {
         let before = (self.report.moved_bytes, self.report.metadata_bytes);
         let moves: Vec<Move> = all[range].iter().filter(|it| it.to.is_some()).copied().collect();
-        let words = words(all, pointers);
+        let crossing = self.crossing(all, pointers);
         let lowered = self.lowered(&moves)?;
-        let raised = self.raised(&moves);
-        self.report.metadata_bytes += self.counts.write(self.storage, &raised).await?;
+        let settled = self.raised(&moves);
+        self.write_counts(&crossing.raised(&settled)).await?;
         self.copy_all(&moves).await?;
         self.storage.flush().await?;
-        self.report.metadata_bytes += write_words(self.storage, &words).await?;
-        self.storage.flush().await?;
+        self.cross(&crossing).await?;
         self.counts.reload(self.storage).await?;
-        self.report.metadata_bytes += self.counts.write(self.storage, &lowered).await?;
+        self.write_counts(&lowered).await?;
+        self.lift_anchors(&crossing, &settled).await?;
         self.storage.flush().await?;
         self.punch(&lowered).await;
         self.moved_any = true;
@@ -117,6 +144,32 @@ impl<S: Storage> Compaction<'_, S> {
         self.tell_moved();
         let step = self.options.after_batch(written).await;
         self.report.is_stopped |= step == super::CompactStep::Stop;
+        Ok(())
+    }
+
+    /// Has everything point to the new places, durably.
+    async fn cross(&mut self, crossing: &Crossing) -> Result<()> {
+        if crossing.splits {
+            self.cover().await?;
+        }
+        for words in [&crossing.anchors, &crossing.words, &crossing.pins] {
+            self.switch(words).await?;
+        }
+        Ok(())
+    }
+
+    /// Changes words, durably.
+    pub(super) async fn switch(&mut self, words: &[Word]) -> Result<()> {
+        if words.is_empty() {
+            return Ok(());
+        }
+        self.report.metadata_bytes += write_words(self.storage, words).await?;
+        self.storage.flush().await
+    }
+
+    /// Writes counts; not durable yet.
+    pub(super) async fn write_counts(&mut self, changes: &Changes) -> Result<()> {
+        self.report.metadata_bytes += self.counts.write(self.storage, changes).await?;
         Ok(())
     }
 
@@ -205,18 +258,6 @@ impl<S: Storage> Compaction<'_, S> {
             }
         }
     }
-}
-
-/// Pointers as the words that they become, by place.
-fn words(moves: &[Move], pointers: &[Pointer]) -> Vec<Word> {
-    let word = |pointer: &Pointer| {
-        let Move { old, new, mask, .. } = moves[pointer.rank as usize];
-        Word { at: pointer.at, old, new, mask }
-    };
-    let mut words: Vec<Word> = pointers.iter().map(word).collect();
-    words.sort_unstable_by_key(|word| word.at);
-    words.dedup_by_key(|word| word.at);
-    words
 }
 
 #[cold]

@@ -124,6 +124,7 @@ impl<S: Storage> Compaction<'_, S> {
             collector.data(self.storage, &self.structures).await?;
             let mut load = collector.load;
             self.check_weights(&load)?;
+            self.ready_anchors(&load, 1).await?;
             let mut holes = std::mem::take(&mut self.plan.holes);
             Packer::new(self.geometry, &holes).pack(&mut load.moves, &mut holes);
             self.plan.holes = holes;
@@ -132,6 +133,7 @@ impl<S: Storage> Compaction<'_, S> {
             }
             self.count(&load, |moved| &mut moved.data);
             self.carry(load).await?;
+            self.drop_anchors().await?;
         }
         Ok(())
     }
@@ -169,7 +171,7 @@ impl<S: Storage> Compaction<'_, S> {
     pub(super) fn check_weights(&self, load: &Load) -> Result<()> {
         let is_wrong = |it: &&Move| {
             let cluster = self.geometry.host_cluster(it.from.start).0;
-            it.mask != !0 && self.counts.count(cluster) != it.weight
+            !it.is_stream() && self.counts.count(cluster) != it.weight
         };
         match load.moves.iter().find(is_wrong) {
             Some(wrong) => Err(miscounted(wrong.from.start)),
@@ -180,7 +182,7 @@ impl<S: Storage> Compaction<'_, S> {
     /// Gives whole clusters the lowest holes, in the order in which their pointers were found.
     fn assign(&mut self, moves: &mut [Move]) {
         let mut from = 0;
-        for it in moves.iter_mut().filter(|it| it.mask != !0) {
+        for it in moves.iter_mut().filter(|it| !it.is_stream()) {
             let Some(hole) = self.plan.holes.next(from) else { break };
             self.plan.holes.remove(hole);
             from = hole;
@@ -190,12 +192,12 @@ impl<S: Storage> Compaction<'_, S> {
 
     pub(super) fn count(&mut self, load: &Load, kind: fn(&mut CompactClusters) -> &mut u64) {
         let moved = |it: &&Move| it.to.is_some();
-        let streams = load.moves.iter().filter(moved).filter(|it| it.mask == !0).count() as u64;
+        let streams = load.moves.iter().filter(moved).filter(|it| it.is_stream()).count() as u64;
         let clusters: u64 = load
             .moves
             .iter()
             .filter(moved)
-            .filter(|it| it.mask != !0)
+            .filter(|it| !it.is_stream())
             .map(|it| it.from.len >> self.geometry.cluster_bits())
             .sum();
         self.report.moved.streams += streams;

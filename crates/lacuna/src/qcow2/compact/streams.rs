@@ -43,7 +43,7 @@ impl Packer {
     /// Gives every stream among `moves` a place, as far as there are places, and takes the clusters
     /// out of `holes`.
     pub(super) fn pack(&mut self, moves: &mut [Move], holes: &mut Bits) {
-        let mut streams: Vec<&mut Move> = moves.iter_mut().filter(|it| it.mask == !0).collect();
+        let mut streams: Vec<&mut Move> = moves.iter_mut().filter(|it| it.is_stream()).collect();
         streams.sort_by_key(|stream| (stream.from.start, stream.from.len));
         shorten(&mut streams);
         for stream in streams {

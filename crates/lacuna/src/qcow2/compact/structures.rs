@@ -44,6 +44,8 @@ pub(super) struct Structures {
     pub(super) tables: BTreeMap<u64, Table>,
     /// L2 tables by cluster, with the number of references to each.
     pub(super) l2: BTreeMap<u64, u64>,
+    /// The L1 table of the pins of shared clusters, where there is one.
+    pub(super) pin_l1: Option<HostRange>,
 }
 
 impl Structures {
@@ -51,7 +53,8 @@ impl Structures {
     pub(super) async fn read<S: Storage>(storage: &S) -> Result<Self> {
         let header = crate::qcow2::read_header(storage).await?;
         let geometry = header.geometry;
-        let mut all = Self { geometry, tables: BTreeMap::new(), l2: BTreeMap::new() };
+        let (tables, l2) = (BTreeMap::new(), BTreeMap::new());
+        let mut all = Self { geometry, tables, l2, pin_l1: None };
         all.add(Kind::L1, header.l1.range(), L1_AT)?;
         let refcounts = header.refcount_table;
         let bytes = u64::from(refcounts.clusters) << geometry.cluster_bits();
@@ -73,6 +76,9 @@ impl Structures {
         for (start, snapshot) in starts.into_iter().zip(decoder.into_snapshots()) {
             snapshot.check_l1(&self.geometry)?;
             self.add(Kind::L1, snapshot.l1.range(), table + start)?;
+            if snapshot.is_pin() {
+                self.pin_l1 = Some(snapshot.l1.range());
+            }
         }
         Ok(())
     }

@@ -29,6 +29,7 @@ use std::ops::Range;
 use self::copied::Scope;
 use self::snapshots::NewTable;
 use super::check::{CheckReport, FindingKind, Listener, Phase, Progress, Repair, Survey};
+use super::header_change::write_features;
 use super::patch::write_changes;
 use crate::Result;
 use crate::buffer::{Buffer, Hold};
@@ -178,9 +179,7 @@ async fn clear_bits_of_others<S: Storage>(storage: &S, survey: &mut Survey) -> R
         return Ok(());
     }
     features.autoclear &= kept;
-    let (at, bytes) = features.header_update();
-    write(storage, at, &bytes).await?;
-    storage.flush().await
+    write_features(storage, features).await.map(drop)
 }
 
 /// Clears the dirty and the corrupt bit where the last check found neither error nor corruption.
@@ -194,9 +193,5 @@ async fn clear_bits<S: Storage>(storage: &S, survey: &Survey) -> Result<()> {
         return Ok(());
     }
     features.incompatible -= bits;
-    // Whatever the image got before this process must be as durable as the claim.
-    storage.flush().await?;
-    let (at, bytes) = features.header_update();
-    write(storage, at, &bytes).await?;
-    storage.flush().await
+    write_features(storage, &features).await.map(drop)
 }

@@ -23,7 +23,7 @@ mod unpin;
 mod write;
 
 pub use facts::{PinFacts, pin_facts};
-pub(super) use pins::Pins;
+pub(super) use pins::{Pins, sharing_entry};
 pub(super) use relocate::Relocated;
 pub use share::Shared;
 pub(super) use table::NewSnapshotTable;

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use super::NewSnapshotTable;
-use crate::qcow2::format::{L1Entry, L2Entry, Snapshot, SubclusterBitmap};
+use crate::qcow2::format::{Geometry, L1Entry, L2Entry, Snapshot, SubclusterBitmap};
 use crate::qcow2::mapping::shared_entry;
 use crate::qcow2::meta::{L1Table, Meta};
 use crate::qcow2::need::{Need, Planned};
@@ -110,12 +110,9 @@ impl Meta {
         Ok(())
     }
 
-    /// Returns the entry that shares a cluster: no COPIED, all of it data.
+    /// Returns the entry that shares a cluster.
     pub(super) fn sharing_entry(&self, host: HostOffset) -> L2Entry {
-        match self.geometry().has_subclusters() {
-            true => shared_entry(host).with_subclusters(SubclusterBitmap::ALL_DATA),
-            false => shared_entry(host),
-        }
+        sharing_entry(self.geometry(), host)
     }
 
     /// Pins a cluster at `at`, which is free: the pin takes over one reference that the caller has.
@@ -143,6 +140,14 @@ impl Meta {
         self.pins.keepers.remove(cluster);
         self.pins.free_from = self.pins.free_from.min(at);
         Ok(true)
+    }
+}
+
+/// Returns the entry that shares a cluster, and that pins it: no COPIED, all of it data.
+pub(in crate::qcow2) fn sharing_entry(geometry: &Geometry, host: HostOffset) -> L2Entry {
+    match geometry.has_subclusters() {
+        true => shared_entry(host).with_subclusters(SubclusterBitmap::ALL_DATA),
+        false => shared_entry(host),
     }
 }
 
