@@ -168,29 +168,54 @@ impl<T: Layer> Kept<T> {
     async fn save_claimed<L: Layer>(&self, below: &L, claimed: GuestRange) -> Result<Saved> {
         let mut claim = Claim { kept: self, rest: claimed };
         let target = self.target()?;
-        let mut at = claimed.start;
-        while at < claimed.end() {
-            let rest = GuestRange::new(at, claimed.end() - at);
+        let around = self.around(claimed, below.zero_unit_bytes());
+        let mut at = around.start;
+        while at < around.end() {
+            let rest = GuestRange::new(at, around.end() - at);
             for extent in below.extents(rest).await? {
                 let Some(range) = extent.range.intersection(&rest).filter(|it| it.start == at)
                 else {
                     return Err(no_status(rest));
                 };
-                if !extent.status.reads_zero
-                    && let Saved::Full(space) = self.copy(below, &target, range, &mut claim).await?
+                at = range.end();
+                if extent.status.reads_zero {
+                    self.saved_zeros(range);
+                } else if let Some(data) = range.intersection(&claimed)
+                    && let Saved::Full(space) = self.copy(below, &target, data, &mut claim).await?
                 {
                     return Ok(Saved::Full(space));
                 }
-                at = range.end();
-                claim.saved_up_to(at);
+                claim.saved_up_to(at.min(claimed.end()));
             }
             match at {
                 _ if at == rest.start => return Err(no_status(rest)),
-                _ if at < claimed.end() => step_aside().await,
+                _ if at < around.end() => step_aside().await,
                 _ => {}
             }
         }
         Ok(Saved::All)
+    }
+
+    /// Returns a range with what a change of it may turn from zeros that are known into bytes that happen
+    /// to be zeros: the rest of a cluster that is allocated for it.
+    fn around(&self, range: GuestRange, zero_unit_bytes: u64) -> GuestRange {
+        let start = range.start.0 / zero_unit_bytes * zero_unit_bytes;
+        let end = range.end().0.next_multiple_of(zero_unit_bytes).min(self.size_bytes);
+        GuestRange::new(GuestOffset(start), end - start)
+    }
+
+    /// Takes note of zeros, claimed or not: where one of these units was saved meanwhile, it is so already,
+    /// and where it was not, nobody has changed it.
+    fn saved_zeros(&self, range: GuestRange) {
+        let first = range.start.0.div_ceil(self.unit_bytes);
+        let (_, end) = match range.end().0 == self.size_bytes {
+            true => self.units(range),
+            false => (0, range.end().0 / self.unit_bytes),
+        };
+        let mut state = self.state.lock();
+        if first < end && state.end.is_none() {
+            state.saved.insert(first, end);
+        }
     }
 
     /// Copies what is not known to be zeros.
@@ -301,14 +326,14 @@ impl<T: Layer> Kept<T> {
     /// Returns the leading part of a range within the disk that is all saved, or not at all.
     pub(super) fn part(&self, range: GuestRange) -> Result<Part<T>> {
         let state = self.state.lock();
-        let target = match (&state.end, &state.target) {
-            (Some(error), _) => return Err(error.clone()),
-            (None, target) => target,
-        };
+        if let Some(error) = &state.end {
+            // Of whatever kind it is: the reader did nothing wrong, and can do nothing about it.
+            return Err(Error::new(ErrorKind::Io, format!("The point has ended: {error}")));
+        }
         let (unit, end) = self.units(range);
         let run = state.saved.run(unit, end);
         let end = self.offset(run.end).min(range.end());
-        let saved = target.as_ref().filter(|_| run.is_in).map(Arc::clone);
+        let saved = state.target.as_ref().filter(|_| run.is_in).map(Arc::clone);
         Ok(Part { range: GuestRange::new(range.start, end - range.start), saved })
     }
 
