@@ -49,6 +49,9 @@ pub struct ExportOptions {
     pub resize: bool,
     /// Sizes that requests are told to keep to.
     pub block_sizes: BlockSizes,
+    /// It is there beside another one, which may go without a name as if it were alone
+    /// ([`Exports::with_only_as_default`](crate::Exports::with_only_as_default)).
+    pub is_companion: bool,
 }
 
 impl Default for ExportOptions {
@@ -63,6 +66,7 @@ impl Default for ExportOptions {
             layers: Some(LayerBitmaps::default()),
             resize: false,
             block_sizes: BlockSizes::default(),
+            is_companion: false,
         }
     }
 }

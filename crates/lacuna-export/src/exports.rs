@@ -70,10 +70,11 @@ impl<D: ServedDisk> Exports<D> {
     /// Returns the export that a client means.
     pub fn find(&self, name: &ExportName) -> Option<Arc<Export<D>>> {
         let by_name = self.by_name.read();
-        let only = by_name
-            .values()
-            .next()
-            .filter(|_| self.only_is_default && by_name.len() == 1 && name.as_str().is_empty());
+        let mut alone = by_name.values().filter(|export| !export.options().is_companion);
+        let only = match (alone.next(), alone.next()) {
+            (Some(only), None) if self.only_is_default && name.as_str().is_empty() => Some(only),
+            _ => None,
+        };
         by_name.get(name.as_str()).or(only).map(Arc::clone)
     }
 

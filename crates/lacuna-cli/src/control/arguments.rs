@@ -34,6 +34,18 @@ impl Arguments {
         }
     }
 
+    /// Returns a list of texts; an empty one where it was left out.
+    pub(super) fn texts(&self, name: &str) -> CliResult<Vec<String>> {
+        let list = match self.0.get(name) {
+            None | Some(Value::Null) => return Ok(Vec::new()),
+            Some(Value::Array(list)) => list,
+            Some(_) => return Err(wrong(name, "a list of texts")),
+        };
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        let texts: Option<Vec<String>> = list.iter().map(text).collect();
+        texts.ok_or_else(|| wrong(name, "a list of texts"))
+    }
+
     /// Returns a number that may be left out.
     pub(super) fn optional_number(&self, name: &str) -> CliResult<Option<u64>> {
         match self.0.get(name) {

@@ -6,6 +6,7 @@
 //! * `commands/`: a file for each command: what it asks, does and tells; a new one is a file there
 //!   and a line in [`commands::ALL`]
 //! * `jobs/`: work on disks that goes on beside their clients
+//! * `points.rs`: disks as they were at one moment
 //! * `ask.rs`: the side of `lacuna ctl`
 //!
 //! Never touches the way of requests for data: it has threads of its own, and looks at what
@@ -16,6 +17,7 @@ mod ask;
 pub(crate) mod commands;
 mod jobs;
 mod lines;
+mod points;
 mod session;
 mod socket;
 
@@ -28,9 +30,10 @@ use lacuna_export::{Export, Server, Statistics};
 use pollster::block_on;
 
 use self::jobs::Jobs;
+use self::points::Points;
 use crate::error::{CliError, CliResult};
 use crate::persona::Tool;
-use crate::verbs::serve::ChainDisk;
+use crate::verbs::serve::Served;
 
 pub(crate) use ask::Conversation;
 pub(crate) use socket::Socket;
@@ -38,14 +41,14 @@ pub(crate) use socket::Socket;
 /// The version of the protocol: it changes where old clients would be wrong.
 const VERSION: u64 = 1;
 
-type Exported = Arc<Export<ChainDisk>>;
+type Exported = Arc<Export<Served>>;
 
 /// What commands act on.
 pub(crate) struct Control {
     /// Itself, for threads that outlive a command.
     own: Weak<Self>,
     tool: Tool,
-    server: Arc<Server<ChainDisk>>,
+    server: Arc<Server<Served>>,
     /// Ends the server; nothing where something else decides.
     end: Option<mpsc::Sender<()>>,
     is_stop_asked: AtomicBool,
@@ -53,6 +56,7 @@ pub(crate) struct Control {
     is_over: RwLock<bool>,
     removed: Mutex<Removed>,
     jobs: Jobs,
+    points: Points,
 }
 
 /// Exports that no client gets any more.
@@ -67,7 +71,7 @@ struct Removed {
 impl Control {
     pub(crate) fn new(
         tool: &Tool,
-        server: Arc<Server<ChainDisk>>,
+        server: Arc<Server<Served>>,
         end: Option<mpsc::Sender<()>>,
     ) -> Arc<Self> {
         Arc::new_cyclic(|own| Self {
@@ -79,7 +83,13 @@ impl Control {
             is_over: RwLock::new(false),
             removed: Mutex::default(),
             jobs: Jobs::default(),
+            points: Points::default(),
         })
+    }
+
+    /// Keeps guests waiting for no point any more. The server is about to stop.
+    pub(crate) fn release_points(&self) {
+        self.points.release();
     }
 
     /// Waits for commands that use disks, lets no other begin, ends jobs, and closes what was removed.
@@ -89,7 +99,7 @@ impl Control {
         self.jobs.at_work().iter().for_each(|job| job.cancel());
         *self.is_over.write().unwrap_or_else(PoisonError::into_inner) = true;
         self.jobs.end();
-        let mut result = Ok(());
+        let mut result = self.points.end(&self.server);
         for export in std::mem::take(&mut self.removed().leaving) {
             let closed = close(&export);
             result = result.and(closed);
@@ -113,15 +123,16 @@ impl Control {
     /// Finds an export by its name; without one, the only export.
     fn export(&self, name: Option<&str>) -> CliResult<Exported> {
         let all = self.server.exports().all();
-        match (name, &all[..]) {
-            (Some(name), all) => {
-                let found = all.iter().find(|export| export.name().as_str() == name);
-                found.map(Arc::clone).ok_or_else(|| no_export(name))
-            }
-            (None, [only]) => Ok(Arc::clone(only)),
-            (None, all) => Err(CliError::new(format!(
+        if let Some(name) = name {
+            let found = all.iter().find(|export| export.name().as_str() == name);
+            return found.map(Arc::clone).ok_or_else(|| no_export(name));
+        }
+        let own: Vec<&Exported> = all.iter().filter(|it| !it.options().is_companion).collect();
+        match own[..] {
+            [only] => Ok(Arc::clone(only)),
+            _ => Err(CliError::new(format!(
                 "There are {} exports; the command needs the name of one",
-                all.len()
+                own.len()
             ))
             .with_class(ErrorKind::InvalidRequest)),
         }

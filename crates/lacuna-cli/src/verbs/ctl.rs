@@ -13,8 +13,9 @@ use super::pace::BANDWIDTH;
 use super::progress::Meter;
 use super::{Example, Form, Task, Verb, common, form};
 use crate::args::{Flag, Parsed};
+use crate::control::Conversation;
 use crate::control::commands::{self, Command};
-use crate::control::{Conversation, commands::OF_EXPORTS};
+use crate::control::commands::{OF_EXPORTS, OF_POINTS};
 use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::Tool;
@@ -44,7 +45,7 @@ const OWN: usize = 10;
 const LOOK: Duration = Duration::from_millis(200);
 
 /// What `ctl` takes itself, then what commands take.
-const fn flags() -> [Flag; OWN + OF_EXPORTS.len()] {
+const fn flags() -> [Flag; OWN + OF_POINTS.len() + OF_EXPORTS.len()] {
     let own: [Flag; OWN] = [
         CONTROL,
         common::OUTPUT,
@@ -57,10 +58,14 @@ const fn flags() -> [Flag; OWN + OF_EXPORTS.len()] {
         commands::MEMORY,
         common::PROGRESS,
     ];
-    let mut all = [CONTROL; OWN + OF_EXPORTS.len()];
+    let mut all = [CONTROL; OWN + OF_POINTS.len() + OF_EXPORTS.len()];
     let mut at = 0;
     while at < all.len() {
-        all[at] = if at < own.len() { own[at] } else { OF_EXPORTS[at - own.len()] };
+        all[at] = match at {
+            ..OWN => own[at],
+            _ if at - OWN < OF_POINTS.len() => OF_POINTS[at - OWN],
+            _ => OF_EXPORTS[at - OWN - OF_POINTS.len()],
+        };
         at += 1;
     }
     all

@@ -36,6 +36,7 @@ pub(crate) mod serve;
 mod snapshot;
 pub(crate) mod spec;
 mod stream;
+pub(crate) mod unnamed;
 
 pub(crate) use help::{options_help, version};
 pub(crate) use info::{dump, specifics};

@@ -7,17 +7,16 @@ use std::path::Path;
 
 use lacuna::block::Layer;
 use lacuna::qcow2::{self, Access, BackingName, CreateOptions};
-use lacuna::storage::{Claim, FileOptions, FileStorage};
+use lacuna::storage::FileStorage;
 use pollster::block_on;
 
-use crate::error::{CliError, CliResult};
+use crate::error::CliResult;
 use crate::persona::Tool;
 use crate::verbs::open::{self, Request};
 use crate::verbs::spec::ImageSpec;
 use crate::verbs::spec::tree::{BelowSpec, StorageSpec};
+use crate::verbs::unnamed;
 
-/// Where the file goes unless `TMPDIR` says so: it may become large.
-const FOLDER: &str = "/var/tmp";
 /// A name that is stored where the image's own one is too long; nobody follows either.
 const LONGEST_NAME: usize = 1023;
 
@@ -41,7 +40,8 @@ pub(crate) fn make(tool: &Tool, request: &Request) -> CliResult<Overlay> {
         backing: Some(BackingName { name, format: Some(format.name().to_owned()) }),
         ..CreateOptions::default()
     };
-    let file = unnamed()?;
+    let file = unnamed::file(&unnamed::folder(), "a temporary overlay")
+        .map_err(|error| error.with_hint("TMPDIR names another folder"))?;
     block_on(qcow2::create(&file, &options))?;
     let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
     let mut image = ImageSpec::from_name(&path, Some("qcow2"))?;
@@ -49,17 +49,6 @@ pub(crate) fn make(tool: &Tool, request: &Request) -> CliResult<Overlay> {
     image.disk.file = StorageSpec::buffered_file(Path::new(&path));
     image.disk.below = BelowSpec::on(&base.image.disk, format);
     Ok(Overlay { file, image, base })
-}
-
-fn unnamed() -> CliResult<FileStorage> {
-    let folder = std::env::var_os("TMPDIR").unwrap_or_else(|| FOLDER.into());
-    let file = tempfile::tempfile_in(&folder).map_err(|error| {
-        let doing = format!("Making a temporary overlay in {}", folder.display());
-        CliError::from(lacuna::Error::io(error, doing)).with_hint("TMPDIR names another folder")
-    })?;
-    // Whoever opens it by its path claims it.
-    let options = FileOptions { claim: Some(Claim::NONE), ..FileOptions::read_write() };
-    Ok(FileStorage::from_file(file, &options)?)
 }
 
 impl Overlay {

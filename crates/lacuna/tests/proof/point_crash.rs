@@ -156,7 +156,8 @@ fn a_bitmap_is_frozen_once_and_only_where_it_records() {
         let range = GuestRange::new(GuestOffset(0), 512);
         let bytes = Buffer::from(&[3; 512][..]);
         image.write(range.start, bytes, WriteFlags::empty()).await.0.unwrap();
-        drop(frozen);
+        frozen.end();
+        assert_eq!(frozen.finish().await.map_err(kind), Err(lacuna::ErrorKind::InvalidRequest));
         let again = image.freeze_bitmaps(&names, &[]).await.unwrap();
         assert!(again.bitmap("old").unwrap().extents(range, 1)[0].is_dirty);
         drop(again);

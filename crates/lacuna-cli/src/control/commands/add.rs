@@ -67,12 +67,14 @@ fn run(control: &Control, arguments: &Arguments) -> CliResult<Value> {
     }
     let export = serve::export(&control.tool, name, file, &parsed)?;
     let size = export.disk().size_bytes();
-    let disk = export.disk().disk().clone();
+    let disk = export.disk().as_chain().map(|chain| chain.disk().clone());
     match control.server.exports().add(export) {
         Ok(_) => Ok(json!({ "name": name, "size": size })),
         // Somebody else was faster with the name.
         Err(error) => {
-            pollster::block_on(disk.close())?;
+            if let Some(disk) = disk {
+                pollster::block_on(disk.close())?;
+            }
             Err(error.into())
         }
     }

@@ -8,6 +8,7 @@ mod dedup;
 mod flush;
 mod jobs;
 mod list;
+mod point;
 mod remove;
 mod resize;
 mod statistics;
@@ -25,6 +26,7 @@ pub(crate) use add::FLAGS as OF_EXPORTS;
 pub(crate) use compact::{BACKGROUND, NOW};
 pub(crate) use dedup::MEMORY;
 pub(super) use jobs::NAME as JOBS;
+pub(crate) use point::FLAGS as OF_POINTS;
 pub(crate) use remove::{HARD, TIMEOUT};
 pub(crate) use resize::SHRINK;
 pub(super) use stop::NAME as STOP;
@@ -50,7 +52,7 @@ pub(crate) struct Command {
 }
 
 /// All commands, in the order of the help.
-pub(crate) const ALL: [&Command; 12] = [
+pub(crate) const ALL: [&Command; 13] = [
     &add::COMMAND,
     &cancel::COMMAND,
     &compact::COMMAND,
@@ -59,6 +61,7 @@ pub(crate) const ALL: [&Command; 12] = [
     &flush::COMMAND,
     &jobs::COMMAND,
     &list::COMMAND,
+    &point::COMMAND,
     &remove::COMMAND,
     &resize::COMMAND,
     &statistics::COMMAND,

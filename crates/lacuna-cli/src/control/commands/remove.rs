@@ -75,6 +75,7 @@ type Closed = mpsc::Receiver<CliResult<()>>;
 fn begin(control: &Control, name: Option<&str>, is_hard: bool) -> CliResult<(Exported, Closed)> {
     let _disks_stay_open = control.begin()?;
     let export = control.export(name)?;
+    control.points.refuse_removal(&export)?;
     let server = Arc::clone(&control.server);
     let removed = server.exports().remove(export.name().as_str());
     let export = removed.ok_or_else(|| super::super::no_export(export.name().as_str()))?;

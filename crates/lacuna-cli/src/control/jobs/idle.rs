@@ -6,21 +6,21 @@ use std::time::{Duration, Instant};
 use lacuna_export::{Server, Statistics};
 
 use super::Exported;
-use crate::verbs::serve::ChainDisk;
+use crate::verbs::serve::Served;
 
 /// How long nothing was asked where an export is idle.
 const QUIET: Duration = Duration::from_millis(100);
 
 /// What was seen of an export.
 pub(super) struct Idle {
-    server: Arc<Server<ChainDisk>>,
+    server: Arc<Server<Served>>,
     export: Exported,
     last: Statistics,
     since: Instant,
 }
 
 impl Idle {
-    pub(super) fn new(server: &Arc<Server<ChainDisk>>, export: &Exported) -> Self {
+    pub(super) fn new(server: &Arc<Server<Served>>, export: &Exported) -> Self {
         let (last, since) = (export.statistics(), Instant::now());
         Self { server: Arc::clone(server), export: Arc::clone(export), last, since }
     }

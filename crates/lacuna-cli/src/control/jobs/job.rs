@@ -12,7 +12,7 @@ use super::idle::Idle;
 use super::work::{Kind, Step, Work};
 use crate::error::{CliError, CliResult};
 use crate::verbs::pace::due;
-use crate::verbs::serve::ChainDisk;
+use crate::verbs::serve::Served;
 
 /// How often a job that waits looks whether the export is idle.
 const LOOK: Duration = Duration::from_millis(20);
@@ -82,7 +82,7 @@ impl Stage {
 impl Job {
     pub(super) fn start(
         number: u64,
-        server: &Arc<Server<ChainDisk>>,
+        server: &Arc<Server<Served>>,
         export: &Exported,
         asked: &Asked,
     ) -> CliResult<Arc<Self>> {

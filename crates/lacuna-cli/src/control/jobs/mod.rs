@@ -21,7 +21,7 @@ pub(super) use self::job::{Asked, Job, When};
 pub(super) use self::work::Kind;
 use super::Exported;
 use crate::error::{CliError, CliResult};
-use crate::verbs::serve::ChainDisk;
+use crate::verbs::serve::Served;
 
 /// Jobs that are remembered after their end.
 const MOST_KEPT: usize = 64;
@@ -36,7 +36,7 @@ impl Jobs {
     /// Starts a job.
     pub(super) fn start(
         &self,
-        server: &Arc<Server<ChainDisk>>,
+        server: &Arc<Server<Served>>,
         export: &Exported,
         asked: &Asked,
     ) -> CliResult<Arc<Job>> {

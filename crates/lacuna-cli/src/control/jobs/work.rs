@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::Exported;
 use crate::error::{CliError, CliResult};
 use crate::nodes::AnyStorage;
+use crate::verbs::serve::ChainDisk;
 
 /// Bytes of a step: what a client may come to wait for.
 const STEP_BYTES: u64 = 8 << 20;
@@ -115,7 +116,7 @@ fn image_of(export: &Exported) -> CliResult<&Image<AnyStorage>> {
     if export.is_read_only() {
         return refused(format!("Export {name} is read-only"), ErrorKind::ReadOnly);
     }
-    match export.disk().disk().image_below() {
+    match export.disk().as_chain().and_then(ChainDisk::image) {
         Some(image) => Ok(image),
         None => refused(format!("Export {name} is no qcow2 image"), ErrorKind::Unsupported),
     }

@@ -31,7 +31,7 @@ const KEPT_BYTES: usize = 16 << 20;
 const RUNS_AT_ONCE: usize = 1024;
 
 /// Options about bitmaps.
-pub(super) const BITMAP: Flag =
+pub(crate) const BITMAP: Flag =
     Flag::valued('B', "bitmap", "NAME", "offer this dirty bitmap, and no other (all)");
 pub(super) const LAYERS_BITMAP: Flag = Flag::valued(
     '\0',

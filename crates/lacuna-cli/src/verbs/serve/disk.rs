@@ -1,17 +1,20 @@
 //! An opened chain as a server sees it.
 
 use lacuna::block::{
-    DetectZeroes, DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags,
+    Change, DetectZeroes, DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, Points,
+    WriteFlags, ZeroFlags,
 };
 use lacuna::buffer::Buffer;
 use lacuna::job::{DedupWrites, DedupWritesOptions};
-use lacuna::qcow2::Shrink;
+use lacuna::qcow2::{Image, Shrink};
 use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{Error, ErrorKind, Result};
 use lacuna_export::{DirtyRun, ServedDisk};
 
 use super::bitmaps::Bitmaps;
+use super::content::Content;
+use super::point::{Asked, PointDisk, Scratch};
 use crate::error::{CliError, CliResult};
 use crate::nodes::{AnyStorage, FileChain, ToolDisk};
 
@@ -20,14 +23,15 @@ pub(crate) struct ChainDisk {
     chain: FileChain,
     bitmaps: Bitmaps,
     is_rotational: bool,
-    /// What writes go through where equal clusters are stored once.
-    sharing: Option<DetectZeroes<DedupWrites<AnyStorage>>>,
+    /// All that changes the disk goes through here.
+    content: Points<Content, Scratch>,
 }
 
 impl ChainDisk {
     pub(super) fn new(chain: FileChain, bitmaps: Bitmaps) -> Self {
         let is_rotational = chain.content_storage().is_rotational();
-        Self { chain, bitmaps, is_rotational, sharing: None }
+        let content = Points::new(Content::new(chain.disk().clone(), None));
+        Self { chain, bitmaps, is_rotational, content }
     }
 
     /// Makes it one that stores equal clusters once.
@@ -37,19 +41,14 @@ impl ChainDisk {
             return Err(CliError::new(text).with_class(ErrorKind::Unsupported));
         };
         let writes = DedupWrites::new(image.clone(), options)?;
-        let sharing = Some(DetectZeroes::new(writes, self.disk().detection()));
-        Ok(Self { sharing, ..self })
+        let sharing = DetectZeroes::new(writes, self.disk().detection());
+        let content = Points::new(Content::new(self.disk().clone(), Some(sharing)));
+        Ok(Self { content, ..self })
     }
 
     /// Leaves the disk as it should be left, with what waits to be shared.
-    pub(crate) async fn close(&self) -> Result<()> {
-        let shared = match &self.sharing {
-            Some(sharing) => sharing.below().finish().await,
-            None => Ok(()),
-        };
-        // Closed in any case; the first error is the one to tell.
-        let closed = self.disk().clone().close().await;
-        shared.and(closed)
+    pub(super) async fn close(&self) -> Result<()> {
+        self.content.below().close().await
     }
 
     /// Makes it one that does not tell whether it turns: qemu-nbd never does.
@@ -64,50 +63,59 @@ impl ChainDisk {
     pub(crate) const fn own_bitmaps(&self) -> &Bitmaps {
         &self.bitmaps
     }
+
+    /// Returns the image that guests write to, if it is one.
+    pub(crate) fn image(&self) -> Option<&Image<AnyStorage>> {
+        self.disk().image_below()
+    }
+
+    /// Makes a disk that stays what this one is at a moment of the call.
+    pub(crate) async fn point(&self, scratch: Scratch, asked: &Asked) -> Result<PointDisk> {
+        let frozen = super::point::freeze(self, asked);
+        let (point, frozen) = self.content.add(scratch, asked.options, frozen).await?;
+        Ok(PointDisk::new(point, frozen, self.is_rotational))
+    }
 }
 
 impl Layer for ChainDisk {
     fn size_bytes(&self) -> u64 {
-        self.disk().size_bytes()
+        self.content.size_bytes()
     }
 
     fn is_read_only(&self) -> bool {
-        self.disk().is_read_only()
+        self.content.is_read_only()
     }
 
     fn zero_unit_bytes(&self) -> u64 {
-        self.disk().zero_unit_bytes()
+        self.content.zero_unit_bytes()
     }
 
     async fn known_zeroes(&self) -> Result<KnownZeroes> {
-        self.disk().known_zeroes().await
+        self.content.known_zeroes().await
     }
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
-        self.disk().read(offset, buffer).await
+        self.content.read(offset, buffer).await
     }
 
     async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
-        match &self.sharing {
-            Some(sharing) => sharing.write(offset, buffer, flags).await,
-            None => self.disk().write(offset, buffer, flags).await,
-        }
+        self.content.write(offset, buffer, flags).await
     }
 
     async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
-        self.disk().write_zeroes(range, flags).await
+        self.content.write_zeroes(range, flags).await
     }
 
     async fn discard(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
-        self.disk().discard(range, mode).await
+        self.content.discard(range, mode).await
     }
 
     async fn flush(&self) -> Result<()> {
-        self.disk().flush().await
+        self.content.flush().await
     }
 
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
-        self.disk().extents(range).await
+        self.content.extents(range).await
     }
 }
 
@@ -156,6 +164,7 @@ impl ServedDisk for ChainDisk {
         let Some(image) = self.disk().as_qcow2() else {
             return Err(Error::unsupported("Only qcow2 images change their size while served"));
         };
+        let _change: Change<Scratch> = self.content.before_resize(size_bytes).await;
         image.resize(size_bytes, Shrink::Allow).await?;
         image.flush().await
     }

@@ -3,7 +3,9 @@
 //! * `asked.rs`: what the command line says
 //! * `images.rs`: what each image becomes: all of it, a snapshot, a part, an overlay on it
 //! * `bitmaps.rs`: which dirty bitmaps are offered
-//! * `disk.rs`: an opened chain as a server sees it
+//! * `disk.rs`: an opened chain as a server sees it; `content.rs`: the way of its writes
+//! * `point.rs`: a point in time of one, as clients see it
+//! * `served.rs`: either of them
 //! * `sockets.rs`: sockets that systemd opened, or that virtual machines reach
 //! * `tls.rs`: certificates, and who must have one
 //! * `sparing.rs`: how many lines clients may cause
@@ -15,9 +17,12 @@
 mod asked;
 mod bitmaps;
 mod command;
+mod content;
 mod disk;
 pub(crate) mod fork;
 mod images;
+pub(crate) mod point;
+mod served;
 pub(crate) mod sockets;
 mod sparing;
 pub(crate) mod tls;
@@ -35,10 +40,12 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 pub(crate) use self::asked::{Named, Serving};
+pub(crate) use self::bitmaps::BITMAP;
 pub(crate) use self::bitmaps::Wish as BitmapWish;
 pub(crate) use self::disk::ChainDisk;
 use self::fork::Role;
 pub(crate) use self::images::{Becomes, disk};
+pub(crate) use self::served::Served;
 use super::{Example, Task, Verb, common, open, snapshot};
 use crate::args::{Flag, Parsed};
 use crate::control::{self, Control};
@@ -64,7 +71,7 @@ pub(super) const VERB: Verb = Verb {
         images::SNAPSHOT,
         images::OFFSET,
         images::SIZE,
-        bitmaps::BITMAP,
+        BITMAP,
         bitmaps::LAYERS_BITMAP,
         Flag::switch('t', "persistent", "go on when the last client has left"),
         SHARED,
@@ -148,7 +155,7 @@ pub(crate) const OF_EXPORTS: [Flag; 17] = [
     images::SNAPSHOT,
     images::OFFSET,
     images::SIZE,
-    bitmaps::BITMAP,
+    BITMAP,
     bitmaps::LAYERS_BITMAP,
     SHARED,
     DESCRIPTION,
@@ -166,11 +173,11 @@ pub(crate) fn export(
     name: &str,
     file: &str,
     parsed: &Parsed,
-) -> CliResult<Export<ChainDisk>> {
+) -> CliResult<Export<Served>> {
     let options = asked::export(parsed)?;
     let disks = images::open_all(tool, &[Named::new(name, file)], parsed)?;
     let disk = disks.into_iter().next().ok_or_else(|| CliError::new("No image was opened"))?;
-    Ok(Export::new(name, disk, options)?)
+    Ok(Export::new(name, disk.into(), options)?)
 }
 
 fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
@@ -191,7 +198,7 @@ pub(crate) fn until_the_end(tool: &Tool, asked: Serving, disks: Vec<ChainDisk>) 
         false => Exports::default(),
     });
     for (named, disk) in asked.images.iter().zip(disks) {
-        exports.add(Export::new(&named.name, disk, asked.export.clone())?)?;
+        exports.add(Export::new(&named.name, disk.into(), asked.export.clone())?)?;
     }
     let options = ServerOptions {
         limits: asked.limits,
@@ -206,6 +213,7 @@ pub(crate) fn until_the_end(tool: &Tool, asked: Serving, disks: Vec<ChainDisk>) 
     let stop = asked.run.is_none().then(|| end.clone());
     let control = Control::new(tool, Arc::clone(&server), stop);
     let served = serve(&server, asked, &control, end, &ended);
+    control.release_points();
     server.stop();
     let removed = control.shut_down();
     let closed = close_all(&exports).and(removed);
@@ -222,7 +230,7 @@ pub(crate) fn until_the_end(tool: &Tool, asked: Serving, disks: Vec<ChainDisk>) 
 
 /// Listens, and returns when it is time to end.
 fn serve(
-    server: &Server<ChainDisk>,
+    server: &Server<Served>,
     mut asked: Serving,
     control: &Arc<Control>,
     end: mpsc::Sender<()>,
@@ -267,7 +275,7 @@ fn bound(address: &Address) -> CliResult<Vec<Listener>> {
 }
 
 /// Returns what clients call the sockets.
-fn listen(server: &Server<ChainDisk>, listeners: Vec<Listener>) -> Vec<String> {
+fn listen(server: &Server<Served>, listeners: Vec<Listener>) -> Vec<String> {
     let names = listeners.iter().map(Listener::name).collect();
     listeners.into_iter().for_each(|listener| server.listen(listener));
     names
@@ -313,7 +321,7 @@ fn watch_signals(
     Ok(handle)
 }
 
-fn watch_clients(server: &Server<ChainDisk>, end: mpsc::Sender<()>) {
+fn watch_clients(server: &Server<Served>, end: mpsc::Sender<()>) {
     let left = server.all_left();
     thread::spawn(move || {
         left.wait();
@@ -322,7 +330,7 @@ fn watch_clients(server: &Server<ChainDisk>, end: mpsc::Sender<()>) {
 }
 
 /// Leaves all images as they should be left; the first failure is told.
-fn close_all(exports: &Exports<ChainDisk>) -> CliResult<()> {
+fn close_all(exports: &Exports<Served>) -> CliResult<()> {
     let mut result = Ok(());
     for export in exports.all() {
         let closed = block_on(export.disk().close());

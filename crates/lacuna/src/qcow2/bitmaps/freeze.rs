@@ -20,7 +20,7 @@ use super::super::resize::MAX_SIZE_BYTES;
 use super::directory::AtRest;
 use super::edit::NewBitmap;
 use super::size::Measure;
-use super::{Bitmaps, Chunks, cut, mark};
+use super::{Chunks, cut, mark};
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange, HostRange};
 use crate::{Error, ErrorKind, Result};
@@ -231,11 +231,17 @@ impl<S: Storage> FrozenBitmaps<S> {
         self.bitmaps.iter().find(|bitmap| bitmap.name == name)
     }
 
+    /// Returns all that were frozen, in the order in which they were named.
+    pub fn bitmaps(&self) -> impl Iterator<Item = &FrozenBitmap> {
+        self.bitmaps.iter()
+    }
+
     /// Has the frozen bitmaps name what changed since the moment, and no more; all of them in one step.
-    /// Durable on return.
+    /// Durable on return; it has ended then.
     ///
     /// # Errors
-    /// As [`Image::merge_bitmap`]. The bitmaps of the image are as they were then; it can be tried again.
+    /// As [`Image::merge_bitmap`]; the bitmaps of the image are as they were then, and it can be tried again.
+    /// `InvalidRequest` where it has ended.
     pub async fn finish(&self) -> Result<()> {
         if self.bitmaps.is_empty() {
             return Ok(());
@@ -248,7 +254,15 @@ impl<S: Storage> FrozenBitmaps<S> {
             dropped.extend(rest.change_table(index, &table).await?);
         }
         let entries = std::mem::take(&mut rest.entries);
-        rest.replace(&entries, dropped).await
+        rest.replace(&entries, dropped).await?;
+        self.end();
+        Ok(())
+    }
+
+    /// Ends it: the bitmaps of the image stay as if nothing had been frozen. What was frozen can be read on.
+    pub fn end(&self) {
+        let mut meta = self.image.0.meta.lock();
+        meta.bitmaps.recordings.retain(|recording| recording.of != self.number);
     }
 
     /// Writes the bits of what changed since the moment; returns the table of them.
@@ -256,7 +270,7 @@ impl<S: Storage> FrozenBitmaps<S> {
         let measure = bitmap.measure;
         let size_bytes = self.image.0.meta.lock().size_bytes;
         let mut table = vec![BitmapTableEntry::default(); measure.chunks(size_bytes) as usize];
-        for (index, bits) in self.since(bitmap, size_bytes) {
+        for (index, bits) in self.since(bitmap, size_bytes)? {
             if let Some(place) = table.get_mut(index as usize)
                 && bits.iter().any(|byte| *byte != 0)
             {
@@ -266,15 +280,18 @@ impl<S: Storage> FrozenBitmaps<S> {
         Ok(table)
     }
 
-    fn since(&self, bitmap: &FrozenBitmap, size_bytes: u64) -> Chunks {
+    fn since(&self, bitmap: &FrozenBitmap, size_bytes: u64) -> Result<Chunks> {
         let meta = self.image.0.meta.lock();
         let own =
             |recording: &&Recording| recording.of == self.number && recording.name == bitmap.name;
         let found = meta.bitmaps.recordings.iter().find(own);
-        let mut chunks = found.map(|recording| recording.chunks.clone()).unwrap_or_default();
+        let mut chunks = match found {
+            Some(recording) => recording.chunks.clone(),
+            None => return Err(Error::invalid("What was frozen has ended before")),
+        };
         drop(meta);
         cut(&mut chunks, bitmap.measure, size_bytes);
-        chunks
+        Ok(chunks)
     }
 
     /// Records what changes from here on.
@@ -291,13 +308,6 @@ impl<S: Storage> FrozenBitmaps<S> {
 
 impl<S: Storage> Drop for FrozenBitmaps<S> {
     fn drop(&mut self) {
-        let mut meta = self.image.0.meta.lock();
-        meta.bitmaps.forget(self.number);
-    }
-}
-
-impl Bitmaps {
-    fn forget(&mut self, number: u64) {
-        self.recordings.retain(|recording| recording.of != number);
+        self.end();
     }
 }
