@@ -8,6 +8,7 @@
 mod bitmaps;
 mod commit;
 mod compare;
+mod compute;
 mod convert;
 mod dedup;
 mod measure;
@@ -18,6 +19,7 @@ mod sweep;
 pub use bitmaps::copy_bitmaps;
 pub use commit::{commit, empty_top};
 pub use compare::{CompareOptions, Comparison, Difference, Strictness, compare};
+pub use compute::compute;
 pub use convert::{
     ConvertOptions, Copied, CopyFailure, CopyStep, Encoding, KnownZeros, Mover, Phase, Progress,
     Target, TargetContent, Threads, WriteOrder, convert,

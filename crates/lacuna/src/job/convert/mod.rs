@@ -17,7 +17,6 @@ mod target;
 #[cfg(test)]
 mod tests;
 mod units;
-mod workers;
 
 pub use failure::{CopyFailure, CopyStep};
 pub use target::Target;

@@ -11,10 +11,10 @@ use std::task::Poll;
 use futures_util::stream::{self, FuturesUnordered};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 
+use super::super::compute::compute;
 use super::cut::{Action, Cutter, Next, Piece};
 use super::sparse::{Run, runs};
 use super::units::{self, Form, Unit};
-use super::workers::compute;
 use super::{
     Copied, CopyFailure, CopyStep, KnownZeros, Mover, Rules, Target, TargetContent, Threads,
     WriteOrder,
