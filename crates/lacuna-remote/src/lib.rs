@@ -37,4 +37,5 @@ mod wording;
 
 pub use lacuna_nbd::{Address, ExportName, Uri};
 pub use options::{MAX_CONNECTIONS, NbdOptions, Tls};
+pub use status::ContextRun;
 pub use storage::NbdStorage;

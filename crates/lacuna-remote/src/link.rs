@@ -19,7 +19,6 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::connect::Connected;
 use crate::request::{Request, StatusRun};
-use crate::status::meaning;
 use crate::stream::Stream;
 use crate::wording::{hung_up, lost, of_failure, of_protocol};
 
@@ -315,15 +314,14 @@ impl Flight {
         (range.start - self.request.wanted.range.start) as usize
     }
 
-    fn add_run(&mut self, len: u64, flags: u64) {
-        let flags = meaning(self.request.common.endpoint.context.as_deref(), flags);
+    fn add_run(&mut self, len: u64, status: u64) {
         // What follows is asked about again.
         if self.runs.len() == MAX_RUNS {
             return;
         }
         match self.runs.last_mut() {
-            Some(last) if last.flags == flags => last.len += len,
-            _ => self.runs.push(StatusRun { len, flags }),
+            Some(last) if last.status == status => last.len += len,
+            _ => self.runs.push(StatusRun { len, status }),
         }
     }
 

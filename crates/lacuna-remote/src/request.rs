@@ -7,7 +7,7 @@ use lacuna::Result;
 use lacuna::buffer::{Buffer, Hold};
 use lacuna_nbd::ByteRange;
 use lacuna_nbd::client::Command;
-use lacuna_nbd::wire::{AllocationFlags, CommandFlags};
+use lacuna_nbd::wire::CommandFlags;
 use tokio::sync::{OwnedMutexGuard, OwnedRwLockReadGuard, oneshot};
 
 use crate::keeper::Common;
@@ -88,7 +88,8 @@ pub(crate) struct Answer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct StatusRun {
     pub(crate) len: u64,
-    pub(crate) flags: AllocationFlags,
+    /// As the server says it, in the words of the context that was asked.
+    pub(crate) status: u64,
 }
 
 impl Request {

@@ -19,7 +19,7 @@ use lacuna_nbd::wire::{CommandFlags, TransmissionFlags};
 use crate::options::NbdOptions;
 use crate::request::{Kept, Wanted};
 use crate::session::Session;
-use crate::status::extents;
+use crate::status::{ContextRun, cut, extents};
 
 /// What is zeroed or discarded by one request where lengths have 32 bits, and by one where they
 /// have more: nothing in between could be interrupted.
@@ -87,6 +87,46 @@ impl NbdStorage {
 
     fn size_bytes(&self) -> u64 {
         self.session.common.size_bytes()
+    }
+
+    /// Returns what the server says of the leading part of `range`, which lies in the export and is
+    /// not empty: in the words of [`NbdOptions::status_context`], else of `base:allocation`.
+    ///
+    /// # Errors
+    /// `Unsupported` where the server offers no such context; else what asking gives.
+    ///
+    /// ```no_run
+    /// use lacuna::units::{HostOffset, HostRange};
+    /// use lacuna_remote::{NbdOptions, NbdStorage, Uri};
+    ///
+    /// # pollster::block_on(async {
+    /// let uri = Uri::parse("nbd+unix:///disk?socket=/run/nbd.sock").unwrap();
+    /// let context = Some("qemu:dirty-bitmap:monday".to_owned());
+    /// let options = NbdOptions { status_context: context, ..NbdOptions::default() };
+    /// let export = NbdStorage::open(&uri, &options).await?;
+    /// for run in export.statuses(HostRange::new(HostOffset(0), 1 << 30)).await? {
+    ///     println!("{} bytes: dirty is {}", run.len, run.status & 1);
+    /// }
+    /// # Ok::<_, lacuna::Error>(())
+    /// # });
+    /// ```
+    pub async fn statuses(&self, range: HostRange) -> Result<Vec<ContextRun>> {
+        if self.info().contexts.is_empty() {
+            return Err(Error::unsupported("The server tells nothing of block status")
+                .context(&self.session.common.endpoint.uri));
+        }
+        let (unit, most) = (self.unit(), self.most_without_payload());
+        let (start, lead) = (range.start.0 - range.start.0 % unit, range.start.0 % unit);
+        let len = (range.len + lead).next_multiple_of(unit).min(most);
+        let wanted = Wanted::new(Command::BlockStatus, start, len);
+        let answer = self.session.ask(wanted, Buffer::new(0), Kept::default()).await;
+        answer.result?;
+        let found = cut(&answer.runs, lead, range.len);
+        match found.is_empty() {
+            // One block at least is known, and it is the one that was asked about.
+            true => Err(Error::corrupt("The server says nothing of a range")),
+            false => Ok(found),
+        }
     }
 
     /// Has the export grow for a range that passes its end, where the server does that.
@@ -523,18 +563,8 @@ impl Storage for NbdStorage {
         if self.info().contexts.is_empty() {
             return Ok(vec![HostExtent { len: there, status: HostStatus::Data }]);
         }
-        let (unit, most) = (self.unit(), self.most_without_payload());
-        let (start, lead) = (range.start.0 - range.start.0 % unit, range.start.0 % unit);
-        let len = (there + lead).next_multiple_of(unit).min(most);
-        let wanted = Wanted::new(Command::BlockStatus, start, len);
-        let answer = self.session.ask(wanted, Buffer::new(0), Kept::default()).await;
-        answer.result?;
-        let found = extents(&answer.runs, lead, there);
-        match found.is_empty() {
-            // One block at least is known, and it is the one that was asked about.
-            true => Err(Error::corrupt("The server says nothing of a range")),
-            false => Ok(found),
-        }
+        let runs = self.statuses(HostRange::new(range.start, there)).await?;
+        Ok(extents(&runs, self.session.common.endpoint.context.as_deref()))
     }
 
     fn capabilities(&self) -> Capabilities {
