@@ -189,6 +189,16 @@ fn checked(data: &[u8]) {
     }
 }
 
+/// Takes the bytes for the content of a backup's manifest.
+pub fn backup_manifest(data: &[u8]) {
+    lacuna_backup::fuzzing::manifest(data);
+}
+
+/// Takes the bytes for a segment of a backup.
+pub fn backup_segment(data: &[u8]) {
+    lacuna_backup::fuzzing::segment(data);
+}
+
 /// Takes the first byte for codec and cluster size and the rest for the bytes of a compressed
 /// cluster; decompresses them, and compresses and restores what comes out.
 pub fn compressed_cluster(data: &[u8]) {

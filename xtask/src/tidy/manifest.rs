@@ -3,15 +3,20 @@
 use super::Finding;
 
 /// Which of our crates may stand on which, tests aside.
-const OURS: [(&str, &[&str]); 7] = [
+const OURS: [(&str, &[&str]); 8] = [
     ("crates/lacuna/", &[]),
-    ("crates/lacuna-cli/", &["lacuna", "lacuna-export", "lacuna-nbd", "lacuna-tls"]),
+    // Restore points of any disk: it knows no command line and no protocol.
+    ("crates/lacuna-backup/", &["lacuna"]),
+    (
+        "crates/lacuna-cli/",
+        &["lacuna", "lacuna-backup", "lacuna-export", "lacuna-nbd", "lacuna-tls"],
+    ),
     ("crates/lacuna-export/", &["lacuna", "lacuna-nbd", "lacuna-tls"]),
     // The protocol alone: it knows no disk.
     ("crates/lacuna-nbd/", &[]),
     // Certificates alone: it knows neither disks nor the protocol.
     ("crates/lacuna-tls/", &[]),
-    ("crates/testkit/", &["lacuna", "lacuna-nbd"]),
+    ("crates/testkit/", &["lacuna", "lacuna-backup", "lacuna-nbd"]),
     ("xtask/", &[]),
 ];
 
