@@ -19,7 +19,8 @@ const CAST: &str = "
     cp disk.qcow2 snapshots.qcow2; stock-img snapshot -c monday snapshots.qcow2
     cp disk.qcow2 bitmaps.qcow2; stock-img bitmap --add bitmaps.qcow2 monday
     stock-img create -q -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2
-    stock-io -f qcow2 -c 'write -P 8 2M 64k' overlay.qcow2 >&2";
+    stock-io -f qcow2 -c 'write -P 8 2M 64k' overlay.qcow2 >&2
+    lacuna backup -q --point monday disk.qcow2 points";
 
 /// A folder of certificates for both ends of TLS.
 fn certificates(folder: &Path) {
@@ -37,7 +38,7 @@ fn verbs(sandbox: &Sandbox) -> Vec<String> {
     let names = lines.map(|line| line[10..20].trim().to_owned());
     // Verbs about the program are in the text below.
     let names: Vec<String> = names
-        .chain(["commit", "stream"].map(str::to_owned))
+        .chain(["commit", "restore", "stream", "verify"].map(str::to_owned))
         .chain(["bench", "completions", "ctl", "help", "io", "man"].map(str::to_owned))
         .collect();
     assert!(names.len() >= 8, "{overview}");

@@ -5,6 +5,7 @@
 mod about;
 mod advice;
 mod amend;
+mod backup;
 mod bench;
 mod bitmap;
 pub(crate) mod busy;
@@ -32,11 +33,13 @@ mod qemu_words;
 mod rebase;
 mod reclaim;
 pub(crate) mod resize;
+mod restore;
 pub(crate) mod serve;
 mod snapshot;
 pub(crate) mod spec;
 mod stream;
 pub(crate) mod unnamed;
+mod verify;
 
 pub(crate) use help::{options_help, version};
 pub(crate) use info::{dump, specifics};
@@ -100,8 +103,9 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 25] = [
+const VERBS: [&Verb; 28] = [
     &amend::VERB,
+    &backup::VERB,
     &bench::VERB,
     &bitmap::VERB,
     &check::VERB,
@@ -123,9 +127,11 @@ const VERBS: [&Verb; 25] = [
     &rebase::VERB,
     &reclaim::VERB,
     &resize::VERB,
+    &restore::VERB,
     &serve::VERB,
     &snapshot::VERB,
     &stream::VERB,
+    &verify::VERB,
 ];
 
 /// What may stand before the verb.
@@ -146,7 +152,8 @@ const ERROR_FORMAT: Flag =
         .own();
 
 /// Verbs that only we have.
-const OWN: [&str; 10] = [
+const OWN: [&str; 13] = [
+    backup::VERB.name,
     completions::VERB.name,
     ctl::VERB.name,
     dedup::VERB.name,
@@ -155,8 +162,10 @@ const OWN: [&str; 10] = [
     io::VERB.name,
     man::VERB.name,
     reclaim::VERB.name,
+    restore::VERB.name,
     serve::VERB.name,
     stream::VERB.name,
+    verify::VERB.name,
 ];
 
 /// Options that several verbs share.

@@ -1,0 +1,139 @@
+//! The copy, and what happens when the point counts.
+
+use std::path::Path;
+
+use lacuna::block::Layer;
+use lacuna_backup::{
+    Changes, CopyOptions, Difference, Everything, Folder, GoOn, Point, Start, UpperLevels, Work,
+};
+use pollster::block_on;
+
+use super::super::progress::Meter;
+use super::super::{Form, form};
+use super::asked::Wish;
+use super::list;
+use super::plan::{Plan, Told};
+use super::source::Source;
+use crate::args::Parsed;
+use crate::error::{CliError, CliResult};
+use crate::interrupt::{INTERRUPTED, Interrupted};
+use crate::output;
+use crate::persona::Tool;
+
+/// Makes a point of `name` in `folder`.
+pub(super) fn make(tool: &Tool, parsed: &Parsed, name: &str, folder: &Path) -> CliResult<u8> {
+    let (shape, wish) = (form(parsed)?, Wish::read(tool, parsed)?);
+    let meter = Meter::new(tool, parsed, "backup")?;
+    let source = Source::open(tool, parsed, name, &wish)?;
+    let folder = open_folder(folder, &wish)?;
+    let made = made(parsed, &wish, &source, &folder, meter);
+    let closed = source.close();
+    let point = made?;
+    closed?;
+    match shape {
+        Form::Json => output::print(&(output::pretty(&list::json(&point)?) + "\n"))?,
+        Form::Human if parsed.has("quiet") => {}
+        Form::Human => output::print(&list::told(&point))?,
+    }
+    Ok(0)
+}
+
+fn open_folder(path: &Path, wish: &Wish) -> CliResult<Folder> {
+    let folder = Folder::open_or_create(path, wish.form.unwrap_or_default())?;
+    match wish.form {
+        Some(form) if form != folder.form() => Err(CliError::new(format!(
+            "The points of {} are kept as {}, not as {}",
+            path.display(),
+            folder.form().name(),
+            form.name()
+        ))
+        .with_hint("another folder takes points of another form")),
+        _ => Ok(folder),
+    }
+}
+
+fn made(
+    parsed: &Parsed,
+    wish: &Wish,
+    source: &Source,
+    folder: &Folder,
+    mut meter: Meter,
+) -> CliResult<Point> {
+    let points = folder.points()?;
+    for (_, error) in &points.broken {
+        output::warn(&error.to_string());
+    }
+    let plan = Plan::new(wish, source, &points)?;
+    let go_on = GoOn { is_named: wish.name.is_some(), is_unchanged: wish.is_unchanged };
+    let total = source.size_bytes();
+    let point = block_on(async {
+        let mut work = folder.begin(plan.facts.clone(), go_on).await?;
+        if !parsed.has("quiet") {
+            tell_start(&work);
+        }
+        let interrupted = Interrupted::watch();
+        let mut report = |done| meter.update("copy", done, total);
+        let copied = copy(&mut work, source, &plan.told, wish.copy, &mut report);
+        interrupted.or(copied).await.ok_or_else(interrupted_copy)??;
+        meter.update("finish", 0, total);
+        let point = work.finish().await?;
+        // The point counts by now: where this fails, the next one holds more than it had to.
+        if let Some(bitmap) = &plan.begins {
+            source.image()?.clear_bitmap(bitmap).await?;
+        }
+        Ok::<_, CliError>(point)
+    });
+    meter.finish(point.is_ok());
+    point
+}
+
+fn interrupted_copy() -> CliError {
+    CliError::new("Interrupted; what was copied is kept, and does not count yet")
+        .with_code(INTERRUPTED)
+        .with_hint("run it again, and it goes on from here")
+}
+
+fn tell_start(work: &Work<'_>) {
+    let (point, size) = (&work.facts().point, work.facts().size);
+    match work.start() {
+        Start::New => {}
+        Start::Instead(other) => output::warn(&format!(
+            "The copy '{other}' that was cut off is of something else, or its source may have \
+             changed since: '{point}' begins anew"
+        )),
+        Start::Resumed(at) => {
+            output::complain(&format!("Point '{point}' goes on at {} of {size} bytes\n", at.0));
+        }
+    }
+}
+
+async fn copy(
+    work: &mut Work<'_>,
+    source: &Source,
+    told: &Told,
+    options: CopyOptions,
+    report: &mut (dyn FnMut(u64) + Send),
+) -> lacuna::Result<()> {
+    let disk = source.disk();
+    match told {
+        Told::All => copy_by(work, disk, &Everything, options, report).await,
+        Told::Bitmap(bitmap) => copy_by(work, disk, bitmap, options, report).await,
+        Told::Export(changes) => copy_by(work, disk, changes, options, report).await,
+        Told::Levels(count) => {
+            copy_by(work, disk, &UpperLevels { disk, count: *count }, options, report).await
+        }
+        Told::Snapshot(before) => {
+            copy_by(work, disk, &Difference { before, now: disk }, options, report).await
+        }
+    }
+}
+
+async fn copy_by<L: Layer, C: Changes>(
+    work: &mut Work<'_>,
+    disk: &L,
+    changes: &C,
+    options: CopyOptions,
+    report: &mut (dyn FnMut(u64) + Send),
+) -> lacuna::Result<()> {
+    work.copy(disk, changes, options, report).await
+}
