@@ -23,6 +23,7 @@
 //! * Always TLS 1.2 or 1.3. There are no pre-shared keys ([`NO_PSK`]).
 
 mod client;
+mod ec_key;
 mod error;
 mod explain;
 mod folder;

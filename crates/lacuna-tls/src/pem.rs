@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use rustls_pki_types::pem::{self, PemObject};
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
 
+use crate::ec_key::with_number_of_right_length;
 use crate::{Error, ErrorKind, Result};
 
 /// Longest file that is read, in bytes: the certificates of all known authorities fit many times.
@@ -62,7 +63,7 @@ impl PemFile {
         }
         match PrivateKeyDer::from_pem_slice(&self.bytes) {
             Err(pem::Error::NoItemsFound) => Err(self.lacks("PRIVATE KEY")),
-            key => key.map_err(|error| self.broken(&error)),
+            key => key.map(with_number_of_right_length).map_err(|error| self.broken(&error)),
         }
     }
 

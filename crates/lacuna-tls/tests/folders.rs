@@ -55,6 +55,23 @@ fn ends_of_one_authority_believe_each_other() {
     }
 }
 
+/// Made by GnuTLS 3.7.9: numbers of 33 and 31 bytes on P-256, and one of 49 on P-384 in PKCS#8.
+#[test]
+fn keys_with_numbers_of_other_lengths_are_read_as_certtool_writes_them() {
+    let made = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/certtool");
+    let client = client(&made);
+    assert_eq!(shake(&server(&made), &client, Some("localhost")), Ok(()));
+
+    let short = tempfile::tempdir().unwrap();
+    for (name, file) in
+        [("ca-cert", "ca-cert"), ("server-cert", "short-cert"), ("server-key", "short-key")]
+    {
+        let (from, to) = (format!("{file}.pem"), format!("{name}.pem"));
+        fs::copy(made.join(from), short.path().join(to)).unwrap();
+    }
+    assert_eq!(shake(&server(short.path()), &client, Some("127.0.0.1")), Ok(()));
+}
+
 #[test]
 fn another_host_name_is_refused_with_the_names_there_are() {
     let folder = folder(&Authority::new("ours"));
