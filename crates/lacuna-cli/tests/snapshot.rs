@@ -149,6 +149,11 @@ fn what_cannot_be_kept_is_refused_as_by_stock_and_nothing_changes() {
     let (stock, ours) = (Sandbox::stock(), Sandbox::ours());
     let made = "stock-img create -q -f qcow2 -o refcount_bits=1 narrow 4M
          stock-io -c 'write 0 1M' narrow >&2
+         stock-img create -q -f qcow2 -o refcount_bits=64 wide 4M
+         stock-io -c 'write 0 512' wide >&2
+         printf '\\377\\377\\377\\377\\377\\377\\377\\377' |
+             dd of=wide bs=1 seek=$((0x20028)) conv=notrunc 2>/dev/null
+         cp wide wide.before
          stock-img create -q -f qcow2 -o data_file=d external 4M
          stock-img create -q -f qcow2 marked 4M; stock-img snapshot -c s marked
          stock-img bitmap --add marked b";
@@ -159,6 +164,7 @@ fn what_cannot_be_kept_is_refused_as_by_stock_and_nothing_changes() {
         &stock,
         &ours,
         "qemu-img snapshot -c s narrow
+         qemu-img snapshot -c s wide
          qemu-img snapshot -c s external
          qemu-img snapshot -a s external
          qemu-img snapshot -d s external
@@ -168,6 +174,7 @@ fn what_cannot_be_kept_is_refused_as_by_stock_and_nothing_changes() {
         ours.run("stock-img check narrow | head -1").text,
         "No errors were found on the image.\n"
     );
+    assert_eq!(ours.run("cmp wide wide.before && echo same").text, "same\n");
     let refused = ours.run("lacuna snapshot -c s narrow").text;
     assert!(refused.contains("refcount_bits=16"), "{refused}");
 }

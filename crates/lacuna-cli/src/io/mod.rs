@@ -20,6 +20,7 @@ use lacuna::qcow2::Access;
 
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
+use crate::objects::Objects;
 use crate::output;
 use crate::persona::{Persona, Tool};
 use crate::verbs::open::check_force_share;
@@ -71,7 +72,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     if parsed.has("version") {
         return crate::verbs::version(tool);
     }
-    let mut session = Session::new(tool);
+    let mut session = Session::new(tool, Objects::read(parsed.all("object"))?);
     let flags = OpenFlags::of_program(parsed)?;
     match &parsed.operands[..] {
         [] => {}

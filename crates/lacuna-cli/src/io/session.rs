@@ -19,6 +19,7 @@ use super::image::OpenFlags;
 use crate::args::{self, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::nodes::{Rules, ToolDisk, is_by_rule};
+use crate::objects::Objects;
 use crate::output;
 use crate::persona::Tool;
 use crate::verbs::open::{self, FileChain, Request};
@@ -35,6 +36,8 @@ pub(super) struct Opened {
 /// A running shell.
 pub(super) struct Session<'t> {
     tool: &'t Tool,
+    /// What images may name that are opened.
+    objects: Objects,
     opened: Option<Opened>,
     /// What the path of an image opened by `-s` leads to.
     overlay: Option<Overlay>,
@@ -48,9 +51,10 @@ pub(super) struct Session<'t> {
 
 impl<'t> Session<'t> {
     /// Starts without an image.
-    pub(super) fn new(tool: &'t Tool) -> Self {
+    pub(super) fn new(tool: &'t Tool, objects: Objects) -> Self {
         Self {
             tool,
+            objects,
             opened: None,
             overlay: None,
             in_flight: FuturesOrdered::new(),
@@ -230,7 +234,8 @@ impl<'t> Session<'t> {
     }
 
     /// Opens an image where none is open.
-    pub(super) fn open(&mut self, image: ImageSpec, flags: &OpenFlags) -> CliResult<()> {
+    pub(super) fn open(&mut self, mut image: ImageSpec, flags: &OpenFlags) -> CliResult<()> {
+        image.disk.find_certificates(&self.objects)?;
         let (access, cache, unnamed) = (flags.access, flags.cache, flags.unnamed);
         open::check_native(flags.is_native, cache)?;
         let mut request = Request { image, access, cache, sharing: flags.sharing, unnamed };

@@ -134,7 +134,7 @@ impl Counts {
     /// Sets the refcount of a cluster whose block is at hand.
     pub(super) fn set(&mut self, cluster: HostCluster, count: u64) -> Counted<()> {
         if count > self.geometry.refcount_max() {
-            return Err(self.overflow(cluster, count).into());
+            return Err(self.overflow(cluster, count.into()).into());
         }
         let (index, within) = self.locate(cluster);
         let width = self.width;
@@ -149,12 +149,17 @@ impl Counts {
         Ok(())
     }
 
-    fn overflow(&self, cluster: HostCluster, count: u64) -> Error {
-        let at = self.geometry.host_offset(cluster);
+    fn overflow(&self, cluster: HostCluster, count: u128) -> Error {
+        let (at, bits) = (self.geometry.host_offset(cluster), self.geometry.refcount_bits());
+        let way_out = match bits {
+            ..16 => "amend the image to refcount_bits=16 or more first",
+            16..64 => "amend the image to refcount_bits=64 first",
+            // No program counted that far.
+            _ => "run check -r all",
+        };
         Error::invalid(format!(
-            "The cluster at {at} would have {count} references; refcounts of {} bits count to {}. \
-             Amend the image to refcount_bits=16 or more first",
-            self.geometry.refcount_bits(),
+            "The cluster at {at} would have {count} references; refcounts of {bits} bits count to \
+             {}: {way_out}",
             self.geometry.refcount_max()
         ))
         .at(at)
@@ -164,7 +169,10 @@ impl Counts {
     pub(super) fn step(&mut self, cluster: HostCluster, direction: Direction) -> Counted<()> {
         let now = self.now(cluster)?;
         match direction {
-            Direction::Up if self.old(cluster)? > 0 => self.set(cluster, now + 1),
+            Direction::Up if self.old(cluster)? > 0 => match now.checked_add(1) {
+                Some(more) => self.set(cluster, more),
+                None => Err(self.overflow(cluster, u128::from(now) + 1).into()),
+            },
             Direction::Down if now > 0 => self.set(cluster, now - 1),
             Direction::Up | Direction::Down => Err(self.uncounted(cluster).into()),
         }
