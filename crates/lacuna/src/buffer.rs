@@ -181,11 +181,13 @@ impl Buffer {
     /// # Panics
     /// If `tail` is not the part right behind this one.
     pub fn unsplit(&mut self, tail: Self) {
-        assert!(
-            tail.block == self.block && tail.start == self.start + self.len,
-            "only neighbours of one block can be joined"
-        );
+        assert!(self.is_followed_by(&tail), "only neighbours of one block can be joined");
         self.len += tail.len;
+    }
+
+    /// Says whether `tail` is the part right behind this one.
+    pub(crate) fn is_followed_by(&self, tail: &Self) -> bool {
+        tail.block == self.block && tail.start == self.start + self.len
     }
 
     /// Joins a part that is done, if there is one, with the part behind it.

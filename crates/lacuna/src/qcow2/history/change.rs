@@ -30,7 +30,7 @@ use crate::units::{HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes that wait to be written together.
-const BATCH_BYTES: usize = 8 << 20;
+const BATCH_BYTES: usize = 4 << 20;
 /// So many writes are under way at once.
 const WRITES_AT_ONCE: usize = 16;
 /// Where the fields start that are switched.
@@ -185,7 +185,16 @@ impl<'a, S: Storage> Change<'a, S> {
     /// Writes to clusters that were taken, in some while.
     pub(super) async fn write(&mut self, at: HostOffset, bytes: Buffer) -> Result<()> {
         self.pending_bytes += bytes.len();
-        self.pending.push((at, bytes));
+        match self.pending.last_mut() {
+            // Neighbours in the file that are neighbours in memory, as tables are that were read
+            // together, go out together.
+            Some((before, first))
+                if *before + first.len() as u64 == at && first.is_followed_by(&bytes) =>
+            {
+                first.unsplit(bytes);
+            }
+            _ => self.pending.push((at, bytes)),
+        }
         match self.pending_bytes >= BATCH_BYTES {
             true => self.write_pending().await,
             false => Ok(()),
@@ -248,7 +257,7 @@ impl<'a, S: Storage> Change<'a, S> {
         self.counted(Counts::settle).await?;
         let NewRefcounts { location, table, pieces } = self.counts.finish()?;
         for range in self.counts.taken() {
-            self.expect_writes(range).await?;
+            self.expect_writes(*range).await?;
         }
         for (at, bytes) in pieces {
             self.write(at, Buffer::from(&bytes[..])).await?;

@@ -49,6 +49,12 @@ struct Block {
     place: Option<HostCluster>,
 }
 
+impl Block {
+    fn now(&self) -> &[u8] {
+        self.now.as_deref().unwrap_or(&self.old)
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Counts {
     geometry: Geometry,
@@ -63,6 +69,9 @@ pub(super) struct Counts {
     single_cursor: u64,
     /// No run that is long enough starts below.
     run_cursor: u64,
+    /// What was taken, and where the lowest of it lies.
+    taken: Vec<HostRange>,
+    first_taken: u64,
     /// Where the new table lies, and for how many entries.
     new_table: Option<(HostCluster, u64)>,
 }
@@ -89,6 +98,8 @@ impl Counts {
             changed: Vec::new(),
             single_cursor: 1,
             run_cursor: 1,
+            taken: Vec::new(),
+            first_taken: u64::MAX,
             new_table: None,
         }
     }
@@ -113,9 +124,11 @@ impl Counts {
         block.ok_or(Lack::Block(index))
     }
 
+    /// Returns the block of a cluster, and its place in there. No division: it is done for each entry
+    /// of each table.
     const fn locate(&self, cluster: HostCluster) -> (u64, usize) {
         let entries = self.geometry.refcount_block_entries();
-        (cluster.0 / entries, (cluster.0 % entries) as usize)
+        (cluster.0 >> entries.trailing_zeros(), (cluster.0 & (entries - 1)) as usize)
     }
 
     /// Returns the refcount that a cluster has in storage.
@@ -127,8 +140,7 @@ impl Counts {
     /// Returns the refcount that a cluster is to have.
     pub(super) fn now(&self, cluster: HostCluster) -> Counted<u64> {
         let (index, within) = self.locate(cluster);
-        let block = self.block(index)?;
-        Ok(self.width.read(block.now.as_deref().unwrap_or(&block.old), within))
+        Ok(self.width.read(self.block(index)?.now(), within))
     }
 
     /// Sets the refcount of a cluster whose block is at hand.
@@ -165,17 +177,23 @@ impl Counts {
         .at(at)
     }
 
-    /// Adds a reference to a cluster in use, or takes one off.
-    pub(super) fn step(&mut self, cluster: HostCluster, direction: Direction) -> Counted<()> {
-        let now = self.now(cluster)?;
-        match direction {
-            Direction::Up if self.old(cluster)? > 0 => match now.checked_add(1) {
-                Some(more) => self.set(cluster, more),
-                None => Err(self.overflow(cluster, u128::from(now) + 1).into()),
+    /// Adds a reference to a cluster in use, or takes one off. Returns how many it has then.
+    pub(super) fn step(&mut self, cluster: HostCluster, direction: Direction) -> Counted<u64> {
+        let (index, within) = self.locate(cluster);
+        let block = self.block(index)?;
+        let now = self.width.read(block.now(), within);
+        // What storage calls free is counted only where it was taken: elsewhere one look is enough.
+        let is_old =
+            || now > 0 && cluster.0 < self.first_taken || self.width.read(&block.old, within) > 0;
+        let next = match direction {
+            Direction::Up if is_old() => match now.checked_add(1) {
+                Some(more) => more,
+                None => return Err(self.overflow(cluster, u128::from(now) + 1).into()),
             },
-            Direction::Down if now > 0 => self.set(cluster, now - 1),
-            Direction::Up | Direction::Down => Err(self.uncounted(cluster).into()),
-        }
+            Direction::Down if now > 0 => now - 1,
+            Direction::Up | Direction::Down => return Err(self.uncounted(cluster).into()),
+        };
+        self.set(cluster, next).map(|()| next)
     }
 
     fn uncounted(&self, cluster: HostCluster) -> Error {
@@ -195,7 +213,7 @@ impl Counts {
     pub(super) fn step_range(&mut self, range: HostRange, direction: Direction) -> Counted<()> {
         self.have_at_hand(range)?;
         let mut clusters = self.geometry.host_clusters(range);
-        clusters.try_for_each(|cluster| self.step(HostCluster(cluster), direction))
+        clusters.try_for_each(|cluster| self.step(HostCluster(cluster), direction).map(drop))
     }
 
     fn have_at_hand(&self, range: HostRange) -> Counted<()> {
@@ -242,6 +260,9 @@ impl Counts {
         if count == 1 {
             self.single_cursor = start + 1;
         }
+        self.first_taken = self.first_taken.min(start);
+        let at = self.geometry.host_offset(HostCluster(start));
+        add(&mut self.taken, HostRange::new(at, count << self.geometry.cluster_bits()));
         Ok(HostCluster(start))
     }
 
@@ -255,7 +276,7 @@ impl Counts {
         let (index, within) = self.locate(HostCluster(from));
         let block = self.block(index)?;
         let (width, entries) = (self.width, self.geometry.refcount_block_entries() as usize);
-        let now = block.now.as_deref().unwrap_or(&block.old);
+        let now = block.now();
         let is_free = |at: &usize| width.read(&block.old, *at) == 0 && width.read(now, *at) == 0;
         let found = match width {
             RefcountWidth::Bits16 => {
@@ -348,37 +369,37 @@ impl Counts {
         Ok(NewRefcounts { location: RefcountTableLocation { offset, clusters }, table, pieces })
     }
 
+    /// Returns what was taken.
+    pub(super) fn taken(&self) -> &[HostRange] {
+        &self.taken
+    }
+
     /// Returns what nothing references any more.
     pub(super) fn freed(&self) -> Vec<HostRange> {
-        self.runs(|old, now| old > 0 && now == 0)
-    }
-
-    /// Returns what was taken.
-    pub(super) fn taken(&self) -> Vec<HostRange> {
-        self.runs(|old, now| old == 0 && now > 0)
-    }
-
-    fn runs(&self, wanted: impl Fn(u64, u64) -> bool) -> Vec<HostRange> {
         let mut indices = self.changed.clone();
         indices.sort_unstable();
         let bytes = self.geometry.cluster_bytes();
         let entries = self.geometry.refcount_block_entries();
-        let mut runs: Vec<HostRange> = Vec::new();
+        let mut freed = Vec::new();
         for index in indices {
             let block = self.blocks.get(index as usize).and_then(Option::as_ref);
             let Some(Block { old, now: Some(now), .. }) = block else { continue };
             for within in 0..entries {
                 let at = within as usize;
-                if !wanted(self.width.read(old, at), self.width.read(now, at)) {
-                    continue;
-                }
-                let start = self.geometry.host_offset(HostCluster(index * entries + within));
-                match runs.last_mut() {
-                    Some(last) if last.end() == start => last.len += bytes,
-                    _ => runs.push(HostRange::new(start, bytes)),
+                if self.width.read(now, at) == 0 && self.width.read(old, at) > 0 {
+                    let cluster = HostCluster(index * entries + within);
+                    add(&mut freed, HostRange::new(self.geometry.host_offset(cluster), bytes));
                 }
             }
         }
-        runs
+        freed
+    }
+}
+
+/// Adds a range to a list, or to the last one there if it follows that.
+fn add(ranges: &mut Vec<HostRange>, range: HostRange) {
+    match ranges.last_mut() {
+        Some(last) if last.end() == range.start => last.len += range.len,
+        _ => ranges.push(range),
     }
 }

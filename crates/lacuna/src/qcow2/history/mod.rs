@@ -19,7 +19,7 @@ use std::sync::{Arc, Weak};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use self::change::{Change, Fields};
-use self::walk::Visit;
+use self::walk::{Named, Visit};
 use super::format::{
     AutoclearFeatures, L1Entry, L1Location, MAX_SNAPSHOTS, Snapshot, StoredName, Version,
 };
@@ -295,19 +295,41 @@ impl<S: Storage> Change<'_, S> {
         let at = self.snapshots.iter().position(|it| *it == snapshot);
         self.snapshots.remove(at.unwrap_or_default());
         let gone = self.read_l1(&snapshot).await?;
-        let tables = self.named(&gone, "The L1 table of the snapshot")?;
-        self.walk(&tables, Visit::Drop).await?;
+        let mut gone = self.named(&gone, "The L1 table of the snapshot")?;
+        let mut own = self.named(&self.l1, "The L1 table")?;
+        let inherited = self.inherited(&gone).await?;
+        // In order of the L1 table all of them.
+        let is_inherited =
+            |named: &Named| inherited.binary_search_by_key(&named.index, |it| it.index).is_ok();
+        gone.retain(|named| !is_inherited(named));
+        own.retain(|named| !is_inherited(named));
+        self.walk(&gone, Visit::Drop).await?;
+        // What they show twice, the disk goes on to show twice: no later table changes what is said here.
+        self.walk(&inherited, Visit::Inherit).await?;
         self.drop_range(snapshot.l1.range()).await?;
-        let tables = self.named(&self.l1, "The L1 table")?;
-        let mut own = Vec::new();
-        for named in tables {
-            // What another snapshot has as well cannot have COPIED.
-            if self.refcount(named.table).await? == 1 {
-                own.push(named);
-            }
-        }
+        let own = self.with_references(own, 1).await?;
         self.walk(&own, Visit::Own).await?;
         Ok((snapshot, self.unchanged()))
+    }
+
+    /// Returns the tables that nobody has but the disk and the snapshot that goes, at one place.
+    async fn inherited(&mut self, gone: &[Named]) -> Result<Vec<Named>> {
+        let is_here = |named: &&Named| {
+            self.l1.get(named.index).and_then(|it| it.table()) == Some(named.table)
+        };
+        let shared = gone.iter().filter(is_here).copied().collect();
+        self.with_references(shared, 2).await
+    }
+
+    /// Returns the tables that have so many references.
+    async fn with_references(&mut self, tables: Vec<Named>, count: u64) -> Result<Vec<Named>> {
+        let mut found = Vec::new();
+        for named in tables {
+            if self.refcount(named.table).await? == count {
+                found.push(named);
+            }
+        }
+        Ok(found)
     }
 
     /// A table that takes a cluster has an entry: nothing else counts it as used.

@@ -13,19 +13,24 @@ use crate::buffer::Buffer;
 use crate::qcow2::format::{Geometry, L1Entry, L2Entry};
 use crate::qcow2::image::Image;
 use crate::storage::Storage;
-use crate::units::HostOffset;
+use crate::units::{HostCluster, HostOffset};
 use crate::{Error, Result};
 
 /// Neighbouring tables are read together, up to so many bytes.
 const READ_BYTES: u64 = 1 << 20;
+/// Zeros of a table are passed by in groups: most of the map of a large disk is zeros.
+const GROUP_BYTES: usize = 64;
 /// So many reads are under way at once.
-const READS_AT_ONCE: usize = 4;
+const READS_AT_ONCE: usize = 2;
 
 /// What a walk does with a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Visit {
     /// A reference goes that a map has on the table and on what it shows.
     Drop,
+    /// The snapshot goes that had it with the disk: a reference goes on all that it shows, and it is the
+    /// disk's own.
+    Inherit,
     /// The disk has the table for itself; clusters may have become its own.
     Own,
     /// The disk shows what the table of a snapshot shows.
@@ -86,37 +91,49 @@ impl<S: Storage> Change<'_, S> {
         let cluster = self.geometry.host_cluster(named.table);
         match visit {
             Visit::Drop => {
-                self.count_entries(&bytes, Direction::Down).await?;
-                self.counted(|counts| counts.step(cluster, Direction::Down)).await
+                self.count_entries(&mut bytes, Direction::Down, Flags::Keep).await?;
+                self.step(cluster, Direction::Down).await
+            }
+            Visit::Inherit => {
+                self.step(cluster, Direction::Down).await?;
+                match self.count_entries(&mut bytes, Direction::Down, Flags::Right).await? {
+                    true => self.replace(named, bytes, 1).await,
+                    false => self.own(named),
+                }
             }
             Visit::Share => {
-                self.count_entries(&bytes, Direction::Up).await?;
-                match clear_flags(&mut bytes, &self.geometry) {
+                match self.count_entries(&mut bytes, Direction::Up, Flags::Clear).await? {
                     true => self.replace(named, bytes, 2).await,
                     false => self.share(named).await,
                 }
             }
             Visit::Show => {
-                self.count_entries(&bytes, Direction::Up).await?;
-                match clear_flags(&mut bytes, &self.geometry) {
+                match self.count_entries(&mut bytes, Direction::Up, Flags::Clear).await? {
                     true => self.write_table(named, bytes, 1).await,
                     false => self.share(named).await,
                 }
             }
             Visit::Own => match self.right_flags(&mut bytes).await? {
                 true => self.replace(named, bytes, 1).await,
-                false => {
-                    self.new_l1[named.index] = L1Entry::new(named.table);
-                    Ok(())
-                }
+                false => self.own(named),
             },
         }
+    }
+
+    /// The disk has the table for itself, where it is.
+    fn own(&mut self, named: Named) -> Result<()> {
+        self.new_l1[named.index] = L1Entry::new(named.table);
+        Ok(())
+    }
+
+    async fn step(&mut self, cluster: HostCluster, direction: Direction) -> Result<()> {
+        self.counted(|counts| counts.step(cluster, direction)).await.map(drop)
     }
 
     /// The table has one more reference, and stays where it is.
     async fn share(&mut self, named: Named) -> Result<()> {
         let cluster = self.geometry.host_cluster(named.table);
-        self.counted(|counts| counts.step(cluster, Direction::Up)).await?;
+        self.step(cluster, Direction::Up).await?;
         self.new_l1[named.index] = L1Entry::new(named.table).with_copied(false);
         Ok(())
     }
@@ -124,7 +141,7 @@ impl<S: Storage> Change<'_, S> {
     /// The table loses a reference to one with `bytes`.
     async fn replace(&mut self, named: Named, bytes: Buffer, references: u64) -> Result<()> {
         let cluster = self.geometry.host_cluster(named.table);
-        self.counted(|counts| counts.step(cluster, Direction::Down)).await?;
+        self.step(cluster, Direction::Down).await?;
         self.write_table(named, bytes, references).await
     }
 
@@ -136,17 +153,24 @@ impl<S: Storage> Change<'_, S> {
         self.write(at, bytes).await
     }
 
-    async fn count_entries(&mut self, bytes: &[u8], direction: Direction) -> Result<()> {
-        let (geometry, mut at) = (self.geometry, 0);
-        self.counted(|counts| count_from(counts, &geometry, bytes, &mut at, direction)).await
+    /// Counts what a table references. Says whether a flag changed.
+    async fn count_entries(
+        &mut self,
+        bytes: &mut [u8],
+        direction: Direction,
+        flags: Flags,
+    ) -> Result<bool> {
+        let mut pass = Pass::over(bytes, &self.geometry);
+        self.counted(|counts| pass.count(counts, direction, flags)).await?;
+        Ok(pass.changed)
     }
 
     /// Sets COPIED where a cluster has one reference, and clears it elsewhere. Says whether that
     /// changed anything.
     async fn right_flags(&mut self, bytes: &mut [u8]) -> Result<bool> {
-        let (geometry, mut at, mut changed) = (self.geometry, 0, false);
-        self.counted(|counts| right_from(counts, &geometry, bytes, &mut at, &mut changed)).await?;
-        Ok(changed)
+        let mut pass = Pass::over(bytes, &self.geometry);
+        self.counted(|counts| pass.right_flags(counts)).await?;
+        Ok(pass.changed)
     }
 }
 
@@ -166,81 +190,112 @@ async fn read_run<'a, S: Storage>(
     Ok((run, bytes))
 }
 
-/// Returns what the entry at the start of `bytes` is, as far as its first word goes.
+/// What counting does with COPIED flags on its way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flags {
+    Clear,
+    Keep,
+    /// By what was counted.
+    Right,
+}
+
+/// A walk over the entries of one table: it stops where a refcount is lacking, and goes on there.
+struct Pass<'a> {
+    geometry: Geometry,
+    bytes: &'a mut [u8],
+    /// Where the next entry starts.
+    at: usize,
+    /// A flag is not what it was.
+    changed: bool,
+}
+
+impl<'a> Pass<'a> {
+    const fn over(bytes: &'a mut [u8], geometry: &Geometry) -> Self {
+        Self { geometry: *geometry, bytes, at: 0, changed: false }
+    }
+
+    /// Moves on to the next entry that references something, and returns its first word.
+    fn next_used(&mut self) -> Option<L2Entry> {
+        let width = self.geometry.entry_width().bytes() as usize;
+        while self.at < self.bytes.len() {
+            let rest = &self.bytes[self.at..];
+            let group = rest.first_chunk().filter(|_| self.at.is_multiple_of(GROUP_BYTES));
+            if group.is_some_and(is_zero) {
+                self.at += GROUP_BYTES;
+                continue;
+            }
+            match word_at(rest) {
+                0 => self.at += width,
+                word => return Some(L2Entry { word, ..L2Entry::UNALLOCATED }),
+            }
+        }
+        None
+    }
+
+    fn put(&mut self, entry: L2Entry, before: L2Entry) {
+        if entry != before {
+            self.bytes[self.at..][..8].copy_from_slice(&entry.word.to_be_bytes());
+            self.changed = true;
+        }
+        self.at += self.geometry.entry_width().bytes() as usize;
+    }
+
+    fn count(&mut self, counts: &mut Counts, direction: Direction, flags: Flags) -> Counted<()> {
+        while let Some(entry) = self.next_used() {
+            let count = count_entry(counts, &self.geometry, entry, direction)?;
+            let flagged = match (flags, count) {
+                (Flags::Clear, Some(_)) => entry.with_copied(false),
+                (Flags::Right, Some(count)) => entry.with_copied(count == 1),
+                (Flags::Clear | Flags::Keep | Flags::Right, _) => entry,
+            };
+            self.put(flagged, entry);
+        }
+        Ok(())
+    }
+
+    fn right_flags(&mut self, counts: &Counts) -> Counted<()> {
+        while let Some(entry) = self.next_used() {
+            let right = match entry.host() {
+                Some(host) => {
+                    let count = counts.now(self.geometry.host_cluster(host))?;
+                    entry.with_copied(count == 1)
+                }
+                None => entry,
+            };
+            self.put(right, entry);
+        }
+        Ok(())
+    }
+}
+
+fn is_zero(group: &[u8; GROUP_BYTES]) -> bool {
+    let words = group.as_chunks().0.iter().map(|word| u64::from_ne_bytes(*word));
+    words.fold(0, |all, word| all | word) == 0
+}
+
+/// Returns the word that `bytes` start with.
 fn word_at(bytes: &[u8]) -> u64 {
     bytes.first_chunk::<8>().map_or(0, |bytes| u64::from_be_bytes(*bytes))
 }
 
-/// Counts what entries reference, from byte `at` on.
-fn count_from(
-    counts: &mut Counts,
-    geometry: &Geometry,
-    bytes: &[u8],
-    at: &mut usize,
-    direction: Direction,
-) -> Counted<()> {
-    let width = geometry.entry_width().bytes() as usize;
-    for entry in bytes[*at..].chunks_exact(width) {
-        let word = word_at(entry);
-        if word != 0 {
-            count_entry(counts, geometry, word, direction)?;
-        }
-        *at += width;
-    }
-    Ok(())
-}
-
+/// Counts what an entry references; returns how often its cluster is, if COPIED says something about
+/// that.
 fn count_entry(
     counts: &mut Counts,
     geometry: &Geometry,
-    word: u64,
+    entry: L2Entry,
     direction: Direction,
-) -> Counted<()> {
-    let entry = L2Entry { word, ..L2Entry::UNALLOCATED };
+) -> Counted<Option<u64>> {
     if let Some(run) = entry.compressed_run(geometry) {
-        return counts.step_range(run.range(), direction);
+        return counts.step_range(run.range(), direction).map(|()| None);
     }
-    let Some(host) = entry.host() else { return Ok(()) };
+    let Some(host) = entry.host() else { return Ok(None) };
     if !geometry.is_aligned(host.0) {
         return Err(Error::corrupt(format!(
-            "An L2 entry ({word:#x}) names {host}, which is not a multiple of the cluster size"
+            "An L2 entry ({:#x}) names {host}, which is not a multiple of the cluster size",
+            entry.word
         ))
         .into());
     }
-    counts.step(geometry.host_cluster(host), direction)
-}
-
-/// Takes COPIED off all entries. Says whether one had it.
-fn clear_flags(bytes: &mut [u8], geometry: &Geometry) -> bool {
-    let mut changed = false;
-    for place in bytes.chunks_exact_mut(geometry.entry_width().bytes() as usize) {
-        let entry = L2Entry { word: word_at(place), ..L2Entry::UNALLOCATED };
-        if entry.is_copied() && entry.host().is_some() {
-            place[..8].copy_from_slice(&entry.with_copied(false).word.to_be_bytes());
-            changed = true;
-        }
-    }
-    changed
-}
-
-fn right_from(
-    counts: &Counts,
-    geometry: &Geometry,
-    bytes: &mut [u8],
-    at: &mut usize,
-    changed: &mut bool,
-) -> Counted<()> {
-    let width = geometry.entry_width().bytes() as usize;
-    for place in bytes[*at..].chunks_exact_mut(width) {
-        let entry = L2Entry { word: word_at(place), ..L2Entry::UNALLOCATED };
-        if let Some(host) = entry.host() {
-            let right = entry.with_copied(counts.now(geometry.host_cluster(host))? == 1);
-            if right != entry {
-                place[..8].copy_from_slice(&right.word.to_be_bytes());
-                *changed = true;
-            }
-        }
-        *at += width;
-    }
-    Ok(())
+    counts.step(geometry.host_cluster(host), direction).map(Some)
 }
