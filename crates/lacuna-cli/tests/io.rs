@@ -5,7 +5,7 @@ mod common;
 use common::{Sandbox, both, both_in};
 
 /// Commands that need an image, right and wrong.
-const COMMANDS: [&str; 88] = [
+const COMMANDS: [&str; 100] = [
     "write 0 64k",
     "write -P 5 64k 64k",
     "read -P 5 64k 64k",
@@ -94,6 +94,18 @@ const COMMANDS: [&str; 88] = [
     "read 0 1.5k",
     "read 0 0",
     "write 0 3G",
+    "write -b -P 5 64k 4k",
+    "write -b 100 512",
+    "write -b 0 100",
+    "write -b -z 0 512",
+    "write -b -f 0 512",
+    "read -b -P 5 64k 4k",
+    "read -b -P 0 60k 4k",
+    "read -b -P 5 60k 8k",
+    "read -b -v 65024 1k",
+    "read -b 100 512",
+    "read -b 0 100",
+    "read -b -P 0 1G 1M",
 ];
 
 #[test]
@@ -153,7 +165,8 @@ fn images_are_opened_and_reopened() {
          qemu-io -i foo image
          qemu-io -d foo image
          qemu-io raw -c 'read 0 1k'
-         qemu-io -f raw -c 'write 0 1k' -c map -c info -c 'alloc 0 1M' -c 'write -c 0 64k' raw",
+         qemu-io -f raw -c 'write 0 1k' -c map -c info -c 'alloc 0 1M' -c 'write -c 0 64k' raw
+         qemu-io -f raw -c 'write -b 0 1k' -c 'read -b 0 1k' raw",
     );
 }
 

@@ -94,6 +94,9 @@ pub(super) fn read(session: &mut Session<'_>, command: &Command, words: &[String
         let given = &parsed.operands[1];
         return session.fail(&format!("length cannot exceed {MAX_BYTES}, given {given}\n"));
     }
+    if parsed.has("b") {
+        check_sectors(session, offset, len)?;
+    }
     let skipped = skipped.unwrap_or(0);
     let Some(count) = counted
         .map_or_else(|| len.checked_sub(skipped), Some)
@@ -101,11 +104,9 @@ pub(super) fn read(session: &mut Session<'_>, command: &Command, words: &[String
     else {
         return session.fail("pattern verification range exceeds end of read data\n");
     };
-    if parsed.has("b") {
-        return session.fail("read failed: Operation not supported\n");
-    }
     let check = Check { pattern, skipped: skipped as usize, count: count as usize };
-    let read = Read { name: "read", style: Style::new(&parsed), dump: parsed.has("v"), check };
+    let (style, dump) = (Style::new(&parsed), parsed.has("v"));
+    let read = Read { name: "read", of_vm_state: parsed.has("b"), style, dump, check };
     let (text, succeeded) = block_on(read.run(session.disk()?, offset, len));
     session.say(&text)?;
     succeeded.then_some(()).ok_or(Failure::Said)
@@ -137,7 +138,7 @@ fn vector_read(
     let (offset, len) = offset_and_lens(session, parsed)?;
     let check = Check { pattern, skipped: 0, count: len as usize };
     let (style, dump) = (Style::new(parsed), parsed.has("v"));
-    Ok((Read { name: "readv", style, dump, check }, offset, len))
+    Ok((Read { name: "readv", of_vm_state: false, style, dump, check }, offset, len))
 }
 
 /// What the bytes read must be.
@@ -161,6 +162,7 @@ impl Check {
 struct Read {
     /// The name under which it fails.
     name: &'static str,
+    of_vm_state: bool,
     style: Style,
     dump: bool,
     check: Check,
@@ -169,7 +171,12 @@ struct Read {
 impl Read {
     async fn run(self, disk: ToolDisk, offset: u64, len: u64) -> (String, bool) {
         let start = Instant::now();
-        let (result, buffer) = disk.read(GuestOffset(offset), Buffer::new(len as usize)).await;
+        let buffer = Buffer::new(len as usize);
+        let (result, buffer) = match (self.of_vm_state, disk.as_qcow2()) {
+            (false, _) => disk.read(GuestOffset(offset), buffer).await,
+            (true, Some(image)) => image.read_vm_state(offset, buffer).await,
+            (true, None) => (Err(no_vm_state()), buffer),
+        };
         let took = start.elapsed();
         if let Err(error) = result {
             return (format!("{} failed: {}\n", self.name, errno_words(&error)), false);
@@ -196,17 +203,10 @@ pub(super) fn write(session: &mut Session<'_>, command: &Command, words: &[Strin
         return session.fail(&text);
     }
     if parsed.has("b") || parsed.has("c") {
-        for (value, name) in [(offset, "offset"), (len, "count")] {
-            if value % 512 != 0 {
-                let text = format!("{value} is not a sector-aligned value for '{name}'\n");
-                return session.fail(&text);
-            }
-        }
-    }
-    if parsed.has("b") {
-        return session.fail("write failed: Operation not supported\n");
+        check_sectors(session, offset, len)?;
     }
     let content = match (parsed.has("z"), parsed.has("c")) {
+        _ if parsed.has("b") => Content::VmState(filled(session, &parsed, pattern, len)?),
         (true, _) => Content::Zeros(zero_flags(&parsed)),
         (_, true) => Content::Compressed(filled(session, &parsed, pattern, len)?),
         _ => Content::Plain(filled(session, &parsed, pattern, len)?, write_flags(&parsed)),
@@ -215,6 +215,16 @@ pub(super) fn write(session: &mut Session<'_>, command: &Command, words: &[Strin
     let (text, succeeded) = block_on(write.run(session.disk()?, offset, len));
     session.say(&text)?;
     succeeded.then_some(()).ok_or(Failure::Said)
+}
+
+/// Refuses what is no whole sectors.
+fn check_sectors(session: &mut Session<'_>, offset: u64, len: u64) -> Done {
+    for (value, name) in [(offset, "offset"), (len, "count")] {
+        if value % 512 != 0 {
+            session.fail(&format!("{value} is not a sector-aligned value for '{name}'\n"))?;
+        }
+    }
+    Ok(())
 }
 
 fn check_write_flags(session: &mut Session<'_>, parsed: &Parsed) -> Done {
@@ -325,6 +335,7 @@ fn vector_content(
 enum Content {
     Compressed(Buffer),
     Plain(Buffer, WriteFlags),
+    VmState(Buffer),
     Zeros(ZeroFlags),
 }
 
@@ -343,6 +354,10 @@ impl Write {
         let result = match self.content {
             Content::Compressed(buffer) => compress(&disk, at, buffer).await,
             Content::Plain(buffer, flags) => disk.write(at, buffer, flags).await.0,
+            Content::VmState(buffer) => match disk.as_qcow2() {
+                Some(image) => image.write_vm_state(offset, buffer).await.0,
+                None => Err(no_vm_state()),
+            },
             Content::Zeros(flags) => disk.write_zeroes(GuestRange::new(at, len), flags).await,
         };
         match result {
@@ -350,6 +365,10 @@ impl Write {
             Err(error) => (format!("{} failed: {}\n", self.name, errno_words(&error)), false),
         }
     }
+}
+
+fn no_vm_state() -> Error {
+    Error::unsupported("Only images of the format qcow2 have room for the state of a machine")
 }
 
 /// Writes cluster by cluster: the engine takes one at a time.

@@ -2,6 +2,7 @@
 
 use super::image::Image;
 use super::plan_write::{NewData, WritePiece, link_data, plan_write};
+use super::vm_state::Region;
 use crate::Result;
 use crate::block::{AllocationDepth, Extent, ExtentStatus};
 use crate::storage::{HostSource, Storage};
@@ -27,7 +28,7 @@ impl<S: Storage> Image<S> {
         let (mut at, mut behind) = (offset, None);
         while at < range.end() {
             let rest = GuestRange::new(at, range.end() - at);
-            let piece = self.plan(|meta| plan_write(meta, rest, behind)).await?;
+            let piece = self.plan(|meta| plan_write(meta, Region::Disk, rest, behind)).await?;
             let len = piece.len();
             behind = Some(piece.host_end());
             self.copy_piece(piece, source.part(at - offset, len)).await?;

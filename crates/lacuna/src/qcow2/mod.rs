@@ -57,6 +57,7 @@ mod sweep;
 mod table_cache;
 mod totals;
 mod view;
+mod vm_state;
 mod write;
 mod write_back;
 mod zero;

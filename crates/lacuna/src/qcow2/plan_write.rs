@@ -6,6 +6,7 @@ use super::mapping::{DataPlace, Mapping, OnWrite};
 use super::meta::Meta;
 use super::need::{Need, Planned, Stop};
 use super::quarantine::FreedBy;
+use super::vm_state::Region;
 use crate::Error;
 use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 
@@ -40,6 +41,7 @@ impl WritePiece {
 #[derive(Clone, Debug)]
 pub(super) struct NewData {
     pub(super) token: Token,
+    pub(super) region: Region,
     /// The bytes of the write.
     pub(super) guest: GuestRange,
     /// Where the first of them goes.
@@ -66,25 +68,25 @@ impl NewData {
     }
 }
 
-/// Plans the first piece of a write to `range`, which lies within the disk and is not empty.
+/// Plans the first piece of a write to `range`, which lies within the region and is not empty.
 ///
 /// `behind` is where the host bytes of the piece before it end, if there was one: QEMU's
 /// placement goes on there.
 pub(super) fn plan_write(
     meta: &mut Meta,
+    region: Region,
     range: GuestRange,
     behind: Option<HostOffset>,
 ) -> Planned<WritePiece> {
-    // Once more: the disk may have shrunk while this waited.
-    meta.check_bounds(range)?;
-    meta.before_change(range)?;
+    // Bounds once more: the disk may have shrunk while this waited.
+    meta.before_write(region, range)?;
     meta.before_data()?;
     let run = meta.run(range)?;
     match run.mapping {
         Mapping::Data { host, on_write: OnWrite::InPlace } if meta.owns_table(range.start) => {
             in_place(meta, GuestRange::new(range.start, run.len), host)
         }
-        _ => link(meta, range, behind),
+        _ => link(meta, region, range, behind),
     }
 }
 
@@ -112,7 +114,12 @@ fn check_reserved(meta: &Meta, host: HostOffset, guest: GuestOffset) -> Planned<
     ))))
 }
 
-fn link(meta: &mut Meta, range: GuestRange, behind: Option<HostOffset>) -> Planned<WritePiece> {
+fn link(
+    meta: &mut Meta,
+    region: Region,
+    range: GuestRange,
+    behind: Option<HostOffset>,
+) -> Planned<WritePiece> {
     let first_cluster = meta.geometry().cover_clusters(GuestRange::new(range.start, 1));
     if meta.in_flight.conflicts(Touch::Exclusive, first_cluster) {
         return Err(Need::Turn(meta.in_flight.wait()).into());
@@ -144,6 +151,7 @@ fn link(meta: &mut Meta, range: GuestRange, behind: Option<HostOffset>) -> Plann
     };
     Ok(WritePiece::Link(NewData {
         token,
+        region,
         guest,
         host: place.host + (guest.start.0 - clusters.start.0),
         head: piece.head,

@@ -80,7 +80,11 @@ pub(super) fn clear_clusters(
         return Ok(Cleared { len, ..Cleared::default() });
     }
     let end = meta.slice_end(range.start).min(range.end());
-    let changed = if intent == Intent::Repeated { 0 } else { end - range.start };
+    // What lies behind the disk is none of the guest's bytes.
+    let changed = match intent {
+        Intent::Repeated => 0,
+        _ => end.0.min(meta.size_bytes).saturating_sub(range.start.0),
+    };
     meta.before_change(GuestRange::new(range.start, changed))?;
     let mut done = Cleared::default();
     if !meta.takes_zero_references(intent) {

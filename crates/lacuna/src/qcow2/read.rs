@@ -73,11 +73,11 @@ impl<S: Storage> Image<S> {
                 },
             };
             if run.len == range.len {
-                let (result, last) = self.fill(run, at, rest).await;
+                let (result, last) = self.fill(view, run, at, rest).await;
                 return (result, Buffer::joined(done, last));
             }
             let behind = rest.split_off(run.len as usize);
-            let (result, part) = self.fill(run, at, rest).await;
+            let (result, part) = self.fill(view, run, at, rest).await;
             done = Some(Buffer::joined(done, part));
             rest = behind;
             at = at + run.len;
@@ -87,14 +87,22 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    async fn fill(&self, run: Run, at: GuestOffset, mut buffer: Buffer) -> Transfer {
+    async fn fill(
+        &self,
+        view: View<'_>,
+        run: Run,
+        at: GuestOffset,
+        mut buffer: Buffer,
+    ) -> Transfer {
         match run.mapping {
             Mapping::Data { host, .. } => {
                 self.0.storage.event(Event::ReadAio).await;
                 self.data_storage().read_at(host, buffer).await
             }
-            Mapping::Unallocated { .. } => self.read_below(at, buffer).await,
-            Mapping::Zero { .. } => {
+            Mapping::Unallocated { .. } if !matches!(view, View::VmState) => {
+                self.read_below(at, buffer).await
+            }
+            Mapping::Unallocated { .. } | Mapping::Zero { .. } => {
                 buffer.fill(0);
                 (Ok(()), buffer)
             }

@@ -137,6 +137,7 @@ impl<S: Storage> Image<S> {
     async fn grow_from(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
         let raw = self.0.header.lock().has_raw_external_data();
         let mode = mode.max(if raw { Preallocation::Metadata } else { Preallocation::Off });
+        self.drop_vm_state().await?;
         // A disk that was cut and grows again has changed there, so bitmaps are told.
         let added = GuestRange::new(GuestOffset(old), new - old);
         self.plan(|meta| meta.before_change(added)).await?;
@@ -212,6 +213,7 @@ impl<S: Storage> Image<S> {
     }
 
     async fn shrink(&self, old: u64, new: u64) -> Result<()> {
+        self.drop_vm_state().await?;
         let cluster_bytes = self.geometry().cluster_bytes();
         let from = new.next_multiple_of(cluster_bytes);
         let to = old.next_multiple_of(cluster_bytes);
@@ -324,7 +326,7 @@ impl<S: Storage> Drop for SizeBackOnDrop<'_, S> {
 
 impl Meta {
     /// Makes the L1 table long enough for a disk of `size_bytes`, at a new place where need be.
-    fn grow_l1(&mut self, size_bytes: u64) -> Planned<()> {
+    pub(super) fn grow_l1(&mut self, size_bytes: u64) -> Planned<()> {
         let needed = self.geometry().l1_entries_for(size_bytes);
         let entries = match self.pin_table() {
             None => needed,

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use super::format::{AutoclearFeatures, L1Entry};
 use super::meta::Meta;
 use super::need::Stop;
+use super::resize::MAX_SIZE_BYTES;
 use crate::{Error, Result};
 
 /// A map of the image.
@@ -20,6 +21,8 @@ pub(super) enum View<'a> {
     Pins,
     /// The disk as it was.
     Snapshot(&'a SnapshotMap),
+    /// What lies behind the disk.
+    VmState,
 }
 
 /// The map of a snapshot, as far as its disk reaches: VM state behind that is left out.
@@ -36,6 +39,7 @@ impl View<'_> {
             Self::Active => meta.size_bytes,
             Self::Pins => 0,
             Self::Snapshot(map) => map.size_bytes,
+            Self::VmState => MAX_SIZE_BYTES,
         }
     }
 
@@ -43,7 +47,7 @@ impl View<'_> {
     pub(super) fn l1_entry(self, meta: &Meta, index: u64) -> L1Entry {
         let index = usize::try_from(index).unwrap_or(usize::MAX);
         let entry = match self {
-            Self::Active => meta.l1.entries.get(index).copied(),
+            Self::Active | Self::VmState => meta.l1.entries.get(index).copied(),
             Self::Pins => meta.pins.l1.entries.get(index).copied(),
             Self::Snapshot(map) => map.l1.lock().get(index).copied(),
         };
@@ -54,7 +58,7 @@ impl View<'_> {
     pub(super) const fn claims(self, meta: &Meta) -> AutoclearFeatures {
         match self {
             Self::Active => meta.claims,
-            Self::Pins | Self::Snapshot(_) => AutoclearFeatures::empty(),
+            Self::Pins | Self::Snapshot(_) | Self::VmState => AutoclearFeatures::empty(),
         }
     }
 
@@ -78,7 +82,7 @@ impl<S: crate::storage::Storage> super::image::Image<S> {
     /// it.
     pub(super) async fn contradiction<T>(&self, view: View<'_>, error: Error) -> Result<T> {
         match view {
-            View::Active | View::Pins => Err(self.mark_corrupt(error).await),
+            View::Active | View::Pins | View::VmState => Err(self.mark_corrupt(error).await),
             View::Snapshot(_) => Err(error),
         }
     }

@@ -10,7 +10,7 @@ use super::need::{Need, Planned};
 use super::options::OnDiscard;
 use super::plan_write::{NewData, WritePiece, link_data, plan_write};
 use super::quarantine::FreedBy;
-use super::view::View;
+use super::vm_state::Region;
 use crate::block::WriteFlags;
 use crate::buffer::{Buffer, Hold};
 use crate::storage::{Event, Storage, Transfer, ZeroMode};
@@ -31,19 +31,25 @@ impl<S: Storage> Image<S> {
         if let Err(error) = self.0.meta.lock().check_bounds(range) {
             return (Err(error), buffer);
         }
-        let (result, buffer) = self.write_pieces(offset, buffer).await;
+        let (result, buffer) = self.write_pieces(Region::Disk, offset, buffer).await;
         if result.is_ok() && flags.contains(WriteFlags::FUA) {
             return (Box::pin(self.flush_all()).await, buffer);
         }
         (result, buffer)
     }
 
-    async fn write_pieces(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
+    /// Writes to a region that the range lies in.
+    pub(super) async fn write_pieces(
+        &self,
+        region: Region,
+        offset: GuestOffset,
+        buffer: Buffer,
+    ) -> Transfer {
         let (mut done, mut rest, mut at) = (None, buffer, offset);
         let mut behind = None;
         while !rest.is_empty() {
             let range = GuestRange::new(at, rest.len() as u64);
-            let piece = match self.plan(|meta| plan_write(meta, range, behind)).await {
+            let piece = match self.plan(|meta| plan_write(meta, region, range, behind)).await {
                 Ok(piece) => piece,
                 Err(error) => return (Err(error), Buffer::joined(done, rest)),
             };
@@ -106,14 +112,14 @@ impl<S: Storage> Image<S> {
             return Ok(hold);
         }
         let host = new.host_of(range.start);
-        if self.reads_zero(range).await? {
+        if self.reads_zero_in(new.region, range).await? {
             return match new.reads_zero {
                 true => Ok(hold),
                 false => self.write_zero_bytes(HostRange::new(host, range.len), hold).await,
             };
         }
         let (result, mut bytes) =
-            self.read_mapped(View::Active, range.start, Buffer::new(range.len as usize)).await;
+            self.read_mapped(new.region.view(), range.start, Buffer::new(range.len as usize)).await;
         result?;
         bytes.set_hold(hold);
         self.0.storage.event(Event::CowWrite).await;
@@ -133,18 +139,22 @@ impl<S: Storage> Image<S> {
         result.map(|()| zeros.take_hold())
     }
 
-    /// Says whether all of a range is known to read as zeros, here or below.
+    /// Says whether all of a range of the disk is known to read as zeros, here or below.
     pub(super) async fn reads_zero(&self, range: GuestRange) -> Result<bool> {
+        self.reads_zero_in(Region::Disk, range).await
+    }
+
+    async fn reads_zero_in(&self, region: Region, range: GuestRange) -> Result<bool> {
         let mut at = range.start;
         while at < range.end() {
             let rest = GuestRange::new(at, range.end() - at);
             let run = self.plan(|meta| meta.run(rest)).await?;
             let is_zero = match run.mapping {
                 Mapping::Compressed(_) | Mapping::Data { .. } => false,
-                Mapping::Unallocated { .. } => {
+                Mapping::Unallocated { .. } if region == Region::Disk => {
                     self.is_zero_below(GuestRange::new(at, run.len)).await?
                 }
-                Mapping::Zero { .. } => true,
+                Mapping::Unallocated { .. } | Mapping::Zero { .. } => true,
             };
             if !is_zero {
                 return Ok(false);

@@ -2,6 +2,7 @@
 
 mod bitmaps;
 mod snapshots;
+mod vm_state;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
