@@ -194,8 +194,11 @@ impl Folder {
         Self::open(path)
     }
 
-    /// Keeps others from adding points until this is dropped.
-    pub(crate) fn lock(&self) -> Result<()> {
+    /// Keeps others from adding points until this is dropped; [`begin`](Self::begin) does so too.
+    ///
+    /// # Errors
+    /// `Busy` where somebody else adds one; else what locking gives.
+    pub fn lock(&self) -> Result<()> {
         self.mark.try_lock().map_err(|error| match error {
             std::fs::TryLockError::WouldBlock => Error::new(
                 ErrorKind::Busy,

@@ -20,7 +20,7 @@ use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::Tool;
 
-const CONTROL: Flag =
+pub(super) const CONTROL: Flag =
     Flag::valued('\0', "control", "PATH", "the socket file of `lacuna serve --control`")
         .long_only();
 

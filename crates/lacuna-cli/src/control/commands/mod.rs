@@ -26,7 +26,7 @@ pub(crate) use add::FLAGS as OF_EXPORTS;
 pub(crate) use compact::{BACKGROUND, NOW};
 pub(crate) use dedup::MEMORY;
 pub(super) use jobs::NAME as JOBS;
-pub(crate) use point::FLAGS as OF_POINTS;
+pub(crate) use point::{DIRECTORY, FLAGS as OF_POINTS, SPACE, WHEN_FULL, absolute};
 pub(crate) use remove::{HARD, TIMEOUT};
 pub(crate) use resize::SHRINK;
 pub(super) use stop::NAME as STOP;

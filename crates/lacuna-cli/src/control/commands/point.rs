@@ -25,13 +25,16 @@ const NEW_BITMAP: Flag =
     Flag::valued('\0', "new-bitmap", "NAME", "point: make a bitmap that begins there").long_only();
 const GRANULARITY: Flag =
     Flag::valued('\0', "granularity", "BYTES", "point: for a bit of new bitmaps").long_only();
-const DIRECTORY: Flag =
+/// Where the server saves what guests overwrite.
+pub(crate) const DIRECTORY: Flag =
     Flag::valued('\0', "directory", "PATH", "point: where to save what guests overwrite")
         .long_only();
-const SPACE: Flag =
+/// How much may be saved.
+pub(crate) const SPACE: Flag =
     Flag::valued('\0', "space", "BYTES", "point: how much may be saved (half of what is free)")
         .long_only();
-const WHEN_FULL: Flag = Flag::valued(
+/// What happens when there is no more space.
+pub(crate) const WHEN_FULL: Flag = Flag::valued(
     '\0',
     "when-full",
     "break|wait",
@@ -100,7 +103,7 @@ fn member(flag: Flag) -> String {
 }
 
 /// The server may stand in another folder.
-fn absolute(path: &str) -> CliResult<String> {
+pub(crate) fn absolute(path: &str) -> CliResult<String> {
     let path = std::path::absolute(path)
         .map_err(|error| lacuna::Error::io(error, format!("Finding {path}")))?;
     path.into_os_string()

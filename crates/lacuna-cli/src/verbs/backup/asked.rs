@@ -1,10 +1,14 @@
 //! What the command line wants, checked as far as that goes without opening anything.
 
+use std::path::PathBuf;
+
 use lacuna::qcow2::SnapshotChoice;
 use lacuna_backup::{CopyOptions, Form, PointName};
 
+use super::super::ctl::CONTROL;
 use super::super::snapshot;
 use crate::args::Parsed;
+use crate::control::commands::{DIRECTORY, SPACE, WHEN_FULL};
 use crate::error::{CliError, CliResult};
 use crate::persona::Tool;
 use crate::size;
@@ -39,6 +43,8 @@ pub(super) struct Wish {
     /// The form of a new folder.
     pub(super) form: Option<Form>,
     pub(super) is_unchanged: bool,
+    /// The control socket of the server whose disk is copied as it is at one moment.
+    pub(super) control: Option<PathBuf>,
     pub(super) copy: CopyOptions,
 }
 
@@ -54,10 +60,17 @@ impl Wish {
             name: point("point")?,
             form: parsed.last("target-format").map(form).transpose()?,
             is_unchanged: parsed.has("unchanged"),
+            control: parsed.last(CONTROL.long).map(PathBuf::from),
             copy: copy_options(parsed)?,
         };
         wish.check()?;
-        Ok(wish)
+        let needs_control = [DIRECTORY, SPACE, WHEN_FULL].map(|flag| flag.long);
+        match needs_control.into_iter().find(|flag| parsed.has(flag)) {
+            Some(flag) if wish.control.is_none() => {
+                Err(CliError::usage(format!("--{flag} needs --control, whose server it is about")))
+            }
+            _ => Ok(wish),
+        }
     }
 
     fn check(&self) -> CliResult<()> {
@@ -74,6 +87,12 @@ impl Wish {
             }
             By::Levels(_) if self.at.is_some() => {
                 "--levels tells of the disk as it is now, not of a snapshot of it"
+            }
+            By::Snapshot(_) | By::Levels(_) if self.control.is_some() => {
+                "A server keeps a moment of a disk with --bitmap, or all of it"
+            }
+            _ if self.at.is_some() && self.control.is_some() => {
+                "A server keeps a moment of a disk, not of a snapshot of it"
             }
             By::Snapshot(_) | By::Levels(_) if self.is_full => {
                 "--full asks for all, --since-snapshot and --levels for a part"

@@ -8,12 +8,14 @@ use lacuna_backup::{
 };
 use pollster::block_on;
 
+use super::super::open::Request;
 use super::super::progress::Meter;
 use super::super::{Form, form};
 use super::asked::Wish;
 use super::list;
 use super::plan::{Plan, Told};
-use super::source::Source;
+use super::served::{Moment, Outcome};
+use super::source::{Source, nbd};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
 use crate::interrupt::{INTERRUPTED, Interrupted};
@@ -24,18 +26,55 @@ use crate::persona::Tool;
 pub(super) fn make(tool: &Tool, parsed: &Parsed, name: &str, folder: &Path) -> CliResult<u8> {
     let (shape, wish) = (form(parsed)?, Wish::read(tool, parsed)?);
     let meter = Meter::new(tool, parsed, "backup")?;
-    let source = Source::open(tool, parsed, name, &wish)?;
-    let folder = open_folder(folder, &wish)?;
-    let made = made(parsed, &wish, &source, &folder, meter);
-    let closed = source.close();
-    let point = made?;
-    closed?;
+    let point = match &wish.control {
+        Some(socket) => make_of_moment(tool, parsed, name, folder, &wish, socket, meter)?,
+        None => {
+            let source = Source::open(tool, parsed, name, &wish)?;
+            let folder = open_folder(folder, &wish)?;
+            let made = made(parsed, &wish, &source, &folder, meter);
+            let closed = source.close();
+            let point = made?;
+            closed?;
+            point
+        }
+    };
     match shape {
         Form::Json => output::print(&(output::pretty(&list::json(&point)?) + "\n"))?,
         Form::Human if parsed.has("quiet") => {}
         Form::Human => output::print(&list::told(&point))?,
     }
     Ok(0)
+}
+
+/// Copies what a server keeps of a disk, and has it give that up.
+fn make_of_moment(
+    tool: &Tool,
+    parsed: &Parsed,
+    name: &str,
+    folder: &Path,
+    wish: &Wish,
+    socket: &Path,
+    meter: Meter,
+) -> CliResult<Point> {
+    let mut request = Request::reading(name, parsed, "format")?;
+    let export = nbd(&mut request)?.uri.export.as_str().to_owned();
+    let folder = open_folder(folder, wish)?;
+    let moment = Moment::take(parsed, wish, socket, &export, &folder.points()?)?;
+    let made = Source::open_moment(tool, request, name, wish, &moment).and_then(|source| {
+        let made = made(parsed, wish, &source, &folder, meter);
+        // Nothing was written to it, and an error of the copy says more.
+        made.and_then(|point| source.close().map(|()| point))
+    });
+    let (made, outcome) = match made {
+        Ok(point) if point.manifest.facts.begins_bitmap.is_some() => (Ok(point), Outcome::Done),
+        Ok(point) => (Ok(point), Outcome::Given),
+        Err(error) => (Err(moment.failure().unwrap_or(error)), Outcome::Given),
+    };
+    if let Err(error) = moment.end(outcome) {
+        // A point that counts does so all the same, and what went wrong before is what is told.
+        output::warn(&format!("The server keeps the moment: {}", error.text()));
+    }
+    made
 }
 
 fn open_folder(path: &Path, wish: &Wish) -> CliResult<Folder> {
@@ -48,7 +87,13 @@ fn open_folder(path: &Path, wish: &Wish) -> CliResult<Folder> {
             form.name()
         ))
         .with_hint("another folder takes points of another form")),
-        _ => Ok(folder),
+        _ => {
+            // Before a server is asked for anything: what it keeps may be somebody else's to copy.
+            folder.lock().map_err(|error| {
+                CliError::from(error).with_better_hint("try again when that has ended")
+            })?;
+            Ok(folder)
+        }
     }
 }
 
@@ -64,7 +109,8 @@ fn made(
         output::warn(&error.to_string());
     }
     let plan = Plan::new(wish, source, &points)?;
-    let go_on = GoOn { is_named: wish.name.is_some(), is_unchanged: wish.is_unchanged };
+    let is_named = wish.name.is_some() || source.moment.is_some();
+    let go_on = GoOn { is_named, is_unchanged: wish.is_unchanged };
     let total = source.size_bytes();
     let point = block_on(async {
         let mut work = folder.begin(plan.facts.clone(), go_on).await?;
@@ -74,7 +120,7 @@ fn made(
         let interrupted = Interrupted::watch();
         let mut report = |done| meter.update("copy", done, total);
         let copied = copy(&mut work, source, &plan.told, wish.copy, &mut report);
-        interrupted.or(copied).await.ok_or_else(interrupted_copy)??;
+        interrupted.or(copied).await.ok_or_else(|| interrupted_copy(source))??;
         meter.update("finish", 0, total);
         let point = work.finish().await?;
         // The point counts by now: where this fails, the next one holds more than it had to.
@@ -87,7 +133,13 @@ fn made(
     point
 }
 
-fn interrupted_copy() -> CliError {
+fn interrupted_copy(source: &Source) -> CliError {
+    if source.moment.is_some() {
+        let text = "Interrupted; the server gives up the moment, and half a copy does not count";
+        return CliError::new(text)
+            .with_code(INTERRUPTED)
+            .with_hint("run it again, and it copies another moment");
+    }
     CliError::new("Interrupted; what was copied is kept, and does not count yet")
         .with_code(INTERRUPTED)
         .with_hint("run it again, and it goes on from here")

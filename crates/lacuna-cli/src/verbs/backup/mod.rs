@@ -5,6 +5,8 @@
 //!      │
 //!   source.rs   what is copied, and what tells that it is still the same; export.rs: over NBD
 //!      │
+//!   served.rs   a moment of a disk that is served
+//!      │
 //!   plan.rs     full or incremental, by what, and on which point it stands
 //!      │
 //!   make.rs     the copy, and what happens when the point counts
@@ -17,14 +19,17 @@ mod export;
 mod list;
 mod make;
 mod plan;
+mod served;
 mod source;
 
 use std::path::Path;
 
 use lacuna_backup::{Folder, Point, PointName, Points};
 
+use super::ctl::CONTROL;
 use super::{Example, ExitCode, Task, Verb, common};
 use crate::args::{Flag, Parsed};
+use crate::control::commands::{DIRECTORY, SPACE, WHEN_FULL};
 use crate::error::{CliError, CliResult};
 use crate::interrupt::INTERRUPTED;
 use crate::output;
@@ -63,6 +68,13 @@ pub(super) const VERB: Verb = Verb {
         Flag::valued('\0', "point", "NAME", "what to call the point (the time)").long_only(),
         Flag::switch('\0', "unchanged", "SOURCE is what it was when the last try was cut off")
             .long_only(),
+        Flag {
+            help: "SOURCE is an export of the server with this socket: copy one moment",
+            ..CONTROL
+        },
+        Flag { help: "with --control: where the server saves what guests overwrite", ..DIRECTORY },
+        Flag { help: "with --control: how much it may save there", ..SPACE },
+        Flag { help: "with --control: what happens then, to the copy or guests", ..WHEN_FULL },
         Flag::switch('\0', "list", "list the points of FOLDER").long_only(),
         common::FORCE_SHARE,
         common::OUTPUT,

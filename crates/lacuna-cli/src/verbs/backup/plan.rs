@@ -42,10 +42,13 @@ impl Plan {
             By::Levels(count) => below.by_levels(source, *count)?,
         };
         let begins = match &wish.by {
-            By::Bitmap { name, is_kept: false } if source.export.is_none() => Some(name),
+            By::Bitmap { name, is_kept: false } if source.begins_bitmaps() => Some(name),
             _ => None,
         };
-        let (created, name) = (now(), wish.name.clone());
+        let (created, name) = match &source.moment {
+            Some(moment) => (moment.since, Some(moment.name.clone())),
+            None => (now(), wish.name.clone()),
+        };
         let name = name.map_or_else(|| free_name(points, created), Ok)?;
         let facts = PointFacts {
             created,
@@ -59,6 +62,8 @@ impl Plan {
             identity: source.identity(),
             ..PointFacts::full(name, source.size_bytes())
         };
+        // A server sees to that when it gives up the moment.
+        let begins = begins.filter(|_| source.moment.is_none());
         Ok(Self { facts, told, begins: begins.map(|name| name.as_str().into()) })
     }
 }
@@ -84,20 +89,17 @@ impl<'a> Below<'a> {
     fn by_bitmap(&self, source: &Source, name: &str, is_kept: bool) -> CliResult<Incremental<'a>> {
         let basis = Basis::Bitmap { name: name.to_owned() };
         if let Some(export) = &source.export {
-            // Which point the bitmap of a server began at is known to whoever made it.
-            let below = self.required(|_| true, || no_point("to stand on"))?;
+            let below = match source.moment {
+                Some(_) => began_bitmap(self.wish, self.points, name, is_kept)?,
+                // Which point the bitmap of a server began at is known to whoever made it.
+                None => Some(self.required(|_| true, || no_point("to stand on"))?),
+            };
+            let Some(below) = below else { return Ok((None, Basis::Full, Told::All)) };
             let question = Question::Dirty(name.to_owned());
             let told = block_on(ExportChanges::open(export, question))?;
             return Ok((Some(below), basis, Told::Export(told)));
         }
-        let begun = self.find(|facts| facts.begins_bitmap.as_deref() == Some(name))?;
-        let below = begun.filter(|_| !self.wish.is_full);
-        let is_named = self.wish.since.is_some();
-        match below {
-            None if is_kept || is_named => Err(no_point(&format!("that began bitmap '{name}'"))
-                .with_hint(
-                    "without --keep-bitmap and --since, all is copied and the bitmap begins",
-                )),
+        match began_bitmap(self.wish, self.points, name, is_kept)? {
             None => self.begin_bitmap(source, name),
             Some(below) => {
                 let bitmap = block_on(self.bitmap(source, name, is_kept));
@@ -145,7 +147,7 @@ impl<'a> Below<'a> {
             |facts| facts.holds_snapshot.as_ref() == Some(&since),
             || {
                 no_point(&format!("that holds snapshot '{}' of {}", since.name, source.shown))
-                    .with_hint(format!("`lacuna backup -l {} ...` makes one", since.name))
+                    .with_better_hint(format!("`lacuna backup -l {} ...` makes one", since.name))
             },
         )?;
         let layer = block_on(source.image()?.snapshot(choice))?;
@@ -180,6 +182,22 @@ impl<'a> Below<'a> {
     }
 }
 
+/// Returns the point at which a bitmap began, if it is to be stood on; nothing where all is copied.
+pub(super) fn began_bitmap<'a>(
+    wish: &'a Wish,
+    points: &'a Points,
+    name: &str,
+    is_kept: bool,
+) -> CliResult<Option<&'a Point>> {
+    let begun = |facts: &PointFacts| facts.begins_bitmap.as_deref() == Some(name);
+    let below = Below { wish, points }.find(begun)?.filter(|_| !wish.is_full);
+    match below.is_none() && (is_kept || wish.since.is_some()) {
+        false => Ok(below),
+        true => Err(no_point(&format!("that began bitmap '{name}'"))
+            .with_better_hint("without --keep-bitmap and --since, all is copied and it begins")),
+    }
+}
+
 fn no_point(what: &str) -> CliError {
     CliError::from(Error::new(ErrorKind::NotFound, format!("There is no restore point {what}")))
         .with_hint("an incremental point needs one below; without options, all is copied")
@@ -191,12 +209,12 @@ fn lost_bitmap(error: CliError, name: &str, point: &PointName) -> CliError {
         .with_hint("--full copies all, and begins the bitmap anew")
 }
 
-fn now() -> u64 {
+pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// Names a point by the time, with a number behind it where one of that second is there.
-fn free_name(points: &Points, created: u64) -> CliResult<PointName> {
+pub(super) fn free_name(points: &Points, created: u64) -> CliResult<PointName> {
     let time = output::date(created).replace(' ', "T").replace(':', "") + "Z";
     let is_taken = |name: &str| {
         points.sound.iter().any(|point| point.name().as_str() == name)

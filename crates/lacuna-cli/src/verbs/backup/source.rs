@@ -10,6 +10,7 @@ use lacuna::qcow2::format::Snapshot;
 use lacuna::qcow2::{Access, Image, SnapshotChoice};
 use lacuna::{Error, ErrorKind};
 use lacuna_backup::SnapshotFacts;
+use lacuna_remote::ExportName;
 use pollster::block_on;
 
 use super::super::open::{self, FileChain, Request};
@@ -17,6 +18,7 @@ use super::super::snapshot;
 use super::super::spec::nbd::NbdSpec;
 use super::super::spec::tree::StorageSpec;
 use super::asked::{By, Wish};
+use super::served::Moment;
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
 use crate::nodes::{AnyStorage, ToolDisk};
@@ -30,6 +32,8 @@ pub(super) struct Source {
     pub(super) snapshot: Option<SnapshotFacts>,
     /// The export that it is, where it is a raw one.
     pub(super) export: Option<Box<NbdSpec>>,
+    /// The moment at which it is kept, where a server does that.
+    pub(super) moment: Option<Moment>,
     /// What the user called it.
     pub(super) shown: String,
 }
@@ -38,7 +42,24 @@ impl Source {
     /// Opens what `name` describes. Nobody changes it while it is open, unless `-U` allows that; and
     /// where the bitmap is to begin anew, nobody else opens it either.
     pub(super) fn open(tool: &Tool, parsed: &Parsed, name: &str, wish: &Wish) -> CliResult<Self> {
-        let mut request = Request::reading(name, parsed, "format")?;
+        Self::open_request(tool, Request::reading(name, parsed, "format")?, name, wish)
+    }
+
+    /// Opens the export of a moment, where `name` is the one of the disk.
+    pub(super) fn open_moment(
+        tool: &Tool,
+        mut request: Request,
+        name: &str,
+        wish: &Wish,
+        moment: &Moment,
+    ) -> CliResult<Self> {
+        let wrong = || CliError::new("The server names an export that cannot be one");
+        nbd(&mut request)?.uri.export = ExportName::new(&moment.export).ok_or_else(wrong)?;
+        let source = Self::open_request(tool, request, name, wish)?;
+        Ok(Self { moment: Some(moment.clone()), ..source })
+    }
+
+    fn open_request(tool: &Tool, mut request: Request, name: &str, wish: &Wish) -> CliResult<Self> {
         if request.sharing == Sharing::Format {
             request.sharing = Sharing::Readers;
         }
@@ -53,7 +74,7 @@ impl Source {
         // A qcow2 image in an export has bitmaps and levels of its own.
         let export = export.filter(|_| chain.disk().as_qcow2().is_none());
         let shown = name.to_owned();
-        let mut source = Self { chain, snapshot: None, export, shown };
+        let mut source = Self { chain, snapshot: None, export, moment: None, shown };
         if let Some(choice) = &wish.at {
             source.snapshot = Some(source.snapshot_facts(choice)?);
             source.chain = snapshot::at(tool, source.chain, choice)?;
@@ -85,6 +106,9 @@ impl Source {
     /// Returns what is the same by the next run if nothing has changed the source; nothing where that
     /// cannot be told: for exports and devices.
     pub(super) fn identity(&self) -> Option<String> {
+        if let Some(moment) = &self.moment {
+            return Some(moment.identity.clone());
+        }
         let mut identity = Vec::new();
         for (number, level) in self.chain.levels().iter().enumerate() {
             // What a snapshot holds stays, whatever happens to its image.
@@ -96,6 +120,11 @@ impl Source {
         Some(identity.join(" "))
     }
 
+    /// Says whether a bitmap begins anew with a point: those of other servers are for others to see to.
+    pub(super) const fn begins_bitmaps(&self) -> bool {
+        self.export.is_none() || self.moment.is_some()
+    }
+
     /// Returns the size in bytes.
     pub(super) fn size_bytes(&self) -> u64 {
         self.disk().size_bytes()
@@ -104,6 +133,14 @@ impl Source {
     /// Leaves the image as it should be left.
     pub(super) fn close(self) -> CliResult<()> {
         block_on(self.chain.into_disk().close()).map_err(CliError::from)
+    }
+}
+
+/// Returns the export that is asked for.
+pub(super) fn nbd(request: &mut Request) -> CliResult<&mut NbdSpec> {
+    match &mut request.image.disk.file {
+        StorageSpec::Nbd(export) => Ok(export),
+        _ => Err(CliError::usage("With --control, SOURCE is the URI of an export of that server")),
     }
 }
 
