@@ -41,7 +41,7 @@ pub(crate) struct View {
     active: Vec<u8>,
     pub(crate) snapshots: Vec<(String, Vec<u8>)>,
     bitmaps: Vec<(String, Vec<GuestRange>)>,
-    /// How often clusters that are pinned are shown.
+    /// How often clusters that are pinned are shown, where each has one pin.
     pub(crate) shown: Option<u64>,
 }
 

@@ -1,8 +1,12 @@
 //! What a crash of a compaction leaves: leaks, and everything that can be read as it was. Repaired, it
 //! is compacted again to the same end.
 
+use std::collections::BTreeMap;
+
 use lacuna::qcow2::check::{CheckOptions, CheckReport, Repair, check};
-use lacuna::qcow2::{CompactOptions, CompactOrder};
+use lacuna::qcow2::format::L1Entry;
+use lacuna::qcow2::{Access, CompactOptions, CompactOrder, OpenOptions};
+use lacuna::units::HostOffset;
 use testkit::foreign::{qemu_img_check, qemu_io};
 use testkit::sim::{Pace, SimHost, crash};
 use testkit::{Random, seeds};
@@ -10,7 +14,7 @@ use testkit::{Random, seeds};
 use crate::case::{Case, Kind};
 use crate::compacting::{
     View, With, all_kinds, assert_short, assert_sound, build, compact, differing, img, options,
-    pinned_kinds, view, with_all,
+    pinned_kinds, refcounts, view, with_all,
 };
 use crate::drive::{assert_safe, is_dirty};
 
@@ -48,7 +52,7 @@ pub(crate) fn crash_everywhere(case: &Case, with: With, order: CompactOrder, see
             let left = case.with_content(state.files);
             let run = async {
                 examine(&left, &before).await?;
-                assert_leaks_are_all(&left, with).await?;
+                assert_leaks_are_all(&left, &before, with).await?;
                 match count % SAMPLE {
                     1 => go_on(&left, &before, goal, (with, order)).await,
                     _ => Ok(()),
@@ -76,17 +80,48 @@ pub(crate) async fn examine(left: &Case, before: &View) -> Result<(), String> {
 
 /// Once leaks are repaired nothing is wrong, also for a repair that does nothing else, as QEMU's. Where
 /// the disk shares clusters with snapshots the dirty bit says that more is to be done, in version 3.
-async fn assert_leaks_are_all(left: &Case, with: With) -> Result<(), String> {
+async fn assert_leaks_are_all(left: &Case, before: &View, with: With) -> Result<(), String> {
     if is_dirty(left) && !with.snapshots && !left.kind.lazy {
         return Err("the dirty bit is set without need".to_owned());
     }
-    let (_, report) = leaks_repaired(left).await;
+    let (repaired, report) = leaks_repaired(left).await;
+    let shown = shown(&repaired).await;
+    if shown != before.shown {
+        return Err(format!("pins hold what is shown {shown:?} times, not {:?}", before.shown));
+    }
     match report.corruptions_fixed {
         1.. if !may_be_more(left, with) => {
             Err(format!("more than leaks was to be repaired: {report:x?}"))
         }
         _ => Ok(()),
     }
+}
+
+/// Counts references to clusters that are pinned, other than by pins: each sharer has a pin beside it as
+/// long as these do not become fewer. A crash may leave a cluster with two pins.
+pub(crate) async fn shown(case: &Case) -> Option<u64> {
+    let host = SimHost::without_record(Pace::AtOnce, 1);
+    let mut files = case.on(&host);
+    files.options = OpenOptions::new(Access::ReadOnly);
+    let image = files.open().await.unwrap();
+    let geometry = image.geometry();
+    let pin = image.snapshots().await.unwrap().into_iter().find(|it| it.is_pin())?;
+    let table = |at: HostOffset, bytes: u64| case.image.read_vec(at.0, bytes as usize);
+    let words = |bytes: Vec<u8>, step: u64| -> Vec<u64> {
+        let words = bytes.as_chunks::<8>().0.iter().step_by(step as usize / 8);
+        words.map(|word| u64::from_be_bytes(*word)).collect()
+    };
+    let mut pins: BTreeMap<u64, u64> = BTreeMap::new();
+    for name in words(table(pin.l1.offset, u64::from(pin.l1.entries) * 8), 8) {
+        let Some(at) = L1Entry(name).table() else { continue };
+        let width = geometry.entry_width().bytes();
+        let held = words(table(at, geometry.cluster_bytes()), width);
+        held.into_iter().filter(|word| *word != 0).for_each(|word| {
+            *pins.entry(geometry.host_cluster(HostOffset(word)).0).or_default() += 1;
+        });
+    }
+    let counts = refcounts(&case.image);
+    Some(pins.into_iter().map(|(cluster, pins)| counts[cluster as usize] - pins).sum())
 }
 
 /// Says whether a repair of leaks may leave something to be repaired.
