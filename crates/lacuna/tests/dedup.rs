@@ -6,9 +6,11 @@ use std::path::Path;
 use lacuna::ErrorKind;
 use lacuna::block::{Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
-use lacuna::job::{AtFlush, Dedup, DedupOptions, DedupWrites, DedupWritesOptions, Deduped, dedup};
+use lacuna::job::{
+    AtFlush, Dedup, DedupOptions, DedupWrites, DedupWritesOptions, Deduped, Keepers, Sharing, dedup,
+};
 use lacuna::qcow2::format::Version;
-use lacuna::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, create};
+use lacuna::qcow2::{Access, CreateOptions, Image, OpenOptions, Parts, Worth, create};
 use lacuna::storage::{FileOptions, FileStorage};
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
@@ -228,10 +230,21 @@ fn threads_that_write_through_a_sharing_layer_read_what_they_wrote() {
     const THREADS: u64 = 3;
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.qcow2");
-    for (seed, at_flush) in [(1, AtFlush::Leave), (2, AtFlush::Share)] {
+    let ways = [
+        (1, AtFlush::Leave, Keepers::Fresh),
+        (2, AtFlush::Share, Keepers::Fresh),
+        (3, AtFlush::Leave, Keepers::InPlace),
+    ];
+    for (seed, at_flush, keepers) in ways {
         build(&path, 4096, Version::V3, &mut Random::new(seed));
         let image = opened(&path, Access::ReadWrite);
-        let options = DedupWritesOptions { memory_bytes: 1500, batch_bytes: 64 << 10, at_flush };
+        let options = DedupWritesOptions {
+            memory_bytes: 1500,
+            batch_bytes: 64 << 10,
+            at_flush,
+            keepers,
+            ..DedupWritesOptions::default()
+        };
         let disk = DedupWrites::new(image.clone(), options).unwrap();
         let work = |own: u64| {
             let (mut random, mut model) = (Random::new(seed * 10 + own), HashMap::new());
@@ -284,6 +297,89 @@ fn threads_that_write_through_a_sharing_layer_read_what_they_wrote() {
         }
         drop(disk);
         block_on(image.close()).unwrap();
-        assert_clean(&path, &format!("{at_flush:?}"));
+        assert_clean(&path, &format!("{at_flush:?} {keepers:?}"));
+    }
+}
+
+/// Writes clusters through a layer of these options into a new image; returns what was shared, what was
+/// not, and the length of the file.
+fn written(
+    path: &Path,
+    (cluster_bytes, contents): (u64, &[u8]),
+    options: DedupWritesOptions,
+) -> (u64, Worth, u64) {
+    let storage = FileStorage::open(path, &FileOptions::replace()).unwrap();
+    let size_bytes = contents.len() as u64 * cluster_bytes;
+    let new = CreateOptions { size_bytes, cluster_bytes, ..CreateOptions::default() };
+    block_on(create(&storage, &new)).unwrap();
+    drop(storage);
+    let image = opened(path, Access::ReadWrite);
+    let disk = DedupWrites::new(image.clone(), options).unwrap();
+    for (at, content) in (0..).zip(contents) {
+        let bytes = Buffer::from(&vec![*content; cluster_bytes as usize][..]);
+        block_on(disk.write(GuestOffset(at * cluster_bytes), bytes, WriteFlags::empty()))
+            .0
+            .unwrap();
+    }
+    block_on(disk.finish()).unwrap();
+    let told = (disk.shared().shared, disk.declined());
+    drop(disk);
+    block_on(image.close()).unwrap();
+    assert_clean(path, &format!("{options:?}"));
+    let image = opened(path, Access::ReadOnly);
+    for (at, content) in (0..).zip(contents) {
+        let at = GuestOffset(at * cluster_bytes);
+        let (result, bytes) = block_on(image.read(at, Buffer::new(cluster_bytes as usize)));
+        result.unwrap();
+        assert!(bytes.iter().all(|byte| byte == content), "{options:?}: {at}");
+    }
+    (told.0, told.1, path.metadata().unwrap().len())
+}
+
+/// Three clusters are what the tables of pins take; with so few more is stored, not less.
+#[test]
+fn what_does_not_pay_is_not_shared_on_the_way_and_what_does_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    for (name, keepers) in [("fresh", Keepers::Fresh), ("in-place", Keepers::InPlace)] {
+        let weighed = DedupWritesOptions {
+            keepers,
+            sharing: Sharing::WhereItPays,
+            ..DedupWritesOptions::default()
+        };
+        let always = DedupWritesOptions { sharing: Sharing::Always, ..weighed };
+        let (few, many) = ([1, 2, 1, 1, 1, 3], [1, 2, 1, 1, 1, 3, 3, 2, 1, 4]);
+        let write = |with: &str, contents: &[u8], options| {
+            written(&path(&format!("{name}-{with}")), (2 << 20, contents), options)
+        };
+        let (shared, declined, len) = write("few", &few, weighed);
+        assert_eq!((shared, declined.saved_bytes), (0, 3 << 21), "{name}");
+        let (shared, _, longer) = write("few-always", &few, always);
+        assert!(shared >= 3 && longer >= len, "{name}: {shared}, {longer} and {len}");
+        let (shared, declined, _) = write("many", &many, weighed);
+        assert!(shared >= 6 && declined == Worth::default(), "{name}: {shared} {declined:?}");
+    }
+}
+
+/// As above, of an image that is there.
+#[test]
+fn what_does_not_pay_is_not_shared_in_an_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = DedupOptions { sharing: Sharing::WhereItPays, ..DedupOptions::default() };
+    for (name, contents, shared) in [("few", &[1, 2, 1, 1, 1][..], 0), ("many", &[1; 6], 6)] {
+        let path = folder.path().join(name);
+        // Nothing equal at first, which is written over by what is.
+        let others: Vec<u8> = (10..10 + contents.len() as u8).collect();
+        written(&path, (2 << 20, &others), DedupWritesOptions::default());
+        let image = opened(&path, Access::ReadWrite);
+        for (at, content) in (0..).zip(contents) {
+            let bytes = Buffer::from(&vec![*content; 2 << 20][..]);
+            block_on(image.write(GuestOffset(at << 21), bytes, WriteFlags::empty())).0.unwrap();
+        }
+        let done = block_on(dedup(&image, options, &mut |_| ())).unwrap();
+        assert_eq!(done.shared, shared, "{name}: {done:?}");
+        assert_eq!(done.declined.saved_bytes > 0, shared == 0, "{name}: {done:?}");
+        block_on(image.close()).unwrap();
+        assert_clean(&path, name);
     }
 }

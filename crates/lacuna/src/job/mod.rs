@@ -26,8 +26,8 @@ pub use convert::{
 };
 pub use dedup::{
     AtFlush, ClusterCounts, Dedup, DedupOptions, DedupPhase, DedupProgress, DedupWrites,
-    DedupWritesOptions, Deduped, DuplicateOptions, DuplicateSource, Duplicates, SizeDuplicates,
-    SourceFacts, dedup, estimate_duplicates, gather_common, write_difference,
+    DedupWritesOptions, Deduped, DuplicateOptions, DuplicateSource, Duplicates, Keepers, Sharing,
+    SizeDuplicates, SourceFacts, dedup, estimate_duplicates, gather_common, write_difference,
 };
 pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};
 pub use rebase::{OldZeros, Onto, RebaseOptions, Rebased, rebase, uncovered_bytes};

@@ -87,6 +87,6 @@ pub use options::{
 pub(crate) use refcount_space::fully_allocated_bytes;
 pub use refcounts::Placement;
 pub use resize::Shrink;
-pub use sharing::{PinFacts, Shared, pin_facts};
+pub use sharing::{PinFacts, Shared, Worth, pin_facts};
 pub use snapshot::{SnapshotChoice, SnapshotLayer};
 pub use totals::{Totals, totals};

@@ -1,7 +1,7 @@
 //! What a job does, a step at a time.
 
 use lacuna::ErrorKind;
-use lacuna::job::{Dedup, DedupOptions, DedupPhase};
+use lacuna::job::{Dedup, DedupOptions, DedupPhase, Sharing};
 use lacuna::qcow2::{Image, LiveCompactOptions, LiveCompactPhase, LiveCompaction};
 use pollster::block_on;
 use serde_json::{Value, json};
@@ -55,7 +55,8 @@ impl Work {
                 Ok(Self::Compact(LiveCompaction::new(image, options)?))
             }
             Kind::Dedup { memory_bytes } => {
-                let options = DedupOptions { memory_bytes, slice_bytes };
+                let sharing = Sharing::WhereItPays;
+                let options = DedupOptions { memory_bytes, slice_bytes, sharing };
                 Ok(Self::Dedup(Box::new(Dedup::new(image, options)?)))
             }
         }

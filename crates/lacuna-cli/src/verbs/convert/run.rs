@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use lacuna::Error;
 use lacuna::block::Layer;
 use lacuna::job::{
-    self, AtFlush, ConvertOptions, CopyFailure, CopyStep, DedupWrites, DedupWritesOptions, Lost,
-    LostPart, Progress, Salvage, Target,
+    self, AtFlush, ConvertOptions, CopyFailure, CopyStep, DedupWrites, DedupWritesOptions, Keepers,
+    Lost, LostPart, Progress, Salvage, Target,
 };
 use lacuna::units::GuestRange;
 use pollster::block_on;
@@ -75,7 +75,9 @@ fn copy_layer<L: Layer>(
     meter.finish(closed.is_ok());
     closed?;
     match sharing {
-        Some(sharing) if !parsed.has("quiet") => output::print(&dedup::told(&sharing.shared())),
+        Some(sharing) if !parsed.has("quiet") => {
+            output::print(&dedup::told(&sharing.shared(), &sharing.declined()))
+        }
         _ => Ok(()),
     }
 }
@@ -88,7 +90,10 @@ fn sharing(parsed: &Parsed, target: &ToolDisk) -> CliResult<Option<DedupWrites<A
     let image = target.bare_image().ok_or_else(|| {
         CliError::new("--dedup writes to qcow2 images, with no layer on top of them")
     })?;
-    let options = DedupWritesOptions { at_flush: AtFlush::Share, ..dedup::writes(parsed)? };
+    // One that was there before may have something to lose.
+    let keepers = if parsed.has("no-create") { Keepers::Fresh } else { Keepers::InPlace };
+    let options =
+        DedupWritesOptions { at_flush: AtFlush::Share, keepers, ..dedup::writes(parsed)? };
     Ok(Some(DedupWrites::new(image.clone(), options)?))
 }
 

@@ -1,12 +1,14 @@
 //! `dedup IMAGE`: has equal clusters of one image share a place.
 
 use lacuna::ErrorKind;
-use lacuna::job::{Dedup, DedupOptions, DedupPhase, DedupProgress, Deduped};
+use lacuna::job::{Dedup, DedupOptions, DedupPhase, DedupProgress, Deduped, Sharing};
 use lacuna::qcow2::{Access, Image};
 use pollster::block_on;
 use serde_json::json;
 
-use super::{FileChain, Form, HAZARD, Meter, Request, form, memory_bytes, open, would_free};
+use super::{
+    FileChain, Form, HAZARD, Meter, Request, declined, form, memory_bytes, open, would_free,
+};
 use crate::args::Parsed;
 use crate::error::{CliError, CliResult};
 use crate::interrupt::{INTERRUPTED, Interrupted};
@@ -61,7 +63,8 @@ pub(crate) fn begin(
     pace: &Pace,
 ) -> lacuna::Result<Dedup<AnyStorage>> {
     let slice_bytes = pace.slice_bytes(DedupOptions::default().slice_bytes);
-    Dedup::new(image, DedupOptions { memory_bytes, slice_bytes })
+    let sharing = Sharing::WhereItPays;
+    Dedup::new(image, DedupOptions { memory_bytes, slice_bytes, sharing })
 }
 
 pub(super) fn raw(name: &str) -> CliError {
@@ -166,6 +169,7 @@ fn human(name: &str, done: &Deduped, is_whole: bool) -> String {
     if !is_whole {
         text += "Interrupted; the image is valid, and another run goes on from here\n";
     }
+    text += &declined(&done.declined);
     if done.zero_clusters > 0 {
         text += &format!(
             "Clusters that hold nothing but zeros, and share nothing: {}\n",
@@ -197,6 +201,7 @@ fn json(name: &str, done: &Deduped, is_whole: bool) -> String {
         "differed": done.differed,
         "freed": done.freed_bytes,
         "unpinned": done.unpinned_bytes,
+        "declined": done.declined.saved_bytes,
     });
     output::pretty(&object) + "\n"
 }

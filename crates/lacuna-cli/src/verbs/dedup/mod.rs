@@ -6,9 +6,9 @@ mod pins;
 mod report;
 
 use lacuna::job::{
-    DedupWritesOptions, DuplicateOptions, DuplicateSource, Duplicates, estimate_duplicates,
+    DedupWritesOptions, DuplicateOptions, DuplicateSource, Duplicates, Sharing, estimate_duplicates,
 };
-use lacuna::qcow2::Shared;
+use lacuna::qcow2::{Shared, Worth};
 use pollster::block_on;
 
 use self::pins::Pins;
@@ -19,7 +19,7 @@ use super::{Example, ExitCode, Form, Task, Verb, common, form};
 use crate::args::{Flag, Parsed};
 use crate::error::{CliError, CliResult};
 use crate::interrupt::INTERRUPTED;
-use crate::output;
+use crate::output::{self, short_size};
 use crate::persona::Tool;
 use crate::size;
 
@@ -106,7 +106,7 @@ fn report(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     let found = count(&chains, options, &mut meter);
     meter.finish(found.is_ok());
     let found = found?;
-    let report = report::Report { chains: &chains, names: &parsed.operands, found: &found };
+    let report = report::Report::new(&chains, &parsed.operands, &found)?;
     output::print(&report.text(form)).map(|()| 0)
 }
 
@@ -120,7 +120,8 @@ pub(super) fn memory_bytes(parsed: &Parsed) -> CliResult<u64> {
 
 /// Reads the options of deduplication on the way of writes.
 pub(crate) fn writes(parsed: &Parsed) -> CliResult<DedupWritesOptions> {
-    let mut options = DedupWritesOptions::default();
+    let sharing = Sharing::WhereItPays;
+    let mut options = DedupWritesOptions { sharing, ..DedupWritesOptions::default() };
     if let Some(text) = parsed.last("dedup-memory") {
         options.memory_bytes = size::within("memory bound", text, 1 << 20, 1 << 40)?;
     }
@@ -128,10 +129,22 @@ pub(crate) fn writes(parsed: &Parsed) -> CliResult<DedupWritesOptions> {
 }
 
 /// Says what writes had shared.
-pub(crate) fn told(shared: &Shared) -> String {
+pub(crate) fn told(shared: &Shared, worth: &Worth) -> String {
     match shared.shared {
-        0 => "No clusters share a place\n".to_owned(),
+        0 => format!("No clusters share a place\n{}", declined(worth)),
         count => format!("{count} clusters share a place with others\n{HAZARD}"),
+    }
+}
+
+/// Says what was not shared, if anything.
+pub(super) fn declined(worth: &Worth) -> String {
+    match *worth {
+        Worth { saved_bytes: 0, .. } => String::new(),
+        Worth { saved_bytes, pin_bytes } => format!(
+            "Sharing would save {}, but the tables of its pins take {}: nothing more was shared\n",
+            short_size(saved_bytes),
+            short_size(pin_bytes)
+        ),
     }
 }
 
@@ -164,7 +177,7 @@ fn count(
     Ok(block_on(estimate_duplicates(&sources, &options, &mut update))?)
 }
 
-/// Tells how many bytes sharing in place would free in one image.
+/// Tells how many bytes sharing in place would free in one image, if it pays.
 pub(super) fn would_free(
     chain: &FileChain,
     memory_bytes: u64,
@@ -173,6 +186,5 @@ pub(super) fn would_free(
     let options = DuplicateOptions { memory_bytes, cluster_sizes: Vec::new() };
     let chains = std::slice::from_ref(chain);
     let found = count(chains, options, meter)?;
-    let report = report::Report { chains, names: &[], found: &found };
-    Ok(report.in_place_bytes().unwrap_or(0))
+    Ok(report::Report::new(chains, &[], &found)?.freed_bytes())
 }

@@ -1,9 +1,13 @@
 //! What was counted, for people and for programs.
 
 use lacuna::job::{ClusterCounts, Duplicates, SizeDuplicates, SourceFacts};
+use lacuna::qcow2::{Image, Worth};
+use pollster::block_on;
 use serde_json::{Value, json};
 
 use super::{FileChain, Form, cluster_bytes};
+use crate::error::CliResult;
+use crate::nodes::AnyStorage;
 use crate::output::{self, short_size};
 
 /// A conversion is suggested where it makes the files smaller than sharing in place by this part.
@@ -11,12 +15,26 @@ const WORTH_A_CONVERSION: f64 = 0.1;
 
 /// A report about some images.
 pub(super) struct Report<'a> {
-    pub(super) chains: &'a [FileChain],
-    pub(super) names: &'a [String],
-    pub(super) found: &'a Duplicates,
+    chains: &'a [FileChain],
+    names: &'a [String],
+    found: &'a Duplicates,
+    /// What sharing in place would save in each image that has clusters, on top of what is shared
+    /// already, and at most take.
+    in_place: Vec<Worth>,
 }
 
-impl Report<'_> {
+impl<'a> Report<'a> {
+    pub(super) fn new(
+        chains: &'a [FileChain],
+        names: &'a [String],
+        found: &'a Duplicates,
+    ) -> CliResult<Self> {
+        let images = chains.iter().enumerate();
+        let images = images.filter_map(|(index, chain)| Some((index, chain.disk().as_qcow2()?)));
+        let in_place = images.map(|(index, image)| in_place(found, index, image));
+        Ok(Self { chains, names, found, in_place: in_place.collect::<CliResult<_>>()? })
+    }
+
     pub(super) fn text(&self, form: Form) -> String {
         match form {
             Form::Human => self.human(),
@@ -70,14 +88,21 @@ impl Report<'_> {
 
     fn advice(&self) -> String {
         let mut text = String::new();
-        match self.in_place_bytes() {
-            Some(0) => text += "Sharing clusters in place would save nothing.\n",
-            Some(bytes) => {
-                text +=
-                    &format!("Sharing clusters in place would save about {}.\n", short_size(bytes));
+        let pins = short_size(self.pin_bytes());
+        text += &match self.in_place_bytes() {
+            None => String::new(),
+            Some(0) => "Sharing clusters in place would save nothing.\n".to_owned(),
+            Some(saved) => {
+                let saved = short_size(saved);
+                let (so, then) = match self.freed_bytes() {
+                    0 => (", but", ": `dedup` shares nothing"),
+                    _ => (";", ""),
+                };
+                format!(
+                    "Sharing clusters in place would save about {saved}{so} its pins take {pins}{then}.\n"
+                )
             }
-            None => {}
-        }
+        };
         if let Some((size, bytes)) = self.better_size() {
             let what = if self.chains.len() > 1 {
                 "new images that take"
@@ -114,6 +139,7 @@ impl Report<'_> {
             "images": images,
             "sizes": sizes,
             "saved-in-place": self.in_place_bytes(),
+            "pins-in-place": self.in_place_bytes().map(|_| self.pin_bytes()),
             "suggested-cluster-size": self.better_size().map(|(bytes, _)| bytes),
         })
     }
@@ -155,16 +181,20 @@ impl Report<'_> {
         size.sources.iter().map(|counts| size.file_bytes(counts, counts.distinct)).sum()
     }
 
-    /// What sharing in place would save on top of what is shared already; nothing is known where an
-    /// image has no clusters.
-    pub(super) fn in_place_bytes(&self) -> Option<u64> {
-        let of_image = |(index, chain): (usize, &FileChain)| {
-            let own = cluster_bytes(chain)?;
-            let size = self.found.sizes.iter().find(|size| size.cluster_bytes == own)?;
-            let saved = size.sources.get(index)?.duplicates() * own;
-            Some(saved.saturating_sub(self.found.sources.get(index)?.shared_bytes))
-        };
-        self.chains.iter().enumerate().map(of_image).sum()
+    /// What sharing in place would save; nothing is known where an image has no clusters.
+    fn in_place_bytes(&self) -> Option<u64> {
+        let all_have = self.in_place.len() == self.chains.len();
+        all_have.then(|| self.in_place.iter().map(|worth| worth.saved_bytes).sum())
+    }
+
+    /// What sharing frees where it pays: nobody does it elsewhere.
+    pub(super) fn freed_bytes(&self) -> u64 {
+        let paying = self.in_place.iter().filter(|worth| worth.pays());
+        paying.map(|worth| worth.saved_bytes).sum()
+    }
+
+    fn pin_bytes(&self) -> u64 {
+        self.in_place.iter().map(|worth| worth.pin_bytes).sum()
     }
 
     /// The cluster size at which new images take least, where that is worth a copy.
@@ -183,6 +213,17 @@ impl Report<'_> {
         let stored: u64 = self.found.sources.iter().map(stored).sum();
         stored.saturating_sub(self.in_place_bytes().unwrap_or(0))
     }
+}
+
+fn in_place(found: &Duplicates, index: usize, image: &Image<AnyStorage>) -> CliResult<Worth> {
+    let own = image.geometry().cluster_bytes();
+    let size = found.sizes.iter().find(|size| size.cluster_bytes == own);
+    let counts = size.and_then(|size| size.sources.get(index)).copied().unwrap_or_default();
+    let shared = found.sources.get(index).map_or(0, |facts| facts.shared_bytes);
+    let saved_bytes = (counts.duplicates() * own).saturating_sub(shared);
+    // Each place that is shared anew has a pin, and saves a cluster at least.
+    let pins = counts.distinct.min(saved_bytes / own);
+    Ok(Worth { saved_bytes, pin_bytes: block_on(image.pin_bytes_for(pins))? })
 }
 
 fn image_line(name: &str, chain: &FileChain, facts: &SourceFacts) -> String {

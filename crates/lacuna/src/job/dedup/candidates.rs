@@ -133,6 +133,19 @@ impl Groups {
         batch
     }
 
+    /// Returns all groups, whatever was given out.
+    pub(super) fn all(&self) -> impl Iterator<Item = Vec<GuestCluster>> + Send + '_ {
+        let cluster = |word: &u64| GuestCluster(word & self.mask);
+        self.starts
+            .iter()
+            .map(move |start| self.group(*start as usize).iter().map(cluster).collect())
+    }
+
+    /// Leaves none.
+    pub(super) fn none(self) -> Self {
+        Self { words: Vec::new(), starts: Vec::new(), ..self }
+    }
+
     fn group(&self, start: usize) -> &[u64] {
         let name = self.words[start] & !self.mask;
         let rest = &self.words[start..];

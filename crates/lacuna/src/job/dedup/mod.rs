@@ -27,5 +27,5 @@ pub use estimate::{
     ClusterCounts, DuplicateOptions, DuplicateSource, Duplicates, SizeDuplicates, SourceFacts,
     estimate_duplicates,
 };
-pub use share::{Dedup, DedupOptions, DedupPhase, DedupProgress, Deduped, dedup};
-pub use writes::{AtFlush, DedupWrites, DedupWritesOptions};
+pub use share::{Dedup, DedupOptions, DedupPhase, DedupProgress, Deduped, Sharing, dedup};
+pub use writes::{AtFlush, DedupWrites, DedupWritesOptions, Keepers};

@@ -14,7 +14,7 @@ use super::candidates::{Candidates, Groups, Passes};
 use super::fingerprint::Fingerprinter;
 use super::walk::{Window, window_bytes, windows};
 use crate::block::{Layer, is_zero, no_status, step_aside};
-use crate::qcow2::Image;
+use crate::qcow2::{Image, Worth};
 use crate::storage::Storage;
 use crate::units::{GuestCluster, GuestOffset, GuestRange};
 use crate::{Error, Result};
@@ -24,6 +24,20 @@ const LEAST_MEMORY_BYTES: u64 = 1 << 20;
 
 /// A step shares among so many clusters at least: each waits for storage several times.
 const FEWEST_MEMBERS: u64 = 8;
+
+/// When equal clusters share a place: pins that hold on to it take tables of whole clusters.
+///
+/// ```
+/// assert_eq!(lacuna::job::Sharing::default(), lacuna::job::Sharing::Always);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Sharing {
+    /// Always.
+    #[default]
+    Always,
+    /// Where that saves more than pins take: with clusters of 2 MiB, four of them.
+    WhereItPays,
+}
 
 /// How to deduplicate.
 ///
@@ -38,11 +52,13 @@ pub struct DedupOptions {
     /// About how many bytes are read, or compared, in one step. Sharing makes each step durable, so
     /// that small ones cost more.
     pub slice_bytes: u64,
+    /// When clusters share; weighed once a pass.
+    pub sharing: Sharing,
 }
 
 impl Default for DedupOptions {
     fn default() -> Self {
-        Self { memory_bytes: 256 << 20, slice_bytes: 64 << 20 }
+        Self { memory_bytes: 256 << 20, slice_bytes: 64 << 20, sharing: Sharing::default() }
     }
 }
 
@@ -68,6 +84,8 @@ pub struct Deduped {
     pub freed_bytes: u64,
     /// Bytes that went with pins of clusters that nobody shared any more; part of `freed_bytes`.
     pub unpinned_bytes: u64,
+    /// What was not shared, as it would not have paid; of the last pass that was so.
+    pub declined: Worth,
 }
 
 /// What is being done.
@@ -237,7 +255,7 @@ impl<S: Storage> Dedup<S> {
             }
         }
         self.state = match slice.end().0 >= total {
-            true => State::Share { passes, groups: candidates.into_groups() },
+            true => self.weigh(passes, candidates.into_groups()).await?,
             false => State::Find { passes, at: slice.end(), candidates },
         };
         Ok(self.progress(DedupPhase::Find, (slice.end().0, total), read_bytes))
@@ -265,6 +283,19 @@ impl<S: Storage> Dedup<S> {
             }
         }
         read_bytes
+    }
+
+    /// Says what comes after a pass has found groups.
+    async fn weigh(&mut self, passes: Passes, groups: Groups) -> Result<State> {
+        if self.options.sharing == Sharing::Always || groups.members().0 == 0 {
+            return Ok(State::Share { passes, groups });
+        }
+        let worth = self.image.weigh(groups.all()).await?;
+        if worth.pays() || worth.saved_bytes == 0 {
+            return Ok(State::Share { passes, groups });
+        }
+        self.done.declined = worth;
+        Ok(State::Share { passes, groups: groups.none() })
     }
 
     async fn share(&mut self, passes: Passes, mut groups: Groups) -> Result<DedupProgress> {

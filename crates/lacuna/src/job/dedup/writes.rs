@@ -4,7 +4,9 @@
 //! * Always: bytes decide, not fingerprints. What was forgotten, or changed since, costs a cluster and
 //!   nothing else.
 //! * What shares already gets one more sharer at once, without a write. What had a place of its own is
-//!   written, and shared later, many at a time: that makes it durable, which is slow.
+//!   written, and shared later, many at a time: that makes it durable, which is slow. In an image that
+//!   is not complete yet ([`Keepers::InPlace`]) others share it where it lies, at once as well.
+//! * Where sharing has to pay ([`Sharing::WhereItPays`]), what looks equal waits until it does.
 //! * Memory: [`DedupWritesOptions::memory_bytes`], and a list of at most
 //!   [`DedupWritesOptions::batch_bytes`] of clusters that wait to be shared.
 
@@ -14,10 +16,11 @@ use parking_lot::Mutex;
 
 use super::fingerprint::{Fingerprint, Fingerprinter};
 use super::index::Index;
+use super::share::Sharing;
 use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags, is_zero};
 use crate::buffer::Buffer;
 use crate::job::convert::Target;
-use crate::qcow2::{Encoder, Image, Shared, Stream};
+use crate::qcow2::{Encoder, Image, Shared, Stream, Worth};
 use crate::storage::{HostSource, Storage, Transfer};
 use crate::units::{GuestCluster, GuestOffset, GuestRange};
 use crate::{Error, Result};
@@ -36,6 +39,21 @@ pub enum AtFlush {
     Share,
 }
 
+/// What others share of a cluster that has a place of its own.
+///
+/// ```
+/// assert_eq!(lacuna::job::Keepers::default(), lacuna::job::Keepers::Fresh);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Keepers {
+    /// A copy, made durable before: a power cut leaves leaks at worst.
+    #[default]
+    Fresh,
+    /// The cluster itself. For an image that is of no use before it is complete: a power cut before
+    /// the next flush may leave entries with COPIED to what others share.
+    InPlace,
+}
+
 /// How writes are deduplicated.
 ///
 /// ```
@@ -50,11 +68,21 @@ pub struct DedupWritesOptions {
     pub batch_bytes: u64,
     /// What a flush does with those that wait.
     pub at_flush: AtFlush,
+    /// What is shared of clusters that were written alone.
+    pub keepers: Keepers,
+    /// When clusters share.
+    pub sharing: Sharing,
 }
 
 impl Default for DedupWritesOptions {
     fn default() -> Self {
-        Self { memory_bytes: 64 << 20, batch_bytes: 64 << 20, at_flush: AtFlush::default() }
+        Self {
+            memory_bytes: 64 << 20,
+            batch_bytes: 64 << 20,
+            at_flush: AtFlush::default(),
+            keepers: Keepers::default(),
+            sharing: Sharing::default(),
+        }
     }
 }
 
@@ -96,6 +124,9 @@ struct Known {
     index: Index,
     waiting: Waiting,
     shared: Shared,
+    /// Whether sharing has paid so far.
+    pays: bool,
+    declined: Worth,
 }
 
 /// Clusters that were written and look equal.
@@ -144,7 +175,13 @@ impl<S: Storage> DedupWrites<S> {
         }
         let clusters = image.geometry().clusters_for(image.size_bytes());
         let index = Index::new(clusters, options.memory_bytes);
-        let known = Known { index, waiting: Waiting::default(), shared: Shared::default() };
+        let known = Known {
+            index,
+            waiting: Waiting::default(),
+            shared: Shared::default(),
+            pays: options.sharing == Sharing::Always,
+            declined: Worth::default(),
+        };
         Ok(Self { image, options, fingerprinter: Fingerprinter::new(), known: Mutex::new(known) })
     }
 
@@ -159,7 +196,12 @@ impl<S: Storage> DedupWrites<S> {
         self.known.lock().shared
     }
 
-    /// Shares what still waits; durable on return.
+    /// Returns what was not shared in the end, as it would not have paid.
+    pub fn declined(&self) -> Worth {
+        self.known.lock().declined
+    }
+
+    /// Shares what still waits, if it is to; durable on return.
     ///
     /// # Errors
     /// As [`Image::share`].
@@ -167,6 +209,13 @@ impl<S: Storage> DedupWrites<S> {
         let waiting = std::mem::take(&mut self.known.lock().waiting);
         if waiting.groups.is_empty() {
             return Ok(());
+        }
+        if self.options.sharing == Sharing::WhereItPays {
+            let worth = self.image.weigh(waiting.groups.iter().cloned()).await?;
+            if !worth.pays() {
+                self.known.lock().declined = worth;
+                return Ok(());
+            }
         }
         let shared = self.image.share(&waiting.groups).await?;
         let total = &mut self.known.lock().shared;
@@ -265,9 +314,35 @@ impl<S: Storage> DedupWrites<S> {
         like: Alike,
     ) -> Result<bool> {
         let cluster = self.image.geometry().guest_cluster(at);
-        let is_done = self.image.write_shared(cluster, bytes, like.other).await?;
+        let mut is_done = self.image.write_shared(cluster, bytes, like.other).await?;
+        if !is_done
+            && self.keeps_in_place().await?
+            && let Some(keepers) = self.image.keep_in_place(like.other).await?
+        {
+            is_done = self.image.write_shared(cluster, bytes, like.other).await?;
+            self.known.lock().shared.keepers += keepers;
+        }
         self.known.lock().shared.shared += u64::from(is_done);
         Ok(is_done)
+    }
+
+    /// Says whether a cluster is shared where it lies.
+    async fn keeps_in_place(&self) -> Result<bool> {
+        if self.options.keepers == Keepers::Fresh {
+            return Ok(false);
+        }
+        let waiting = {
+            let known = self.known.lock();
+            if known.pays {
+                return Ok(true);
+            }
+            known.waiting.of.len() - known.waiting.groups.len() + 1
+        };
+        let saved_bytes = waiting as u64 * self.image.geometry().cluster_bytes();
+        let pin_bytes = self.image.next_pin_bytes().await?;
+        let pays = Worth { saved_bytes, pin_bytes }.pays();
+        self.known.lock().pays |= pays;
+        Ok(pays)
     }
 
     /// Has a cluster that was written wait for being shared.
@@ -277,6 +352,10 @@ impl<S: Storage> DedupWrites<S> {
         {
             let known = &mut *self.known.lock();
             known.index.note(like.fingerprint, cluster);
+            // What is there now has others share it where it lies, from the next one on.
+            if self.options.keepers == Keepers::InPlace && known.pays {
+                return Ok(());
+            }
             known.waiting.add(like.other, cluster);
         }
         self.share_when_many().await

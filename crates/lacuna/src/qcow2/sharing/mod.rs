@@ -3,7 +3,7 @@
 //! The story: `share` compares clusters that somebody believes equal, makes one cluster of them
 //! (`keeper`), and has the map show it in all their places. `pins` holds on to each such cluster by one
 //! entry more, in the tables of a snapshot that nobody applies (`table`). `unpin` takes that back,
-//! `repin` makes it again, `facts` tells of it. Why: docs/design/dedup.md.
+//! `repin` makes it again, `facts` tells of it, `weigh` says whether it is worth what pins take. Why: docs/design/dedup.md.
 //!
 //! * Always: an entry that points to a shared cluster has no COPIED, so that every write copies first.
 //! * Always: a pin is durable before the first entry of the disk shows its cluster. So a refcount never
@@ -20,6 +20,7 @@ mod repin;
 mod share;
 mod table;
 mod unpin;
+mod weigh;
 mod write;
 
 pub use facts::{PinFacts, pin_facts};
@@ -27,3 +28,4 @@ pub(super) use pins::{Pins, sharing_entry};
 pub(super) use relocate::Relocated;
 pub use share::Shared;
 pub(super) use table::NewSnapshotTable;
+pub use weigh::Worth;

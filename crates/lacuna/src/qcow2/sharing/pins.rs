@@ -54,6 +54,11 @@ impl Pins {
         self.keepers.contains(cluster)
     }
 
+    /// Returns how many clusters have a pin.
+    pub(super) fn count(&self) -> u64 {
+        self.keepers.count()
+    }
+
     /// There are no pins any more.
     pub(super) fn forget_all(&mut self) {
         self.l1 = L1Table::new(Vec::new(), HostOffset(0));
@@ -160,6 +165,10 @@ impl ClusterSet {
         self.0.get(&(cluster.0 / 64)).is_some_and(|word| word >> (cluster.0 % 64) & 1 == 1)
     }
 
+    fn count(&self) -> u64 {
+        self.0.values().map(|word| u64::from(word.count_ones())).sum()
+    }
+
     /// Adds a cluster. False where it was there.
     pub(super) fn insert(&mut self, cluster: HostCluster) -> bool {
         let word = self.0.entry(cluster.0 / 64).or_default();
@@ -188,6 +197,7 @@ mod tests {
         }
         set.remove(HostCluster(63));
         set.remove(HostCluster(999));
+        assert_eq!(set.count(), 3);
         assert!(set.contains(HostCluster(64)) && !set.contains(HostCluster(63)));
         assert!(!set.contains(HostCluster(1)) && set.contains(HostCluster(1 << 40)));
     }

@@ -49,9 +49,9 @@ pub struct Shared {
 
 /// A guest cluster of a group.
 #[derive(Clone, Copy, Debug)]
-struct Member {
-    guest: GuestOffset,
-    standing: Standing,
+pub(super) struct Member {
+    pub(super) guest: GuestOffset,
+    pub(super) standing: Standing,
 }
 
 impl<S: Storage> Image<S> {
@@ -138,7 +138,7 @@ impl<S: Storage> Image<S> {
     }
 
     /// Looks up what can share at all; one of those that share a cluster already stands for all.
-    async fn members(&self, group: &[GuestCluster]) -> Result<Vec<Member>> {
+    pub(super) async fn members(&self, group: &[GuestCluster]) -> Result<Vec<Member>> {
         let mut group = group.to_vec();
         group.sort_unstable();
         group.dedup();

@@ -2,6 +2,8 @@
 //!
 //! * Always: what is shared has its pin in storage before, as an entry of the disk shows it: only a
 //!   reference more is taken, and written back before the entry is, like any other.
+//! * Unless the image is one that nobody relies on yet: there what is written first is pinned where it
+//!   lies ([`keep_in_place`](Image::keep_in_place)), and storage has all of it after the next flush.
 //! * Always: the shared bytes are compared with those to write while the reference is held. Nobody
 //!   writes in place to what has more than one.
 
@@ -42,6 +44,51 @@ impl<S: Storage> Image<S> {
         self.plan(|meta| keeper.show(meta, range)).await?;
         drop(hold);
         Ok(true)
+    }
+}
+
+impl<S: Storage> Image<S> {
+    /// Has a cluster of its own be one that others may share, where it lies: pinned, and without COPIED.
+    /// Returns how many it made so, none where somebody did before; nothing where it cannot be shared.
+    ///
+    /// Only for an image that is not complete yet: a crash before the next flush may leave entries that
+    /// share it beside one that still has COPIED.
+    ///
+    /// # Errors
+    /// As [`share`](Self::share).
+    pub(crate) async fn keep_in_place(&self, guest: GuestCluster) -> Result<Option<u64>> {
+        let geometry = self.geometry();
+        let range = GuestRange::new(geometry.guest_offset(guest), geometry.cluster_bytes());
+        if range.end().0 > self.size() || self.why_not_share().is_some() {
+            return Ok(None);
+        }
+        let pins_stay = self.begin_pinning().await?;
+        let hold = self.exclude_others(range).await?;
+        let is_kept = self.plan(|meta| meta.keep_in_place(range.start)).await?;
+        drop((hold, pins_stay));
+        Ok(is_kept)
+    }
+}
+
+impl Meta {
+    fn keep_in_place(&mut self, guest: GuestOffset) -> Planned<Option<u64>> {
+        self.before_metadata_change()?;
+        match self.standing(guest)? {
+            Standing::Single if self.owns_table(guest) => {}
+            Standing::Shared(_) | Standing::Compressed(_) => return Ok(Some(0)),
+            Standing::Single | Standing::Other => return Ok(None),
+        }
+        let Some(host) = self.entry_to_change(guest)?.host() else { return Ok(None) };
+        let cluster = self.geometry().host_cluster(host);
+        self.refcounts.read(cluster)?;
+        let at = self.free_pin()?;
+        // Both entries and the count are at hand: from here on nothing stops half-way.
+        self.entry_to_change(guest)?;
+        self.refcounts.increase(cluster, 1)?;
+        self.set_pin(at, host)?;
+        self.set_entry(guest, self.sharing_entry(host))?;
+        self.needs_data_sync = true;
+        Ok(Some(1))
     }
 }
 
