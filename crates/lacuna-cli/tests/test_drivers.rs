@@ -102,6 +102,27 @@ resume A\naio_flush\nread -P 4 0 4k\nwait_break A\n' | qemu-io -f qcow2 blkdebug
     assert!(got.text.contains("No request in flight can come to breakpoint A"), "{got:?}");
 }
 
+/// The first has read the block that the second changes; the third, of whole blocks, is in nobody's way.
+#[test]
+fn writes_of_parts_of_one_block_do_not_undo_each_other() {
+    let (_, ours) = prepared();
+    ours.prepare(
+        "stock-img create -q -f raw blocks 1M; stock-io -f raw -c 'write -P 9 0 64k' blocks",
+    );
+    let got = ours.run(
+        r"printf 'open -o driver=raw,file.align=4k blkdebug::blocks\nbreak pwritev_rmw_after_tail A\n\
+aio_write -P 1 512 512\nwait_break A\naio_write -P 2 1024 3584\naio_write -P 3 8k 4k\n\
+resume A\naio_flush\nbreak pwritev A\naio_write -P 4 20k 1k\nsleep 1\nresume A\n' | qemu-io",
+    );
+    assert!(!got.text.contains("Could not"), "{got:?}");
+    let got = ours.run(
+        "stock-io -f raw -c 'read -P 9 0 512' -c 'read -P 1 512 512' -c 'read -P 2 1k 3584' \
+         -c 'read -P 9 4608 3584' -c 'read -P 3 8k 4k' -c 'read -P 9 12k 8k' -c 'read -P 4 20k 1k' \
+         -c 'read -P 9 21k 43k' blocks",
+    );
+    assert!(got.code == Some(0) && !got.text.contains("failed"), "{got:?}");
+}
+
 #[test]
 fn a_session_ends_though_a_request_waits() {
     let (_, ours) = prepared();

@@ -96,8 +96,8 @@ impl<'t> Session<'t> {
 
     fn run(&mut self, command: &'static Command, words: &[String]) -> Done {
         self.check(command, words.len())?;
-        if !command.name.starts_with("aio_") && !command.is_about_breaks() && !self.has_waiting() {
-            self.wait_for_all()?;
+        if !command.name.starts_with("aio_") && !command.is_about_breaks() {
+            self.wait_until_all_wait()?;
         }
         match (command.run)(self, command, words) {
             Err(Failure::Usage) => {
@@ -223,6 +223,21 @@ impl<'t> Session<'t> {
             true => Ok(()),
             false => self.report(&format!("No request in flight can come to breakpoint {tag}")),
         }
+    }
+
+    /// Waits until all requests are done, or one waits at a breakpoint that a later command may lift.
+    fn wait_until_all_wait(&mut self) -> Done {
+        while !self.has_waiting() {
+            let next = block_on(poll_fn(|context| match self.in_flight.poll_next_unpin(context) {
+                Poll::Pending if self.has_waiting() => Poll::Ready(None),
+                other => other,
+            }));
+            match next {
+                Some(text) => self.say(&text)?,
+                None => return Ok(()),
+            }
+        }
+        Ok(())
     }
 
     /// Waits for all requests and prints how they went.

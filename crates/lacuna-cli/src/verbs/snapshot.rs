@@ -4,7 +4,6 @@ use std::time::SystemTime;
 
 use lacuna::qcow2::format::{Snapshot, StoredName};
 use lacuna::qcow2::{Access, SnapshotChoice};
-use lacuna::storage::CacheMode;
 use lacuna::{Error, ErrorKind};
 use pollster::block_on;
 use serde_json::Value;
@@ -84,12 +83,8 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
 
 /// Makes, applies or deletes one.
 fn change(tool: &Tool, parsed: &Parsed, file: &str, action: &str, name: &str) -> CliResult<u8> {
-    let request = Request {
-        access: Access::ReadWrite,
-        // New tables end on the disk anyway before the image goes by them.
-        cache: CacheMode::LargeWritesDirect,
-        ..Request::reading(file, parsed, "format")?
-    };
+    let request =
+        Request { access: Access::ReadWrite, ..Request::reading(file, parsed, "format")? };
     let chain = open::open(tool, &request)?;
     open::warn_of_guess(&request, &chain);
     let done = changed(tool, &chain, action, name);

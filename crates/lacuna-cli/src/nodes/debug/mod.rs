@@ -1,7 +1,9 @@
 //! A storage for tests: its requests fail or wait by rules ([`rules`]), as QEMU's `blkdebug` has
-//! it.
+//! it, and are written in whole blocks where it has any ([`blocks`], [`turns`]).
 
+mod blocks;
 mod rules;
+mod turns;
 
 use std::sync::Arc;
 
@@ -12,6 +14,8 @@ use lacuna::units::{HostOffset, HostRange};
 
 pub(crate) use rules::{Found, Rules, is_by_rule};
 
+use self::blocks::{Blocks, write_part};
+use self::turns::{Share, Turn, Turns};
 use super::any::AnyStorage;
 use crate::verbs::spec::debug::Limits;
 
@@ -19,16 +23,31 @@ pub(super) struct Debug {
     below: AnyStorage,
     rules: Arc<Rules>,
     limits: Limits,
+    turns: Turns,
 }
 
 impl Debug {
-    pub(super) const fn new(below: AnyStorage, rules: Arc<Rules>, limits: Limits) -> Self {
-        Self { below, rules, limits }
+    pub(super) fn new(below: AnyStorage, rules: Arc<Rules>, limits: Limits) -> Self {
+        Self { below, rules, limits, turns: Turns::default() }
+    }
+
+    fn blocks(&self, offset: HostOffset, len: u64) -> Blocks {
+        Blocks::around(offset.0, len, self.limits.align())
+    }
+
+    /// Waits until nobody changes part of a block in a range; without blocks nobody does.
+    async fn enter(&self, blocks: &Blocks, share: Share) -> Option<Turn<'_>> {
+        match self.limits.align() {
+            1 => None,
+            _ => Some(self.turns.enter(blocks.around.clone(), share).await),
+        }
     }
 }
 
 impl Storage for Debug {
     async fn read_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        let blocks = self.blocks(offset, buffer.len() as u64);
+        let _turn = self.enter(&blocks, Share::Whole).await;
         match self.rules.check("read", offset.0, buffer.len() as u64) {
             Ok(()) => self.below.read_at(offset, buffer).await,
             Err(error) => (Err(error), buffer),
@@ -36,6 +55,11 @@ impl Storage for Debug {
     }
 
     async fn write_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
+        let blocks = self.blocks(offset, buffer.len() as u64);
+        let _turn = self.enter(&blocks, blocks.share()).await;
+        if blocks.share() == Share::Part {
+            return write_part(&self.below, &self.rules, &blocks, buffer).await;
+        }
         match self.rules.check("write", offset.0, buffer.len() as u64) {
             Ok(()) => self.below.write_at(offset, buffer).await,
             Err(error) => (Err(error), buffer),
@@ -43,7 +67,9 @@ impl Storage for Debug {
     }
 
     async fn write_durably_at(&self, offset: HostOffset, buffer: Buffer) -> Transfer {
-        if self.below.is_export() {
+        let blocks = self.blocks(offset, buffer.len() as u64);
+        if self.below.is_export() && blocks.share() == Share::Whole {
+            let _turn = self.enter(&blocks, Share::Whole).await;
             return match self.rules.check("write", offset.0, buffer.len() as u64) {
                 Ok(()) => self.below.write_durably_at(offset, buffer).await,
                 Err(error) => (Err(error), buffer),
@@ -71,11 +97,15 @@ impl Storage for Debug {
     }
 
     async fn write_zeroes_at(&self, range: HostRange, mode: ZeroMode, hold: Hold) -> Result<()> {
+        let blocks = self.blocks(range.start, range.len);
+        let _turn = self.enter(&blocks, blocks.share()).await;
         self.rules.check("write-zeroes", range.start.0, range.len)?;
         self.below.write_zeroes_at(range, mode, hold).await
     }
 
     async fn punch_hole_at(&self, range: HostRange, hold: Hold) -> Result<()> {
+        let blocks = self.blocks(range.start, range.len);
+        let _turn = self.enter(&blocks, blocks.share()).await;
         self.rules.check("discard", range.start.0, range.len)?;
         self.below.punch_hole_at(range, hold).await
     }
