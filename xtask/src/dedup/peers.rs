@@ -2,8 +2,12 @@
 //!
 //! Compared is what is left once everything is stored once. Chunks are as like ours as each allows:
 //! borg cuts at fixed places where told to; restic cuts by content only, at about 1 MiB; duperemove
-//! has blocks, and a file system with reflinks, which takes root to mount.
+//! has blocks, and a file system with reflinks, which takes root to mount. It shares whole extents well,
+//! so that each chunk is one there.
 
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
 
@@ -15,6 +19,10 @@ use crate::run::{command, json, output};
 use crate::scratch::Scratch;
 use crate::watched::{Cost, watch};
 use crate::{Outcome, setup};
+
+/// What a file that is opened past the page cache asks of buffers, and how that is asked for.
+const ALIGNMENT: usize = 4096;
+const O_DIRECT: i32 = if cfg!(target_arch = "aarch64") { 0x1_0000 } else { 0x4000 };
 
 pub(super) fn run(ours: &Path, scratch: &Scratch) -> Outcome<String> {
     setup::deduplicators()?;
@@ -118,20 +126,51 @@ impl Bench<'_> {
         output(command("umount", &[&folder]))?;
         output(command("rm", &["-f", &disk]))?;
         let (left, shared, cost) = done?;
-        // An extent of which a part is shared keeps its place.
         let who = format!("`duperemove -d`, {} MiB of extents shared", shared >> 20);
         Ok(row(&who, &format!("{size}iB, fixed"), left, &cost))
     }
 
     fn duperemove_in(&self, folder: &str, size: &str) -> Outcome<(u64, u64, Cost)> {
-        let copy = ["--sparse=always", &self.raws[0], &self.raws[1], folder];
-        output(command("cp", &copy))?;
+        let chunk = if size == "4K" { 4 << 10 } else { 64 << 10 };
+        interleave(&self.raws, Path::new(folder), chunk)
+            .map_err(|error| format!("Writing to {folder}: {error}"))?;
         output(command("sync", &["-f", folder]))?;
-        let words = ["-dr", "-b", size, "--dedupe-options=partial,same", folder];
+        let words = ["-dr", "-b", size, "--dedupe-options=same", folder];
         let (cost, said) = self.watched(&mut command("duperemove", &words))?;
         output(command("sync", &["-f", folder]))?;
         let facts = output(command("btrfs", &["filesystem", "df", "--raw", folder]))?;
         Ok((used(&facts)?, shared(&said), cost))
+    }
+}
+
+/// Copies two files by turns, chunk by chunk without the page cache, so that each chunk is an extent: of larger
+/// ones duperemove finds but one equal part for each pair, and an extent of which a part is shared
+/// keeps its place on btrfs. What is zeros stays a hole.
+fn interleave(files: &[String; 2], folder: &Path, chunk: usize) -> io::Result<()> {
+    let mut buffer = vec![0; chunk + ALIGNMENT];
+    let start = buffer.as_ptr().align_offset(ALIGNMENT);
+    let buffer = &mut buffer[start..start + chunk];
+    let mut pairs = Vec::new();
+    for (file, name) in files.iter().zip(["one.raw", "two.raw"]) {
+        let mut options = File::options();
+        let target = options.write(true).create_new(true).custom_flags(O_DIRECT);
+        pairs.push((File::open(file)?, target.open(folder.join(name))?));
+    }
+    let mut at = 0;
+    loop {
+        let mut is_over = true;
+        for (source, target) in &pairs {
+            let len = source.read_at(buffer, at)?;
+            is_over &= len == 0;
+            buffer[len..].fill(0);
+            if buffer.iter().any(|byte| *byte != 0) {
+                target.write_all_at(buffer, at)?;
+            }
+        }
+        if is_over {
+            return Ok(());
+        }
+        at += chunk as u64;
     }
 }
 
@@ -156,6 +195,23 @@ fn row(who: &str, chunks: &str, left_bytes: u64, cost: &Cost) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_copied_by_turns_are_the_same_but_for_holes_and_a_whole_last_chunk() {
+        let folder = std::env::temp_dir().join(format!("lacuna-turns-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        let of = |name: &str| folder.join(name).to_string_lossy().into_owned();
+        let (short, long) = ([&[7; 5000][..], &[0; 9000]].concat(), vec![9; 20_000]);
+        std::fs::write(of("a"), &short).unwrap();
+        std::fs::write(of("b"), &long).unwrap();
+        interleave(&[of("a"), of("b")], &folder, 4096).unwrap();
+        let (one, two) =
+            (std::fs::read(of("one.raw")).unwrap(), std::fs::read(of("two.raw")).unwrap());
+        assert!(one.len() == 8192 && one[..5000] == short[..5000]);
+        assert!(one[5000..].iter().all(|byte| *byte == 0));
+        assert_eq!(two[..20_000], long[..]);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 
     #[test]
     fn what_btrfs_uses_is_read_from_its_words() {

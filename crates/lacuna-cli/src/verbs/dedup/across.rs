@@ -244,6 +244,9 @@ fn switch(
     whole_or_gone(&unfinished, || {
         // Open until it has its name, so that nobody takes it for stale.
         let _overlay = fill(tool, base, &member, &unfinished, cluster, meter)?;
+        // Before the mode, some bits of which another owner would clear.
+        let owner = (Some(before.uid()), Some(before.gid()));
+        host(std::os::unix::fs::chown(&unfinished, owner.0, owner.1), "Giving to its owner", path)?;
         host(std::fs::set_permissions(&unfinished, before.permissions()), "Changing", &unfinished)?;
         host(
             std::fs::File::open(&unfinished).and_then(|file| file.sync_all()),
