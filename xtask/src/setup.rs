@@ -19,7 +19,7 @@ struct Peer {
     programs: &'static [&'static str],
 }
 
-const PEERS: [Peer; 7] = [
+const PEERS: [Peer; 8] = [
     Peer { package: "qemu-utils", programs: &["qemu-img", "qemu-io", "qemu-nbd"] },
     Peer { package: "libnbd-bin", programs: &["nbdinfo", "nbdcopy"] },
     Peer { package: "fio", programs: &["fio"] },
@@ -27,6 +27,7 @@ const PEERS: [Peer; 7] = [
     Peer { package: "python3-libnbd", programs: &["nbdsh"] },
     Peer { package: "e2fsprogs", programs: &["mke2fs", "e2fsck", "debugfs"] },
     Peer { package: "systemd", programs: &["systemd-socket-activate"] },
+    Peer { package: "time", programs: &["time"] },
 ];
 
 /// What counts system calls in a benchmark; tests do without.

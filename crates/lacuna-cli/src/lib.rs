@@ -77,3 +77,25 @@ pub fn parse_hostile(text: &str) {
     verbs::spec::parse_hostile(text);
     options::parse_hostile(text);
 }
+
+/// Reads `line` as a request to a control socket, without doing what it asks.
+///
+/// For the fuzzer. Panics where the answer is not one line, or not for this request.
+///
+/// ```
+/// lacuna_cli::parse_hostile_request(br#"{"id": 1, "command": "jobs"}"#);
+/// ```
+pub fn parse_hostile_request(line: &[u8]) {
+    control::parse_hostile(line);
+}
+
+/// Reads `text` as the rules of a test driver, as they are in a file.
+///
+/// For the fuzzer. Panics where a rule is lost.
+///
+/// ```
+/// lacuna_cli::parse_hostile_rules("[inject-error]\nevent = \"read_aio\"\n");
+/// ```
+pub fn parse_hostile_rules(text: &str) {
+    verbs::spec::debug::parse_hostile(text);
+}

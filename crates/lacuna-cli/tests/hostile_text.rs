@@ -1,9 +1,12 @@
-//! Option strings, sizes and image options, mutated from the fuzzer's corpus: parsers never panic.
+//! Option strings, sizes, image options, requests to a control socket and rules of test drivers,
+//! mutated from the fuzzer's corpus: parsers never panic.
 
 use std::path::Path;
 
-const PIECES: [&str; 16] =
-    [",", ",,", "=", "0x", ".", "-", "no", "k", "E", "é", "\0", " ", "{", "\"", "help", "99999999"];
+const PIECES: [&str; 20] = [
+    ",", ",,", "=", "0x", ".", "-", "no", "k", "E", "é", "\0", " ", "{", "}", "[", "\n", "\"",
+    "null", "help", "99999999",
+];
 
 /// A small generator of which only reproducibility is asked (xorshift).
 struct Dice(u64);
@@ -18,8 +21,8 @@ impl Dice {
 }
 
 /// Reads the corpus, which is what the fuzzer starts from as well.
-fn seeds() -> Vec<String> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus/option_strings");
+fn seeds(target: &str) -> Vec<String> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(target);
     let mut paths: Vec<_> = std::fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
         .map(|entry| entry.unwrap().path())
@@ -42,16 +45,30 @@ fn mutated(seeds: &[String], dice: &mut Dice) -> String {
     text.into_iter().collect()
 }
 
-#[test]
-fn parsers_stand_mutated_text() {
+fn mutate(target: &str, parse: fn(&str)) {
     let seed = 0x1ac0_7a5e_ed00_0001;
     println!("seed {seed:#x}");
     let mut dice = Dice(seed);
-    let seeds = seeds();
+    let seeds = seeds(target);
     for text in &seeds {
-        lacuna_cli::parse_hostile(text);
+        parse(text);
     }
     for _ in 0..50_000 {
-        lacuna_cli::parse_hostile(&mutated(&seeds, &mut dice));
+        parse(&mutated(&seeds, &mut dice));
     }
+}
+
+#[test]
+fn parsers_stand_mutated_text() {
+    mutate("option_strings", lacuna_cli::parse_hostile);
+}
+
+#[test]
+fn control_requests_stand_mutated_text() {
+    mutate("control_request", |line| lacuna_cli::parse_hostile_request(line.as_bytes()));
+}
+
+#[test]
+fn rules_of_test_drivers_stand_mutated_text() {
+    mutate("debug_rules", lacuna_cli::parse_hostile_rules);
 }

@@ -7,9 +7,13 @@
 //!   that decodes to the same, what was written must read back.
 //! * Never: one input takes long. Images that claim large tables are decoded but not opened.
 
+mod choices;
+mod images;
 mod nbd;
 mod nbd_seeds;
+mod recipe;
 
+pub use images::{damaged_image, damaged_operations, operations};
 pub use nbd::{nbd_client, nbd_server, nbd_uri};
 pub use nbd_seeds::{NbdSeed, nbd_seeds};
 

@@ -11,6 +11,8 @@ use std::process::Command;
 use testkit::{Random, fuzz};
 
 const EXECUTIONS: u64 = 10_000;
+/// Of what makes, opens and repairs an image each time.
+const IMAGE_EXECUTIONS: u64 = 2_000;
 /// Values that sit at the edges of fields and limits.
 const EDGES: [u64; 16] =
     [0, 1, 2, 3, 7, 8, 9, 21, 512, 0x200, 0x10000, 1 << 31, 1 << 56, 1 << 62, 1 << 63, u64::MAX];
@@ -79,11 +81,15 @@ fn run(target: &str, body: fn(&[u8]), input: &[u8], what: &str) {
 }
 
 fn replay_and_mutate(target: &str, body: fn(&[u8])) {
+    replay_and_mutate_times(EXECUTIONS, target, body);
+}
+
+fn replay_and_mutate_times(executions: u64, target: &str, body: fn(&[u8])) {
     let inputs = corpus(target);
     for (index, input) in inputs.iter().enumerate() {
         run(target, body, input, &format!("corpus entry {index}"));
     }
-    for seed in 0..EXECUTIONS {
+    for seed in 0..executions {
         let mut random = Random::new(seed);
         let mut input = random.pick(&inputs).clone();
         for _ in 0..=random.below(4) {
@@ -101,6 +107,21 @@ fn header_and_tables_survive_their_corpus_and_its_mutations() {
 #[test]
 fn compressed_clusters_survive_their_corpus_and_its_mutations() {
     replay_and_mutate("compressed_cluster", fuzz::compressed_cluster);
+}
+
+#[test]
+fn damaged_images_survive_their_corpus_and_its_mutations() {
+    replay_and_mutate_times(IMAGE_EXECUTIONS, "damaged_image", fuzz::damaged_image);
+}
+
+#[test]
+fn operations_agree_with_the_model_for_their_corpus_and_its_mutations() {
+    replay_and_mutate_times(IMAGE_EXECUTIONS, "operations", fuzz::operations);
+}
+
+#[test]
+fn operations_on_damaged_images_survive_their_corpus_and_its_mutations() {
+    replay_and_mutate_times(IMAGE_EXECUTIONS, "damaged_operations", fuzz::damaged_operations);
 }
 
 #[test]
@@ -206,6 +227,21 @@ fn write_the_corpus_anew() {
         let done = lacuna::fuzzing::compress(kind, &words[..len], &mut stream[1..]).unwrap();
         stream.truncate(done.expect("words compress") + 1);
         fs::write(folder.join(name), stream).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "writes fuzz/corpus"]
+fn write_the_image_corpus_anew() {
+    for target in ["damaged_image", "operations", "damaged_operations"] {
+        let folder = corpus_folder(target);
+        fs::create_dir_all(&folder).unwrap();
+        for seed in 0..16 {
+            let mut random = Random::new(seed);
+            let len = 48 + random.index(160);
+            let choices: Vec<u8> = (0..len).map(|_| random.next() as u8).collect();
+            fs::write(folder.join(format!("choices-{seed:02}")), choices).unwrap();
+        }
     }
 }
 

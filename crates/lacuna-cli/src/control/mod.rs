@@ -36,6 +36,7 @@ use crate::persona::Tool;
 use crate::verbs::serve::Served;
 
 pub(crate) use ask::Conversation;
+pub(crate) use session::parse_hostile;
 pub(crate) use socket::Socket;
 
 /// The version of the protocol: it changes where old clients would be wrong.

@@ -52,7 +52,30 @@ fn greeting() -> Value {
     json!({ "lacuna": env!("CARGO_PKG_VERSION"), "control": VERSION, "commands": names })
 }
 
+/// For the fuzzer: every line is answered in one line, which repeats what the request called itself.
+/// No command acts.
+pub(crate) fn parse_hostile(line: &[u8]) {
+    let answer = answer_by(line, |command, arguments| {
+        arguments.switch("force")?;
+        arguments.optional_number("size")?;
+        arguments.optional_text("name")?;
+        Ok(Value::from(command.name))
+    });
+    assert!(!answer.to_string().contains('\n'), "{answer}");
+    assert!(answer.get("result").is_some() != answer.get("error").is_some(), "{answer}");
+    let asked: Value = serde_json::from_slice(line).unwrap_or_default();
+    assert_eq!(answer.get("id"), Some(asked.get("id").unwrap_or(&Value::Null)));
+}
+
 fn answer(control: &Control, line: &[u8]) -> Value {
+    answer_by(line, |command, arguments| (command.run)(control, arguments))
+}
+
+/// Reads a request, and has its command done by `act`.
+fn answer_by(
+    line: &[u8],
+    act: impl FnOnce(&commands::Command, &Arguments) -> CliResult<Value>,
+) -> Value {
     let request = match serde_json::from_slice(line) {
         Ok(Value::Object(members)) => members,
         Ok(_) => return failed(&Value::Null, &invalid("A request is an object".into())),
@@ -62,17 +85,20 @@ fn answer(control: &Control, line: &[u8]) -> Value {
         }
     };
     let id = request.get("id").cloned().unwrap_or_default();
-    match run(control, &Arguments(request)) {
+    match run(&Arguments(request), act) {
         Ok(result) => json!({ "id": id, "result": result }),
         Err(error) => failed(&id, &error),
     }
 }
 
-fn run(control: &Control, request: &Arguments) -> CliResult<Value> {
+fn run(
+    request: &Arguments,
+    act: impl FnOnce(&commands::Command, &Arguments) -> CliResult<Value>,
+) -> CliResult<Value> {
     request.only(&["id", "command", "arguments"])?;
     let name = request.text("command")?;
     let command = commands::find(name)?;
-    (command.run)(control, &request.members("arguments")?)
+    act(command, &request.members("arguments")?)
 }
 
 fn failed(id: &Value, error: &CliError) -> Value {

@@ -4,6 +4,7 @@ use std::fs::FileType;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
+use lacuna::qcow2::check::is_beyond_repair;
 use lacuna::{Error, ErrorKind};
 
 use crate::args;
@@ -63,8 +64,7 @@ pub(super) fn on_opening(failure: CliError, error: &Error) -> CliError {
         ErrorKind::Corrupt if says("Not a qcow2 image") => {
             failure.with_hint("without -f its format is found out; -f raw takes it as it is")
         }
-        // A repair needs a header that can be read.
-        ErrorKind::Corrupt if says("Header length") => failure
+        ErrorKind::Corrupt if is_beyond_repair(error) => failure
             .with_hint("the beginning of the file is cut off or damaged; only a copy of it helps"),
         _ if error.raw_os_error() == Some(EMFILE) => failure.with_hint(
             "each image of a chain is an open file; `ulimit -n` says how many there may be",

@@ -272,6 +272,13 @@ fn named_data_path<O: Opener>(opener: &O, level: &Level<O::Storage>) -> Result<O
             "Guest data lies in an external data file, but the image does not name it",
         ));
     };
+    // What a guest writes goes there: nowhere but to this host, whoever made the image.
+    if opener.is_remote(name.as_bytes()) {
+        return Err(Error::unsupported(format!(
+            "Data file name: {} leads to a server; only a local file may hold the data of an image",
+            quoted(name.as_bytes())
+        )));
+    }
     let path = resolve(name.as_bytes(), &level.path, opener);
     path.map(Some).map_err(|error| error.context("Data file name"))
 }

@@ -1,7 +1,8 @@
 //! Opening an image: everything the header claims is checked before it is believed.
 
 use super::bitmaps::Bitmaps;
-use super::check::{self, CheckOptions, Repair};
+use super::check::read::read_words;
+use super::check::{self, BeyondRepair, CheckOptions, Repair};
 use super::format::{
     AutoclearFeatures, CompatibleFeatures, Encryption, Header, IncompatibleFeatures, L1Entry,
     Version,
@@ -91,9 +92,12 @@ fn on_discard(header: &Header, options: &OpenOptions) -> OnDiscard {
 pub async fn read_header<S: Storage>(storage: &S) -> Result<Header> {
     let file_bytes = storage.len().await?;
     let peek = read(storage, HostOffset(0), PEEK_BYTES.min(file_bytes)).await?;
-    let cluster_bytes = Header::peek_cluster_bytes(&peek)?;
+    let cluster_bytes = Header::peek_cluster_bytes(&peek).map_err(BeyondRepair::mark)?;
     let bytes = read(storage, HostOffset(0), cluster_bytes.min(file_bytes)).await?;
-    Header::decode(&bytes)
+    Header::decode(&bytes).map_err(|error| match Header::decode_for_check(&bytes) {
+        Ok(_) => error,
+        Err(_) => BeyondRepair::mark(error),
+    })
 }
 
 async fn read<S: Storage>(storage: &S, offset: HostOffset, len: u64) -> Result<Buffer> {
@@ -200,6 +204,9 @@ async fn load_meta<S: Storage>(
     };
     let table =
         words(&parts.storage, HostRange::new(header.refcount_table.offset, table_bytes)).await?;
+    if writable {
+        refuse_outside(header, file_bytes)?;
+    }
     let structures = match writable {
         true => structures(&parts.storage, header, &l1, &table).await?,
         false => Structures::new(geometry.cluster_bits()),
@@ -253,12 +260,33 @@ async fn load_meta<S: Storage>(
     })
 }
 
+/// Refuses to write to an image whose tables would have to be written past the end of its file: what
+/// they said is lost, and the file would become as long as the damaged header says.
+fn refuse_outside(header: &Header, file_bytes: u64) -> Result<()> {
+    let cluster_bytes = header.geometry.cluster_bytes();
+    let end = file_bytes.next_multiple_of(cluster_bytes);
+    let table = header.refcount_table;
+    let table_bytes = u64::from(table.clusters).saturating_mul(cluster_bytes);
+    let refcounts = HostRange::new(table.offset, table_bytes);
+    let outside = |name: &str, range: HostRange| {
+        let is_outside = range.start.0.saturating_add(range.len) > end;
+        is_outside.then(|| {
+            Error::corrupt(format!(
+                "{name} at {} ({} bytes) lies beyond the end of the file at {file_bytes:#x}",
+                range.start, range.len
+            ))
+        })
+    };
+    if let Some(error) = outside("Active L1 table", header.l1.range()) {
+        return Err(BeyondRepair::mark(error));
+    }
+    outside("Refcount table", refcounts).map_or(Ok(()), Err)
+}
+
 /// Reads a table of big-endian words; the header was checked against the format's limits, so the
 /// size is bounded.
 async fn words<S: Storage>(storage: &S, range: HostRange) -> Result<Vec<u64>> {
-    let bytes = read(storage, range.start, range.len).await?;
-    let (words, _) = bytes.as_chunks::<8>();
-    Ok(words.iter().map(|word| u64::from_be_bytes(*word)).collect())
+    read_words(storage, range.start, range.len / 8).await
 }
 
 /// Finds where the metadata lies that no write may hit.

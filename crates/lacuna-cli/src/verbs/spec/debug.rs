@@ -282,6 +282,18 @@ fn rules_in_file(path: &Path) -> CliResult<Vec<Rule>> {
     file.and_then(|mut file| file.read_to_string(&mut text)).map_err(|error| {
         CliError::new(format!("Could not read blkdebug config file: {}", of_host(&error)))
     })?;
+    rules_in_text(&text)
+}
+
+/// For the fuzzer: what is accepted is a rule for each section.
+pub(crate) fn parse_hostile(text: &str) {
+    if let Ok(rules) = rules_in_text(text) {
+        let sections = text.lines().filter(|line| line.trim().starts_with('['));
+        assert_eq!(rules.len(), sections.count(), "{text}");
+    }
+}
+
+fn rules_in_text(text: &str) -> CliResult<Vec<Rule>> {
     let mut sections: Vec<(&str, Keys)> = Vec::new();
     for line in text.lines().map(str::trim) {
         if line.is_empty() || line.starts_with('#') {

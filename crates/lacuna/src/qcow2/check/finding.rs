@@ -160,6 +160,9 @@ pub enum FindingKind {
     SnapshotTableUnusable { at: HostOffset, text: String },
     /// A subcluster is both data and zeros.
     SubclustersInvalid { table: HostOffset, index: u64, offset: HostOffset },
+    /// Most of its entries cannot be entries: a damaged pointer takes something else for a table, and
+    /// a repair does not write to it.
+    TableDoubtful { table: HostOffset },
     /// An L1 or L2 table could not be read; `text` says why.
     TableUnreadable { at: HostOffset, level: u8, text: String },
     /// More unaligned or overlapping tables than are looked at.
@@ -185,6 +188,7 @@ impl FindingKind {
             | Self::SnapshotTableUnusable { .. }
             | Self::SnapshotsOverhanging { .. }
             | Self::SnapshotExtraTooLarge { .. }
+            | Self::TableDoubtful { .. }
             | Self::TableUnreadable { .. }
             | Self::TooManyTables { .. } => FindingClass::Error,
             _ => FindingClass::Corruption,
@@ -242,6 +246,7 @@ impl FindingKind {
             | Self::L2Overlaps { table }
             | Self::PreallocatedUnaligned { table, .. }
             | Self::SubclustersInvalid { table, .. }
+            | Self::TableDoubtful { table }
             | Self::UnallocatedWithSubclusters { table, .. }
             | Self::ZeroFlagReserved { table, .. } => Some(*table),
             Self::L1Unaligned { offset, .. }
@@ -356,6 +361,11 @@ impl FindingKind {
             Self::L2Overlaps { table } => {
                 write!(f, "L2 table at {table} is not written: other metadata lies there")
             }
+            Self::TableDoubtful { table } => write!(
+                f,
+                "Table at {table} is not written: most of it makes no sense as a table, it may be \
+                 something else"
+            ),
             Self::RefcountBlockOutside { index, offset } => {
                 write!(f, "Refcount block {index} at {offset} lies past the end of the file")
             }

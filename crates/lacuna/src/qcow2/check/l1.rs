@@ -21,7 +21,7 @@ impl Survey {
         let l1 = self.header.l1;
         // Decoding the header has bounded the number of entries.
         let entries = u64::from(l1.entries);
-        self.refer_metadata(HostRange::new(l1.offset, entries * 8));
+        self.l1_is_inside = self.refer_metadata(HostRange::new(l1.offset, entries * 8));
         match read_words(storage, l1.offset, entries).await {
             Ok(words) => {
                 self.count_l1(&words, Owner::Active);

@@ -33,8 +33,8 @@ pub use report::{CheckReport, MAX_FINDINGS};
 pub(crate) use survey::Survey;
 
 use super::repair;
-use crate::Result;
 use crate::storage::Storage;
+use crate::{Error, Result};
 
 /// What a check may change.
 ///
@@ -64,6 +64,30 @@ pub enum Repair {
 pub struct CheckOptions {
     /// What may be changed.
     pub repair: Repair,
+}
+
+/// A header in which a check finds no way to the tables either.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BeyondRepair;
+
+impl BeyondRepair {
+    pub(super) fn mark(error: Error) -> Error {
+        error.with_detail(Self)
+    }
+}
+
+/// Says whether an error of opening an image is one at which a check ends as well, so that no repair
+/// helps: the header itself is damaged.
+///
+/// ```
+/// use lacuna::qcow2::{check, read_header};
+/// let storage = lacuna::storage::MemoryStorage::from(&b"QFI\xfb\0\0\0\x03"[..]);
+/// let error = pollster::block_on(read_header(&storage)).unwrap_err();
+/// assert!(check::is_beyond_repair(&error));
+/// ```
+#[must_use]
+pub fn is_beyond_repair(error: &Error) -> bool {
+    error.detail::<BeyondRepair>().is_some()
 }
 
 /// The parts of a check, in order.

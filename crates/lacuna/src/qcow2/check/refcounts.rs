@@ -125,6 +125,8 @@ impl Survey {
             let kind = FindingKind::RefcountBlockShared { index, offset, references };
             self.record_refcount(kind);
         }
+        // Something that goes on past the end of the file claims the place too: it was not counted.
+        self.needs_rebuild |= self.metadata.count(cluster) > 1;
     }
 }
 

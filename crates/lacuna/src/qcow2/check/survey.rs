@@ -34,6 +34,9 @@ pub(crate) struct Survey {
     pub(crate) tables: Tables,
     /// The active L1 table.
     pub(crate) l1: Vec<u64>,
+    /// The active L1 table lies in the file. Otherwise the header is wrong about it, and what looks
+    /// like its entries may be anything.
+    pub(crate) l1_is_inside: bool,
     pub(crate) refcounts: RefcountTable,
     /// Every reference is known. Otherwise a cluster without references may be in use all the
     /// same, so that nothing is freed.
@@ -86,6 +89,7 @@ impl Survey {
             metadata: Census::new(clusters),
             tables: Tables::new(clusters),
             l1: Vec::new(),
+            l1_is_inside: true,
             refcounts: RefcountTable::empty(geometry),
             is_complete: true,
             needs_rebuild: false,
@@ -149,12 +153,11 @@ impl Survey {
     /// Counts references to metadata that is not an L2 table. Returns whether it lies in the file.
     pub(super) fn refer_metadata(&mut self, region: HostRange) -> bool {
         let is_inside = self.refer(region, 1, Mark::None);
-        if is_inside {
-            let first = self.geometry.host_cluster(region.start).0;
-            let end = (region.start.0 + region.len).div_ceil(self.geometry.cluster_bytes());
-            for cluster in first..end {
-                self.metadata.add(cluster);
-            }
+        // Of one that goes on past the end, what is in the file is metadata all the same.
+        let first = self.geometry.host_cluster(region.start).0;
+        let end = region.start.0.saturating_add(region.len);
+        for cluster in first..self.geometry.clusters_for(end.min(self.file_bytes)) {
+            self.metadata.add(cluster);
         }
         is_inside
     }

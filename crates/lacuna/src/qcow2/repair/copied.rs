@@ -6,6 +6,9 @@
 //! | reserved cluster at an offset that is not aligned | the same state without a cluster | it holds no guest data |
 //! | compressed with the copied flag | without | the flag has no meaning there |
 //! | L1 entry with bits but no offset | zero | readers see no table in either |
+//!
+//! * Never: a table is written most of whose entries cannot be entries. Then a damaged pointer takes
+//!   guest data or something else for a table, and whoever mends the pointer wants it as it was.
 
 use super::super::check::copied::entries;
 use super::super::check::l2::Meaning;
@@ -15,9 +18,12 @@ use super::super::check::tables::Tables;
 use super::super::check::{FindingKind, Survey};
 use super::Round;
 use crate::Result;
-use crate::qcow2::format::{L1Entry, L2Entry};
+use crate::qcow2::format::{Geometry, L1Entry, L2Entry};
 use crate::storage::Storage;
 use crate::units::HostOffset;
+
+/// Entries of the L1 table that are put right at once: a table of any length takes little memory.
+const L1_PART: usize = 8192;
 
 /// What is put right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,24 +78,57 @@ impl<S: Storage> Round<'_, S> {
     }
 
     async fn repair_l1(&mut self, scope: Scope, last: &mut Final<'_, S>) -> Result<()> {
-        let old: Vec<u8> = self.survey.l1.iter().flat_map(|word| word.to_be_bytes()).collect();
-        let mut new = old.clone();
-        let mut repaired = Vec::new();
-        for index in 0..self.survey.l1.len() {
-            let entry = L1Entry(self.survey.l1[index]);
-            let Some((right, kind)) = self.right_l1(scope, last, index as u64, entry).await? else {
-                continue;
-            };
-            new[index * 8..index * 8 + 8].copy_from_slice(&right.0.to_be_bytes());
-            repaired.push((index, right, kind));
-        }
         let at = self.survey.header.l1.offset;
-        if repaired.is_empty() || !self.may_write(at, old.len() as u64, 1) {
-            return Ok(());
+        let bytes = self.survey.l1.len() as u64 * 8;
+        let is_believable = self.is_believable_l1();
+        for first in (0..self.survey.l1.len()).step_by(L1_PART) {
+            let rights = self.right_l1_part(scope, last, first).await?;
+            if rights.is_empty() {
+                continue;
+            }
+            if !is_believable || !self.may_write(at, bytes, 1) {
+                self.doubt(at, is_believable);
+                return Ok(());
+            }
+            self.write_l1_part(first, rights).await?;
         }
-        self.write_changes(at, &old, &new).await?;
-        for (index, right, kind) in repaired {
-            self.survey.l1[index] = right.0;
+        Ok(())
+    }
+
+    /// Returns which entries of a part of the L1 table are to be others.
+    async fn right_l1_part(
+        &self,
+        scope: Scope,
+        last: &mut Final<'_, S>,
+        first: usize,
+    ) -> Result<Vec<(usize, L1Entry, FindingKind)>> {
+        let mut rights = Vec::new();
+        for index in first..(first + L1_PART).min(self.survey.l1.len()) {
+            let entry = L1Entry(self.survey.l1[index]);
+            let right = self.right_l1(scope, last, index as u64, entry).await?;
+            rights.extend(right.map(|(right, kind)| (index, right, kind)));
+        }
+        Ok(rights)
+    }
+
+    async fn write_l1_part(
+        &mut self,
+        first: usize,
+        rights: Vec<(usize, L1Entry, FindingKind)>,
+    ) -> Result<()> {
+        let encode = |words: &[u64]| -> Vec<u8> {
+            words.iter().flat_map(|word| word.to_be_bytes()).collect()
+        };
+        let part = first..(first + L1_PART).min(self.survey.l1.len());
+        let mut words = self.survey.l1[part.clone()].to_vec();
+        let old = encode(&words);
+        for (index, right, _) in &rights {
+            words[index - first] = right.0;
+        }
+        let at = self.survey.header.l1.offset + first as u64 * 8;
+        self.write_changes(at, &old, &encode(&words)).await?;
+        self.survey.l1[part].copy_from_slice(&words);
+        for (_, _, kind) in rights {
             self.report.record_repaired(kind, 1);
         }
         Ok(())
@@ -149,7 +188,12 @@ impl<S: Storage> Round<'_, S> {
             };
             changes.extend(change);
         }
-        if changes.is_empty() || !self.may_write(at, geometry.cluster_bytes(), 0) {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        let is_believable = self.is_believable_l2(&old);
+        if !is_believable || !self.may_write(at, geometry.cluster_bytes(), 0) {
+            self.doubt(at, is_believable);
             return Ok(());
         }
         let mut new = old.to_vec();
@@ -175,6 +219,43 @@ impl<S: Storage> Round<'_, S> {
             self.survey.report.record(FindingKind::L2Overlaps { table: at }, 1);
         }
         free
+    }
+
+    fn doubt(&mut self, table: HostOffset, is_believable: bool) {
+        if !is_believable {
+            self.survey.report.record(FindingKind::TableDoubtful { table }, 1);
+        }
+    }
+
+    fn is_believable_l1(&self) -> bool {
+        let Survey { geometry, file_bytes, .. } = &*self.survey;
+        let tables = self.survey.l1.iter().filter(|word| **word != 0);
+        is_believable(tables.map(|word| {
+            let entry = L1Entry(*word);
+            let lies_right = |at: HostOffset| geometry.is_aligned(at.0) && at.0 < *file_bytes;
+            !entry.has_reserved_bits() && entry.table().is_none_or(lies_right)
+        }))
+    }
+
+    fn is_believable_l2(&self, table: &[u8]) -> bool {
+        let found = entries(table, self.survey.geometry.entry_width());
+        is_believable(found.map(|(_, entry)| self.could_be_entry(entry)))
+    }
+
+    fn could_be_entry(&self, entry: L2Entry) -> bool {
+        let survey = &*self.survey;
+        let geometry = &survey.geometry;
+        match survey.meaning(entry) {
+            Meaning::Compressed => entry
+                .with_copied(false)
+                .compressed_run(geometry)
+                .is_some_and(|run| run.range().start.0 < survey.file_bytes),
+            Meaning::Allocated(host) => {
+                let is_inside = survey.has_data_file() || host.0 < survey.file_bytes;
+                geometry.is_aligned(host.0) && is_inside && !has_strange_bits(entry, geometry)
+            }
+            Meaning::Nothing => !has_strange_bits(entry, geometry),
+        }
     }
 
     fn right_otherwise(&self, table: HostOffset, index: u64, entry: L2Entry) -> Option<Change> {
@@ -222,4 +303,21 @@ impl<S: Storage> Round<'_, S> {
         let kind = FindingKind::CopiedData { table, index, entry: entry.word, refcount };
         Ok((right != entry).then_some(Change { index, entry: right, kind }))
     }
+}
+
+fn has_strange_bits(entry: L2Entry, geometry: &Geometry) -> bool {
+    entry.without_zero_flag().has_reserved_bits(geometry)
+}
+
+/// Says whether something is a table, by which of its entries could be right: half of them, or all
+/// but one.
+fn is_believable(entries: impl Iterator<Item = bool>) -> bool {
+    let (mut right, mut wrong) = (0_u64, 0_u64);
+    for could_be_right in entries {
+        match could_be_right {
+            true => right += 1,
+            false => wrong += 1,
+        }
+    }
+    wrong <= right.max(1)
 }

@@ -16,6 +16,8 @@
 //!   right. So no state in between lets a writer free a cluster that somebody refers to.
 //! * Always: where not every reference is known (damaged pointers, unreadable tables), refcounts
 //!   are only raised: what looks leaked may be what the damaged pointer meant.
+//! * Never: anything is written where the header puts the active L1 table past the end of the file:
+//!   what the disk is made of is not known then.
 //! * Never: a snapshot or a bitmap is dropped to make the report clean (D.1-66). A table is never
 //!   written where other metadata lies.
 
@@ -70,7 +72,7 @@ pub(crate) async fn repair<S: Storage>(
     }
     for round in 0..ROUNDS {
         listener(Progress { phase: Phase::Repair, done: round, total: ROUNDS });
-        if survey.report.is_clean() || survey.io_failed {
+        if survey.report.is_clean() || survey.io_failed || !survey.l1_is_inside {
             break;
         }
         let mut round = Round {
@@ -90,6 +92,8 @@ pub(crate) async fn repair<S: Storage>(
         if !round.wrote {
             break;
         }
+        // Two of them would take twice the memory.
+        drop(survey);
         survey = Survey::make(storage, listener).await?;
     }
     clear_bits(storage, &survey).await?;

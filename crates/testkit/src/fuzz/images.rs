@@ -1,0 +1,239 @@
+//! Images made by choices, damaged by choices, and used by choices.
+//!
+//! * Always: a repair leaves no more wrong than there was, and what could be read, cluster by cluster
+//!   and in every snapshot that could, reads the same afterwards.
+//! * Always: what is done to an image stays within the file that it had and what was asked for.
+
+use std::sync::Arc;
+
+use lacuna::Result;
+use lacuna::block::Layer;
+use lacuna::buffer::Buffer;
+use lacuna::qcow2::check::{CheckOptions, CheckReport, Repair, check};
+use lacuna::qcow2::{Access, Image, OpenOptions, Parts, Shrink};
+use lacuna::storage::{MemoryStorage, Storage};
+use lacuna::units::{GuestOffset, GuestRange};
+use pollster::block_on;
+
+use super::choices::Choices;
+use super::recipe::{Recipe, operation};
+use crate::{AfterDiscard, ModelDisk, Operation, Rules, content};
+
+type Memory = Arc<MemoryStorage>;
+
+/// Operations done at most.
+const OPERATIONS: usize = 48;
+/// By how much a file may grow that a damaged image is in, beyond what is written: tables of all kinds
+/// have at most 8 MiB here, and may be made anew.
+const GROWTH: u64 = 64 << 20;
+
+/// Takes choices of an image and of damage: opens, reads, maps, checks and repairs it.
+///
+/// # Panics
+/// If a repair makes anything worse, or a check writes.
+pub fn damaged_image(data: &[u8]) {
+    let mut choices = Choices::new(data);
+    let recipe = Recipe::choose(&mut choices);
+    let repair = *choices.pick(&[Repair::All, Repair::All, Repair::Leaks]);
+    let mut file = recipe.file();
+    let found = report(&memory(&file), Repair::None).expect("a valid image is checked");
+    assert!(found.is_clean(), "the recipe makes valid images: {found:?}");
+    recipe.damage(&mut file, &mut choices);
+    repaired(&recipe, &file, repair);
+}
+
+fn memory(file: &[u8]) -> Memory {
+    Arc::new(MemoryStorage::from(file))
+}
+
+fn report(storage: &Memory, repair: Repair) -> Result<CheckReport> {
+    block_on(check(storage, &CheckOptions { repair }, &mut |_| ()))
+}
+
+fn open(storage: &Memory, access: Access) -> Result<Image<Memory>> {
+    block_on(Image::open(Parts::alone(Arc::clone(storage)), OpenOptions::new(access)))
+}
+
+fn repaired(recipe: &Recipe, file: &[u8], repair: Repair) {
+    let storage = memory(file);
+    let readable = guest(&storage, recipe);
+    let found = report(&storage, Repair::None);
+    assert!(storage.to_vec() == file, "reading and checking write nothing");
+    let Ok(found) = found else { return };
+    let Ok(done) = report(&storage, repair) else { return };
+    let after = storage.to_vec();
+    assert!(after.len() as u64 <= file.len() as u64 + GROWTH, "the file grows to {}", after.len());
+    let left = report(&storage, Repair::None).expect("it could be checked before");
+    assert!(left.corruptions <= found.corruptions, "more corruptions: {found:?} {left:?}");
+    assert!(left.check_errors <= found.check_errors, "more errors: {found:?} {left:?}");
+    assert_eq!((done.corruptions, done.leaks), (left.corruptions, left.leaks), "what is left");
+    for (index, (read, now)) in readable.iter().zip(&guest(&storage, recipe)).enumerate() {
+        let is_same = read.as_ref().is_none_or(|read| {
+            now.as_ref() == Some(read) || shows_metadata(read, file, &after, recipe)
+        });
+        assert!(is_same, "cluster {index} reads otherwise after the repair");
+    }
+}
+
+/// Says whether guest bytes are a part of the file that the repair has changed: a damaged entry may
+/// show tables.
+fn shows_metadata(read: &[u8], before: &[u8], after: &[u8], recipe: &Recipe) -> bool {
+    let cluster = recipe.cluster_bytes as usize;
+    let mut clusters = before.chunks(cluster).zip(after.chunks(cluster));
+    clusters.any(|(old, new)| old != new && (old.starts_with(read) || old == read))
+}
+
+/// What can be read of the disk, by clusters.
+fn guest(storage: &Memory, recipe: &Recipe) -> Vec<Option<Vec<u8>>> {
+    let Ok(image) = open(storage, Access::ReadOnly) else { return Vec::new() };
+    let size_bytes = image.size_bytes().min(recipe.size_bytes);
+    maps(&image, size_bytes);
+    let starts = (0..size_bytes).step_by(recipe.cluster_bytes as usize);
+    let read = |start: u64| {
+        let len = recipe.cluster_bytes.min(size_bytes - start);
+        read(&image, GuestRange::new(GuestOffset(start), len)).ok()
+    };
+    starts.map(read).collect()
+}
+
+fn read(image: &Image<Memory>, range: GuestRange) -> Result<Vec<u8>> {
+    let (result, bytes) = block_on(image.read(range.start, Buffer::new(range.len as usize)));
+    result.map(|()| bytes.to_vec())
+}
+
+/// Extents make headway, stay in what was asked, and claim no zeros over anything else.
+fn maps(image: &Image<Memory>, size_bytes: u64) {
+    let mut rest = GuestRange::new(GuestOffset(0), size_bytes);
+    while !rest.is_empty() {
+        let Ok(extents) = block_on(image.extents(rest)) else { return };
+        let len: u64 = extents.iter().map(|extent| extent.range.len).sum();
+        assert!(len > 0 && len <= rest.len, "extents make headway and stay in the range");
+        for extent in extents.iter().filter(|extent| extent.status.reads_zero) {
+            let bytes = read(image, extent.range);
+            assert!(bytes.is_ok_and(|bytes| bytes.iter().all(|byte| *byte == 0)), "{extent:?}");
+        }
+        rest = GuestRange::new(rest.start + len, rest.len - len);
+    }
+}
+
+/// Takes choices of an image and of operations, and holds them against the model disk.
+///
+/// # Panics
+/// If anything reads otherwise than written, or the image is not sound in the end.
+pub fn operations(data: &[u8]) {
+    let mut choices = Choices::new(data);
+    let recipe = Recipe::choose(&mut choices);
+    let storage = memory(&recipe.file());
+    let mut image = open(&storage, Access::ReadWrite).expect("a valid image opens");
+    let mut model = model(&recipe);
+    for _ in 0..OPERATIONS {
+        if choices.is_over() {
+            break;
+        }
+        let next = operation(&mut choices, model.size_bytes(), recipe.cluster_bytes);
+        if next == Operation::Reopen {
+            block_on(image.close()).expect("nothing keeps it from closing");
+            image = open(&storage, Access::ReadWrite).expect("what was closed opens");
+            continue;
+        }
+        // Refused as a whole: a size that this image cannot have, or space that refcounts cannot count.
+        if perform(&image, &next).is_ok() {
+            settle(&image, &mut model, &next).unwrap_or_else(|wrong| panic!("{next:?}: {wrong}"));
+        } else {
+            let refusable = matches!(next, Operation::Resize { .. });
+            assert!(refusable, "{next:?} failed: {:?}", perform(&image, &next));
+        }
+    }
+    block_on(model.verify(&image)).unwrap_or_else(|wrong| panic!("{wrong}"));
+    block_on(image.close()).expect("nothing keeps it from closing");
+    let report = report(&storage, Repair::None).expect("nothing keeps it from being checked");
+    assert!(report.is_clean(), "{report:?}");
+    let image = open(&storage, Access::ReadOnly).expect("what was closed opens");
+    block_on(model.verify(&image)).unwrap_or_else(|wrong| panic!("opened again: {wrong}"));
+}
+
+fn model(recipe: &Recipe) -> ModelDisk {
+    let rules = Rules {
+        cluster_bytes: recipe.cluster_bytes,
+        after_discard: AfterDiscard::Zeros,
+        zero_is_kept: recipe.version == 3,
+        starts_unallocated: true,
+    };
+    let mut model = ModelDisk::new(rules, recipe.size_bytes, None);
+    let whole = GuestRange::new(GuestOffset(0), recipe.size_bytes);
+    model.adopt(whole, &recipe.guest.read_vec(0, recipe.size_bytes as usize));
+    model
+}
+
+fn perform(image: &Image<Memory>, operation: &Operation) -> Result<()> {
+    let bytes = |seed, range| Buffer::from(&content(seed, range)[..]);
+    block_on(async {
+        match *operation {
+            Operation::Read(range) => read(image, range).map(drop),
+            Operation::Write { range, seed, flags } => {
+                image.write(range.start, bytes(seed, range), flags).await.0
+            }
+            Operation::WriteCompressed { range, seed } => {
+                image.write_compressed(range.start, bytes(seed, range)).await.0
+            }
+            Operation::WriteZeroes { range, flags } => image.write_zeroes(range, flags).await,
+            Operation::Discard { range, mode } => image.discard(range, mode).await,
+            Operation::Flush => image.flush().await,
+            Operation::Resize { size_bytes } => image.resize(size_bytes, Shrink::Allow).await,
+            Operation::Reopen => Ok(()),
+        }
+    })
+}
+
+fn settle(
+    image: &Image<Memory>,
+    model: &mut ModelDisk,
+    operation: &Operation,
+) -> Result<(), String> {
+    match *operation {
+        Operation::Read(range) => {
+            let seen = read(image, range).map_err(|error| error.to_string())?;
+            model.compare(range, &seen)?;
+        }
+        Operation::Discard { range, mode } => {
+            let seen = read(image, range).map_err(|error| error.to_string())?;
+            model.settle_discard(range, mode, &seen)?;
+        }
+        _ => {}
+    }
+    model.apply(operation);
+    Ok(())
+}
+
+/// Takes choices of an image, of damage and of operations: whatever they come to, it ends, and the
+/// file stays within bounds.
+///
+/// # Panics
+/// If the file grows without a reason.
+pub fn damaged_operations(data: &[u8]) {
+    let mut choices = Choices::new(data);
+    let recipe = Recipe::choose(&mut choices);
+    let mut file = recipe.file();
+    recipe.damage(&mut file, &mut choices);
+    let storage = memory(&file);
+    let Ok(mut image) = open(&storage, Access::ReadWrite) else { return };
+    let mut asked = 0;
+    for _ in 0..OPERATIONS {
+        if choices.is_over() {
+            break;
+        }
+        let size_bytes = image.size_bytes().min(1 << 40);
+        let next = operation(&mut choices, size_bytes, recipe.cluster_bytes);
+        if next == Operation::Reopen {
+            drop(block_on(image.close()));
+            let Ok(again) = open(&storage, Access::ReadWrite) else { break };
+            image = again;
+            continue;
+        }
+        asked += next.range().map_or(0, |range| range.len + 2 * recipe.cluster_bytes);
+        drop(perform(&image, &next));
+    }
+    let len = block_on(storage.len()).expect("memory has a length");
+    let most = file.len() as u64 + GROWTH + 2 * asked;
+    assert!(len <= most, "{len} bytes in the file, {most} would have been enough");
+}
