@@ -56,6 +56,7 @@ pub fn run_os(words: Vec<OsString>) -> u8 {
     let program = words.first().map_or_else(String::new, |word| word.display().to_string());
     let tool = Tool::from_argv0(&program);
     descriptors::allow_enough();
+    descriptors::survive_long_files();
     match words.into_iter().map(OsString::into_string).collect::<Result<Vec<_>, _>>() {
         Ok(words) => run(words),
         Err(word) => verbs::refuse_word(&tool, &word),

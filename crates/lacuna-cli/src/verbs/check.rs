@@ -86,7 +86,7 @@ fn run(tool: &Tool, parsed: &Parsed) -> CliResult<u8> {
     }
     let meter = Meter::new(tool, parsed, "check")?.counting("tables");
     let report =
-        checked(&storage, repair, meter).map_err(|error| failed(tool, &request, repair, &error))?;
+        checked(&storage, repair, meter).map_err(|error| failed(tool, &request, &error))?;
     show(tool, &report, parsed.has("quiet"), form, &request)?;
     Ok(exit_code(&report))
 }
@@ -166,16 +166,14 @@ pub(super) const fn phase(phase: engine::Phase) -> &'static str {
 }
 
 /// What keeps the check from beginning is a matter of opening; later it is the check that failed.
-fn failed(tool: &Tool, request: &Request, repair: Repair, error: &lacuna::Error) -> CliError {
+fn failed(tool: &Tool, request: &Request, error: &lacuna::Error) -> CliError {
     match error.kind() {
         ErrorKind::Corrupt | ErrorKind::Unsupported => {
             let reason = open::reason(tool, &request.image, error);
             // Without the hint to check it.
             open::cannot_open(&request.image.shown, CliError::new(reason.text()))
         }
-        _ if repair != Repair::None || !tool.is_own() => {
-            CliError::new(format!("Check failed: {}", errno_words(error)))
-        }
+        _ if !tool.is_own() => CliError::new(format!("Check failed: {}", errno_words(error))),
         _ => CliError::from(error.clone()).under("Check failed"),
     }
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::open::{self, FileChain, Request};
 use super::{Example, Form, Task, Verb, common, form, info, one_image};
 use crate::args::{Flag, Parsed};
-use crate::error::{CliError, CliResult};
+use crate::error::{CliError, CliResult, MAKE_ROOM, errno_words, sentence};
 use crate::options::{self, Asked, Given};
 use crate::output;
 use crate::persona::{Persona, Tool};
@@ -139,6 +139,13 @@ fn failure(action: &str, error: &Error) -> CliError {
         ("apply", ErrorKind::NotFound) => "Failed to load snapshot: No such file or directory",
         ("apply", ErrorKind::Unsupported) => "Failed to load snapshot: Operation not supported",
         (_, ErrorKind::InvalidRequest) => "Invalid argument",
+        // The host's, not the refcounts'.
+        (_, ErrorKind::NoSpace) if error.raw_os_error().is_some() => {
+            return CliError::new(errno_words(error))
+                .in_our_words(sentence(error))
+                .with_class(ErrorKind::NoSpace)
+                .with_hint(MAKE_ROOM);
+        }
         (_, ErrorKind::NoSpace) => "File too large",
         (_, ErrorKind::Unsupported) => "Operation not supported",
         _ => return CliError::from(error.clone()),
