@@ -34,4 +34,5 @@ mod scene;
 mod sharing;
 mod sharing_rules;
 mod sharing_stock;
+mod shorter_table;
 mod sweeping;
