@@ -5,7 +5,7 @@
 //! (short, never across an await), then the header (likewise).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
@@ -89,6 +89,8 @@ pub(super) struct Inner<S> {
     pub(super) flushes_asked: AtomicU64,
     pub(super) flushes_done: AtomicU64,
     pub(super) write_backs: AtomicU64,
+    /// How many wait for a moment without requests.
+    pub(super) waiting_to_be_alone: AtomicUsize,
 }
 
 impl<S: Storage> Release for Inner<S> {
@@ -144,6 +146,7 @@ impl<S: Storage> Image<S> {
             flushes_asked: AtomicU64::new(0),
             flushes_done: AtomicU64::new(0),
             write_backs: AtomicU64::new(0),
+            waiting_to_be_alone: AtomicUsize::new(0),
         }))
     }
 

@@ -30,6 +30,7 @@ impl<S: Storage> Layer for Image<S> {
     }
 
     async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
+        self.give_way().await;
         self.write_guest(offset, buffer, flags).await
     }
 
@@ -38,14 +39,17 @@ impl<S: Storage> Layer for Image<S> {
     }
 
     async fn copy_from(&self, offset: GuestOffset, source: HostSource) -> Result<()> {
+        self.give_way().await;
         self.copy_guest(offset, source).await
     }
 
     async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+        self.give_way().await;
         self.zero_guest(range, flags).await
     }
 
     async fn discard(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
+        self.give_way().await;
         self.discard_guest(range, mode).await
     }
 

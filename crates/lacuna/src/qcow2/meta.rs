@@ -10,9 +10,7 @@ use std::sync::Weak;
 use smallvec::SmallVec;
 
 use super::bitmaps::Bitmaps;
-use super::format::{
-    AutoclearFeatures, CompressedRun, Geometry, Header, L1Entry, L2Entry, Version,
-};
+use super::format::{AutoclearFeatures, CompressedRun, Geometry, L1Entry, L2Entry, Version};
 use super::history::Readers;
 use super::in_flight::{InFlight, Token};
 use super::mapping::{DataPlace, Decoder, Mapping, Run};
@@ -123,6 +121,8 @@ pub(super) struct Meta {
     /// Maps of snapshots that somebody has.
     pub(super) snapshot_maps: Vec<Weak<SnapshotMap>>,
     pub(super) readers: Readers,
+    /// How often all tables were replaced at once.
+    pub(super) histories: u64,
 }
 
 /// Where the entry of a guest byte lies.
@@ -568,28 +568,6 @@ impl Meta {
                 self.quarantine.push(freed, 1);
             }
         }
-    }
-
-    /// Goes by other tables, all of which storage has, instead of those in memory.
-    pub(super) fn go_by(
-        &mut self,
-        header: &Header,
-        l1: Vec<L1Entry>,
-        refcounts: Vec<u64>,
-        structures: Structures,
-        file_bytes: u64,
-    ) {
-        self.size_bytes = header.size_bytes / 512 * 512;
-        self.claims = header.zero_claims();
-        self.l1 = L1Table::new(l1, header.l1.offset);
-        self.l2.forget_all();
-        self.loaded_table = None;
-        self.refcounts.go_by(refcounts, header.refcount_table, file_bytes);
-        self.structures = structures;
-        self.pins = Pins::default();
-        let end = file_bytes.next_multiple_of(self.geometry().cluster_bytes());
-        self.zero_from = self.zero_from.max(HostOffset(end));
-        self.doubt_zero_cluster();
     }
 
     /// Says whether zero flags exist (version 3; 001-5).

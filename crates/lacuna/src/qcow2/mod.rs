@@ -49,6 +49,7 @@ mod refcounts;
 mod rename_backing;
 mod repair;
 mod resize;
+mod right_of_way;
 mod same_entries;
 mod sharing;
 mod snapshot;

@@ -257,6 +257,7 @@ async fn load_meta<S: Storage>(
         moves_snapshots: false,
         snapshot_maps: Vec::new(),
         readers: Readers::default(),
+        histories: 0,
     })
 }
 

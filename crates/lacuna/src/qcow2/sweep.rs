@@ -39,6 +39,7 @@ impl<S: Storage> Image<S> {
         .await?;
         let mut swept = Swept::default();
         for run in self.zero_units(range).await? {
+            self.give_way().await;
             self.sweep_run(run, &mut swept).await?;
         }
         Ok(swept)

@@ -203,6 +203,7 @@ impl<S: Storage> Image<S> {
         buffer: Buffer,
         stream: Option<Stream>,
     ) -> Transfer {
+        self.give_way().await;
         let range = GuestRange::new(offset, buffer.len() as u64);
         let stream = stream.map(|stream| stream.for_encoder(&self.encoder())).transpose();
         match self.check_compressible(range).and(stream) {

@@ -25,6 +25,7 @@ mod history;
 mod kept_mapping;
 mod live_compacting;
 mod live_extents;
+mod live_history;
 mod point_crash;
 mod points;
 mod qemu_differential;

@@ -362,6 +362,7 @@ fn points_come_and_hold_beside_threads_that_never_stop_writing() {
             let (random, is_over, disk) = (random.split(), &is_over, &disk);
             scope.spawn(move || write_all_over(disk, random, is_over));
         }
+        let over = OverAtEnd(&is_over);
         for round in 0..12 {
             let content = whole_content(disk.below());
             let added = disk.add(memory(), PointOptions::default(), content);
@@ -370,8 +371,17 @@ fn points_come_and_hold_beside_threads_that_never_stop_writing() {
                 assert!(block_on(whole_content(&point)).unwrap() == content, "round {round}");
             }
         }
-        is_over.store(true, Ordering::Relaxed);
+        drop(over);
     });
+}
+
+/// Has threads end, also where the test fails.
+struct OverAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for OverAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 fn pattern(disk: &impl Layer, start: u64, len: usize, byte: u8) -> lacuna::Result<()> {

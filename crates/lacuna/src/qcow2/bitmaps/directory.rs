@@ -87,7 +87,7 @@ impl<S: Storage> Image<S> {
     pub(in crate::qcow2) async fn still(&self, range: GuestRange) -> Result<Still<'_>> {
         let edits = self.0.bitmap_edits.lock().await;
         // Before the turn: a request that runs may be waiting for it.
-        let exclusion = self.exclude_others(range).await?;
+        let exclusion = self.be_alone(range).await?;
         let turn = self.0.bitmap_turn.lock().await;
         if self.0.meta.lock().closed {
             return Err(Error::invalid("The image was closed"));

@@ -183,7 +183,7 @@ impl<S: Storage> Image<S> {
     /// Waits until no change of the disk is under way.
     async fn wait_for_changes(&self) -> Result<()> {
         let everything = GuestRange::new(GuestOffset(0), MAX_SIZE_BYTES);
-        self.exclude_others(everything).await.map(drop)
+        self.be_alone(everything).await.map(drop)
     }
 
     async fn frozen_bits(&self, entry: &BitmapEntry) -> Result<FrozenBitmap> {

@@ -24,6 +24,9 @@ use crate::qcow2::format::{
     SnapshotTableLocation, Version,
 };
 use crate::qcow2::image::Image;
+use crate::qcow2::meta::{L1Table, Meta};
+use crate::qcow2::overlap::Structures;
+use crate::qcow2::sharing::Pins;
 use crate::qcow2::snapshots;
 use crate::storage::Storage;
 use crate::units::{HostOffset, HostRange};
@@ -311,6 +314,31 @@ impl<'a, S: Storage> Change<'a, S> {
         }
         image.recall_zero_cluster_again().await;
         Ok(())
+    }
+}
+
+impl Meta {
+    /// Goes by other tables, all of which storage has, instead of those in memory.
+    fn go_by(
+        &mut self,
+        header: &Header,
+        l1: Vec<L1Entry>,
+        refcounts: Vec<u64>,
+        structures: Structures,
+        file_bytes: u64,
+    ) {
+        self.size_bytes = header.size_bytes / 512 * 512;
+        self.claims = header.zero_claims();
+        self.l1 = L1Table::new(l1, header.l1.offset);
+        self.l2.forget_all();
+        self.loaded_table = None;
+        self.refcounts.go_by(refcounts, header.refcount_table, file_bytes);
+        self.structures = structures;
+        self.pins = Pins::default();
+        let end = file_bytes.next_multiple_of(self.geometry().cluster_bytes());
+        self.zero_from = self.zero_from.max(HostOffset(end));
+        self.doubt_zero_cluster();
+        self.histories += 1;
     }
 }
 

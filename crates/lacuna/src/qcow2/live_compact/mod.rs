@@ -8,6 +8,8 @@
 //!
 //! * Always: content stays what it is, so that bitmaps are not told.
 //! * Never: something moves to which not every pointer was found.
+//! * Always: snapshots stay as they are within a step. Where they change between two, the pass begins
+//!   anew: their tables, and the disk's, are others then.
 //! * Not moved: refcount blocks and table, and what bitmaps have. What of it lies at the end keeps the
 //!   file long; it is said.
 
@@ -30,6 +32,7 @@ use super::image::Image;
 use super::options::OnDiscard;
 use super::sharing::Relocated;
 use super::write_back::Refcounting;
+use crate::buffer::Hold;
 use crate::storage::Storage;
 use crate::{Error, ErrorKind, Result};
 
@@ -76,6 +79,8 @@ pub struct LiveCompaction<S: Storage> {
     state: State,
     done: LiveCompacted,
     pass: u32,
+    /// What [`Meta::histories`] was when this pass began.
+    history: u64,
     /// Whether the last pass moved something.
     moved_any: bool,
     /// Nothing comes after the next cut.
@@ -114,6 +119,7 @@ impl<S: Storage> LiveCompaction<S> {
                 state: State::Begin,
                 done: LiveCompacted::default(),
                 pass: 0,
+                history: 0,
                 moved_any: true,
                 is_last: false,
                 moved: 0,
@@ -190,14 +196,27 @@ impl<S: Storage> LiveCompaction<S> {
         self.pass += 1;
         (self.moved_any, self.moved, self.total) = (false, 0, self.done.left_bytes);
         let _pins_stay = self.image.begin_pinning().await?;
+        self.history = self.image.0.meta.lock().histories;
         let others = self.image.other_tables().await?;
         let walk = Walk::new(counted.goal, self.options.memory_bytes, others);
         self.state = State::Walk(Box::new(walk));
         Ok(())
     }
 
-    async fn walk(&mut self, mut walk: Box<Walk>) -> Result<u64> {
+    /// Keeps pins and snapshots as they are while the hold lives. Nothing where snapshots have changed
+    /// since the pass began: it begins anew then.
+    async fn go_on(&mut self) -> Result<Option<Hold>> {
         let pins_stay = self.image.begin_pinning().await?;
+        if self.image.0.meta.lock().histories == self.history {
+            return Ok(Some(pins_stay));
+        }
+        (self.pass, self.moved_any) = (self.pass - 1, true);
+        self.state = State::Count(Count::default());
+        Ok(None)
+    }
+
+    async fn walk(&mut self, mut walk: Box<Walk>) -> Result<u64> {
+        let Some(pins_stay) = self.go_on().await? else { return Ok(0) };
         let walked = self.image.walk_on(&mut walk, self.options.slice_bytes).await?;
         drop(pins_stay);
         self.settle(walked).await?;
@@ -209,7 +228,7 @@ impl<S: Storage> LiveCompaction<S> {
     }
 
     async fn streams(&mut self, mut streams: Box<Streams>) -> Result<u64> {
-        let pins_stay = self.image.begin_pinning().await?;
+        let Some(pins_stay) = self.go_on().await? else { return Ok(0) };
         let walked = self.image.move_streams(&mut streams, self.options.slice_bytes).await?;
         drop(pins_stay);
         self.settle(walked).await?;
@@ -222,7 +241,7 @@ impl<S: Storage> LiveCompaction<S> {
 
     /// Moves tables, as no entry is known any more by where its table lies.
     async fn tables(&mut self, mut holes: Holes, mut index: usize) -> Result<u64> {
-        let pins_stay = self.image.begin_pinning().await?;
+        let Some(pins_stay) = self.go_on().await? else { return Ok(0) };
         if index == 0 {
             self.image.drop_unused_pins_held().await?;
         }
@@ -259,7 +278,7 @@ impl<S: Storage> LiveCompaction<S> {
 
     /// Moves tables of snapshots, some at a time.
     async fn snapshots(&mut self, holes: Holes) -> Result<u64> {
-        let pins_stay = self.image.begin_pinning().await?;
+        let Some(pins_stay) = self.go_on().await? else { return Ok(0) };
         let clusters = self.image.move_snapshots(&holes).await?;
         let moved_bytes = clusters * self.image.geometry().cluster_bytes();
         // Until storage has it, nobody is to look for them there.

@@ -29,6 +29,7 @@ const ENTRIES_AT_ONCE: u64 = 512;
 impl<S: Storage> Image<S> {
     /// Waits until nobody else changes pins, and keeps it so while the hold lives.
     pub(in crate::qcow2) async fn begin_pinning(&self) -> Result<Hold> {
+        self.give_way().await;
         let begin = |meta: &mut Meta| {
             meta.before_metadata_change()?;
             if meta.gate.dirty_bit {

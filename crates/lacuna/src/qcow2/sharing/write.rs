@@ -27,6 +27,7 @@ impl<S: Storage> Image<S> {
         bytes: &[u8],
         like: GuestCluster,
     ) -> Result<bool> {
+        self.give_way().await;
         let geometry = self.geometry();
         let (guest, like) = (geometry.guest_offset(guest), geometry.guest_offset(like));
         let range = GuestRange::new(guest, geometry.cluster_bytes());
