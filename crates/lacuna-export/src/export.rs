@@ -263,6 +263,10 @@ impl<D: ServedDisk> Export<D> {
         if crowd.is_retired {
             return Err(Refusal::Unknown);
         }
+        if crowd.is_kept_out {
+            let text = format!("Export {} is being changed; try again in a moment", self.name);
+            return Err(Refusal::Policy(text));
+        }
         if most != 0 && crowd.clients.now >= most {
             let text = format!("Export {} has its {most} clients already", self.name);
             return Err(Refusal::Policy(text));
@@ -279,6 +283,29 @@ impl<D: ServedDisk> Export<D> {
     /// Lets no client in any more. Those that are there stay.
     pub fn retire(&self) {
         self.clients.lock().is_retired = true;
+    }
+
+    /// Lets no client in as long as what is returned lives. Nothing where some are there, or somebody else
+    /// does the same.
+    ///
+    /// ```
+    /// # use std::sync::Arc;
+    /// # use lacuna::{raw::Raw, storage::MemoryStorage};
+    /// # use lacuna_export::{Export, ExportOptions, Plain};
+    /// # let disk = pollster::block_on(Raw::create(MemoryStorage::new(), 1 << 20))?;
+    /// let export = Arc::new(Export::new("root", Plain(disk), ExportOptions::default())?);
+    /// let empty = export.keep_out().unwrap();
+    /// // Nobody sees what happens to the disk here.
+    /// drop(empty);
+    /// # Ok::<_, lacuna::Error>(())
+    /// ```
+    pub fn keep_out(self: &Arc<Self>) -> Option<Empty<D>> {
+        let mut crowd = self.clients.lock();
+        if crowd.clients.now > 0 || crowd.is_kept_out {
+            return None;
+        }
+        crowd.is_kept_out = true;
+        Some(Empty(Arc::clone(self)))
     }
 
     /// Waits until no client is left, at most for so long; says whether it came to that.
@@ -303,6 +330,18 @@ impl<D: ServedDisk> Export<D> {
 struct Crowd {
     clients: Clients,
     is_retired: bool,
+    /// For a moment.
+    is_kept_out: bool,
+}
+
+/// An export that no client has, and none gets; made by [`Export::keep_out`], with an example there.
+#[derive(Debug)]
+pub struct Empty<D>(Arc<Export<D>>);
+
+impl<D> Drop for Empty<D> {
+    fn drop(&mut self) {
+        self.0.clients.lock().is_kept_out = false;
+    }
 }
 
 /// A client's place at an export, given back when it leaves.

@@ -48,7 +48,7 @@ mod tls;
 
 pub use address::{Address, Listener, remove_stale};
 pub use disk::{DirtyRun, Plain, ServedDisk};
-pub use export::{Clients, Export, ExportOptions, Statistics};
+pub use export::{Clients, Empty, Export, ExportOptions, Statistics};
 pub use exports::Exports;
 pub use facts::LayerBitmaps;
 pub use population::Connection;

@@ -127,7 +127,7 @@ impl Points {
         asked.map(|kept| kept.value()).collect()
     }
 
-    /// Refuses to remove an export that a point needs, or is.
+    /// Refuses what ends the disk of an export, as it is, where a point needs it, or is it.
     pub(super) fn refuse_removal(&self, export: &Exported) -> CliResult<()> {
         if export.disk().as_point().is_some() {
             return Err(of_a_point(export));
@@ -142,6 +142,17 @@ impl Points {
             .with_class(ErrorKind::Busy)
             .with_hint("`lacuna ctl point --remove` takes it away")),
         }
+    }
+
+    /// Does something to a disk of which there is no point, nor comes to be one meanwhile.
+    pub(super) fn without<T>(
+        &self,
+        export: &Exported,
+        work: impl FnOnce() -> CliResult<T>,
+    ) -> CliResult<T> {
+        let _turn = self.turn();
+        self.refuse_removal(export)?;
+        work()
     }
 
     /// Keeps guests waiting no more.

@@ -15,7 +15,7 @@ use super::{Example, Form, Task, Verb, common, form};
 use crate::args::{Flag, Parsed};
 use crate::control::Conversation;
 use crate::control::commands::{self, Command};
-use crate::control::commands::{OF_EXPORTS, OF_POINTS};
+use crate::control::commands::{OF_EXPORTS, OF_POINTS, OF_SNAPSHOTS};
 use crate::error::{CliError, CliResult};
 use crate::output;
 use crate::persona::Tool;
@@ -45,7 +45,7 @@ const OWN: usize = 10;
 const LOOK: Duration = Duration::from_millis(200);
 
 /// What `ctl` takes itself, then what commands take.
-const fn flags() -> [Flag; OWN + OF_POINTS.len() + OF_EXPORTS.len()] {
+const fn flags() -> [Flag; OWN + OF_POINTS.len() + OF_SNAPSHOTS.len() + OF_EXPORTS.len()] {
     let own: [Flag; OWN] = [
         CONTROL,
         common::OUTPUT,
@@ -58,15 +58,16 @@ const fn flags() -> [Flag; OWN + OF_POINTS.len() + OF_EXPORTS.len()] {
         commands::MEMORY,
         common::PROGRESS,
     ];
-    let mut all = [CONTROL; OWN + OF_POINTS.len() + OF_EXPORTS.len()];
-    let mut at = 0;
+    let parts: [&[Flag]; 4] = [&own, &OF_POINTS, &OF_SNAPSHOTS, &OF_EXPORTS];
+    let mut all = [CONTROL; OWN + OF_POINTS.len() + OF_SNAPSHOTS.len() + OF_EXPORTS.len()];
+    let (mut at, mut part, mut within) = (0, 0, 0);
     while at < all.len() {
-        all[at] = match at {
-            ..OWN => own[at],
-            _ if at - OWN < OF_POINTS.len() => OF_POINTS[at - OWN],
-            _ => OF_EXPORTS[at - OWN - OF_POINTS.len()],
-        };
-        at += 1;
+        if within == parts[part].len() {
+            (part, within) = (part + 1, 0);
+            continue;
+        }
+        all[at] = parts[part][within];
+        (at, within) = (at + 1, within + 1);
     }
     all
 }

@@ -121,7 +121,7 @@ fn has_bitmaps(image: &lacuna::qcow2::Image<crate::nodes::AnyStorage>) -> CliRes
 }
 
 /// What a format without snapshots is asked for.
-fn without_snapshots(action: &str) -> CliError {
+pub(crate) fn without_snapshots(action: &str) -> CliError {
     let stock = match action {
         "apply" => "Block driver does not support snapshots",
         "create" => "Operation not supported",
@@ -169,7 +169,7 @@ fn human(tool: &Tool, snapshots: &[Snapshot]) -> String {
 }
 
 /// As QEMU describes one, and the size of its disk in bytes where the image says it.
-fn json(snapshot: &Snapshot) -> Value {
+pub(crate) fn json(snapshot: &Snapshot) -> Value {
     let mut value = info::snapshot(snapshot);
     if let (Some(size), Value::Object(members)) = (snapshot.disk_size_bytes, &mut value) {
         members.insert("disk-size".into(), size.into());

@@ -11,6 +11,7 @@ mod list;
 mod point;
 mod remove;
 mod resize;
+mod snapshot;
 mod statistics;
 mod stop;
 
@@ -29,6 +30,7 @@ pub(super) use jobs::NAME as JOBS;
 pub(crate) use point::{DIRECTORY, FLAGS as OF_POINTS, SPACE, WHEN_FULL, absolute};
 pub(crate) use remove::{HARD, TIMEOUT};
 pub(crate) use resize::SHRINK;
+pub(crate) use snapshot::FLAGS as OF_SNAPSHOTS;
 pub(super) use stop::NAME as STOP;
 
 /// What a request carries.
@@ -52,7 +54,7 @@ pub(crate) struct Command {
 }
 
 /// All commands, in the order of the help.
-pub(crate) const ALL: [&Command; 13] = [
+pub(crate) const ALL: [&Command; 14] = [
     &add::COMMAND,
     &cancel::COMMAND,
     &compact::COMMAND,
@@ -64,6 +66,7 @@ pub(crate) const ALL: [&Command; 13] = [
     &point::COMMAND,
     &remove::COMMAND,
     &resize::COMMAND,
+    &snapshot::COMMAND,
     &statistics::COMMAND,
     &stop::COMMAND,
 ];
