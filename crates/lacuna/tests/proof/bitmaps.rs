@@ -2,11 +2,12 @@
 
 use lacuna::ErrorKind;
 use lacuna::block::{Layer, WriteFlags};
+use lacuna::qcow2::check::{CheckOptions, Repair, check};
 use lacuna::qcow2::{Access, Image, OpenOptions, Parts};
 use lacuna::storage::Storage;
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::foreign::{QEMU_IMG, qemu_io};
-use testkit::sim::{Pace, SimHost, crash};
+use testkit::sim::{Fault, OperationKind, Pace, SimHost, crash};
 use testkit::{Menu, ModelDisk, Operation, Operations, SparseBytes, seeds};
 
 use crate::case::{Case, Kind};
@@ -25,7 +26,8 @@ fn image_with_bitmaps(kind: Kind, seed: u64) -> Case {
     let folder = tempfile::tempdir().unwrap();
     let run = |words: &[&str]| QEMU_IMG.succeed_in(folder.path(), words);
     let (cluster, size) = (kind.cluster_bytes(), kind.size_bytes());
-    let options = format!("cluster_size={cluster}");
+    let lazy = if kind.lazy { "on" } else { "off" };
+    let options = format!("cluster_size={cluster},lazy_refcounts={lazy}");
     run(&["create", "-q", "-f", "qcow2", "-o", &options, "a.qcow2", &size.to_string()]);
     let write = format!("write -q -P {BEFORE} 0 {}", BEFORE_CLUSTERS * cluster);
     qemu_io(&folder.path().join("a.qcow2"), [write]);
@@ -180,7 +182,7 @@ fn enabled_bitmaps_mark_what_changed_and_no_more() {
 #[test]
 fn no_crash_leaves_a_bitmap_that_misses_a_change_and_is_believed() {
     for seed in seeds(3) {
-        for kind in [Kind::plain(9), Kind::plain(12)] {
+        for kind in [Kind::plain(9), Kind { lazy: true, ..Kind::plain(9) }, Kind::plain(12)] {
             let case = image_with_bitmaps(kind, seed);
             let host = SimHost::new(Pace::AtOnce, seed);
             pollster::block_on(run(&case, &host, seed));
@@ -300,6 +302,57 @@ fn a_bitmap_that_a_stock_writer_saw_after_a_crash_is_not_believed() {
         let error = pollster::block_on(named(&image)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         assert!(error.to_string().contains("in use"), "{error}");
+    }
+}
+
+/// One call that fails, wherever it is: then the bitmap names the change, or is not believed.
+#[test]
+fn a_host_that_fails_once_leaves_no_bitmap_that_misses_a_change_and_is_believed() {
+    let case = image_with_bitmaps(Kind::plain(16), 1);
+    let mut believed = 0;
+    for kind in [OperationKind::Read, OperationKind::Write, OperationKind::Flush] {
+        for after in 0..14 {
+            let host = SimHost::without_record(Pace::AtOnce, 1);
+            let files = case.on(&host);
+            let story = format!("{kind:?} fails after {after}");
+            let image = pollster::block_on(files.open()).unwrap();
+            host.order(Fault { times: 2, ..Fault::no_space(kind, after) });
+            // It fails at first, and goes on when asked again: as a guest does.
+            for _ in 0..4 {
+                let range = GuestRange::new(GuestOffset(0), 512);
+                let write = Operation::Write { range, seed: 3, flags: WriteFlags::FUA };
+                drop(pollster::block_on(perform(&image, write)));
+            }
+            drop(image);
+            host.heal();
+            let image = pollster::block_on(files.open()).unwrap();
+            let guest = pollster::block_on(whole_content(&image)).unwrap();
+            if let Ok(named) = pollster::block_on(named(&image)) {
+                assert_names(&named, &guest, case.kind, &story);
+                believed += 1;
+            }
+        }
+    }
+    assert!(believed > 20, "only {believed} bitmaps were believed");
+}
+
+#[test]
+fn a_repair_between_a_crash_and_the_next_opening_loses_no_change() {
+    for lazy in [false, true] {
+        for repair in [Repair::Leaks, Repair::All] {
+            let case = crashed(Kind { lazy, ..Kind::plain(16) });
+            let host = SimHost::without_record(Pace::AtOnce, 1);
+            let files = case.on(&host);
+            let options = CheckOptions { repair };
+            let changed = pollster::block_on(async {
+                check(&host.open_file(0), &options, &mut |_| {}).await.unwrap();
+                named(&files.open().await.unwrap()).await.unwrap()
+            });
+            assert!(
+                changed.iter().any(|range| range.start.0 == 0),
+                "{lazy} {repair:?}: {changed:?}"
+            );
+        }
     }
 }
 

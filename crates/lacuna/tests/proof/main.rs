@@ -35,5 +35,4 @@ mod scene;
 mod sharing;
 mod sharing_rules;
 mod sharing_stock;
-mod shorter_table;
 mod sweeping;

@@ -23,7 +23,7 @@ use super::Bitmaps;
 use crate::buffer::{Buffer, Hold};
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Reads the directory: where each entry lies, and what it says.
 pub(in crate::qcow2) async fn directory<S: Storage>(
@@ -126,17 +126,29 @@ impl<S: Storage> Image<S> {
         &self,
         change: impl FnOnce(&mut Header),
     ) -> Result<Header> {
+        self.try_change_open_header(change).await?
+    }
+
+    /// As [`change_open_header`](Self::change_open_header); the inner error says that nothing was
+    /// written, as the first cluster has no room. After the outer one, storage may have either header.
+    pub(super) async fn try_change_open_header(
+        &self,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<Result<Header>> {
         let _turn = self.0.turn.lock().await;
         self.wait_for_metadata_writes().await;
         let change = |header: &mut Header| {
             change(header);
             Ok(())
         };
-        let (header, steps) = header_change::plan(&self.0.storage, change).await?;
+        let (header, steps) = match header_change::plan(&self.0.storage, change).await {
+            Err(error) if error.kind() == ErrorKind::NoSpace => return Ok(Err(error)),
+            planned => planned?,
+        };
         for step in steps {
             self.write_header_field(HostOffset(step.at as u64), &step.bytes).await?;
         }
-        Ok(header)
+        Ok(Ok(header))
     }
 }
 

@@ -54,6 +54,8 @@ pub(super) struct Bitmaps {
     /// Some other bitmap was left in use by somebody who keeps no intents.
     has_stale: bool,
     intents: Intents,
+    /// Storage may say that intents are kept, though none are: telling it so has failed.
+    intents_unsure: bool,
     /// What changed since some of them were frozen.
     recordings: Vec<Recording>,
     /// Counts changes of where bitmaps lie: what was read of one before may be somebody else's.

@@ -113,29 +113,34 @@ impl<S: Storage> Image<S> {
     async fn begin_intents(&self) -> Result<()> {
         let size_bytes = self.0.meta.lock().size_bytes;
         let data = intents::empty(size_bytes, self.geometry().cluster_bytes());
-        self.0.meta.lock().bitmaps.intents = Intents::default();
-        let header = match self.change_open_header(|it| it.put_bitmap_intents(data)).await {
-            // The first cluster has no room: a crash leaves the bitmaps in use.
-            Err(error) if error.kind() == ErrorKind::NoSpace => return self.end_intents().await,
-            changed => changed?,
-        };
+        {
+            let bitmaps = &mut self.0.meta.lock().bitmaps;
+            (bitmaps.intents, bitmaps.intents_unsure) = (Intents::default(), true);
+        }
+        let changed = self.try_change_open_header(|it| it.put_bitmap_intents(data)).await?;
+        // Without room a crash leaves the bitmaps in use.
+        let Ok(header) = changed else { return self.end_intents().await };
         let intents = load_intents(&self.0.storage, &header).await?;
         let mut meta = self.0.meta.lock();
         let mut known = self.0.header.lock();
         known.features.autoclear |= AutoclearFeatures::BITMAP_INTENTS;
         known.extensions = header.extensions;
-        meta.bitmaps.intents = intents;
+        (meta.bitmaps.intents, meta.bitmaps.intents_unsure) = (intents, false);
         Ok(())
     }
 
     async fn end_intents(&self) -> Result<()> {
-        self.0.meta.lock().bitmaps.intents = Intents::default();
         let bit = AutoclearFeatures::BITMAP_INTENTS;
-        let is_set = self.0.header.lock().features.autoclear.contains(bit);
-        match is_set {
-            true => self.change_features(|features| features.autoclear.remove(bit)).await,
-            false => Ok(()),
+        let may_be_set = {
+            let mut meta = self.0.meta.lock();
+            meta.bitmaps.intents = Intents::default();
+            meta.bitmaps.intents_unsure || self.0.header.lock().features.autoclear.contains(bit)
+        };
+        if may_be_set {
+            self.change_features(|features| features.autoclear.remove(bit)).await?;
+            self.0.meta.lock().bitmaps.intents_unsure = false;
         }
+        Ok(())
     }
 
     /// Writes the intents that somebody waits for.

@@ -175,10 +175,12 @@ async fn write<S: Storage>(storage: &S, at: HostOffset, bytes: &[u8]) -> Result<
 
 /// Clears the autoclear bits that are not known here: who opens an image for writing does so before
 /// anything else (B.12), whether anything is written later or not. The claims about the whole disk
-/// and its places go too: a repair may change both (A.1.2).
+/// and its places go too: a repair may change both (A.1.2). Intents of bitmaps stay: who opens the
+/// image next finds by them what a crash kept from being stored.
 async fn clear_bits_of_others<S: Storage>(storage: &S, survey: &mut Survey) -> Result<()> {
+    let mut kept = AutoclearFeatures::BITMAPS | AutoclearFeatures::RAW_EXTERNAL_DATA;
+    kept.set(AutoclearFeatures::BITMAP_INTENTS, survey.header.keeps_bitmap_intents());
     let features = &mut survey.header.features;
-    let kept = AutoclearFeatures::BITMAPS | AutoclearFeatures::RAW_EXTERNAL_DATA;
     if kept.contains(features.autoclear) {
         return Ok(());
     }
