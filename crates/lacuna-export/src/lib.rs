@@ -52,5 +52,5 @@ pub use export::{Clients, Empty, Export, ExportOptions, Statistics};
 pub use exports::Exports;
 pub use facts::LayerBitmaps;
 pub use population::Connection;
-pub use server::{AllLeft, Limits, Server, ServerOptions, WhenFull};
+pub use server::{AllLeft, Limits, Server, ServerOptions, WhenFull, serve_stream};
 pub use tls::Tls;

@@ -12,13 +12,14 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::Builder;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::LocalSet;
 
 use crate::connection::{self, Scratch};
 use crate::population::{Connection, Place, Population, Stopping};
-use crate::stream::Accepted;
+use crate::stream::{Accepted, Stream};
 use crate::{Export, Exports, Listener, ServedDisk, Tls};
 
 /// How long accepting rests where the host has no descriptors left.
@@ -177,16 +178,7 @@ impl<D: ServedDisk> Server<D> {
     /// # Errors
     /// Where the host gives no threads or no event queue.
     pub fn start(exports: Arc<Exports<D>>, options: ServerOptions) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            exports,
-            limits: options.limits,
-            tls: options.tls,
-            report: options.report,
-            stop: watch::Sender::new(false),
-            population: Mutex::default(),
-            changed: Condvar::new(),
-            left: Notify::new(),
-        });
+        let shared = Arc::new(Shared::new(exports, &options));
         let (workers, inboxes): (Vec<_>, Vec<_>) =
             (0..options.workers.max(1)).map(|_| Worker::new()).unzip();
         let mut threads = Vec::new();
@@ -249,6 +241,19 @@ impl<D: ServedDisk> Drop for Server<D> {
 }
 
 impl<D> Shared<D> {
+    fn new(exports: Arc<Exports<D>>, options: &ServerOptions) -> Self {
+        Self {
+            exports,
+            limits: options.limits,
+            tls: options.tls.clone(),
+            report: options.report,
+            stop: watch::Sender::new(false),
+            population: Mutex::default(),
+            changed: Condvar::new(),
+            left: Notify::new(),
+        }
+    }
+
     pub(crate) const fn limits(&self) -> Limits {
         self.limits
     }
@@ -287,6 +292,55 @@ impl<D> Shared<D> {
         let (number, seat) = population.enter(peer);
         Some(Place::new(Arc::clone(self), number, seat, Arc::clone(&worker.connections)))
     }
+}
+
+/// Serves one client on a stream that the caller has: memory, a socket of some other kind. Returns when
+/// the client has left; of the options, `workers`, `report` and the number of connections mean nothing
+/// here. Dropping the future is as cutting the wire.
+///
+/// To be polled within a runtime of tokio that has its timers.
+///
+/// # Errors
+/// What the stream gives, and what the client did wrong.
+///
+/// ```
+/// use std::sync::Arc;
+/// use lacuna::{raw::Raw, storage::MemoryStorage};
+/// use lacuna_export::{Export, ExportOptions, Exports, Plain, ServerOptions, serve_stream};
+/// use tokio::io::AsyncReadExt;
+///
+/// let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+/// runtime.block_on(async {
+///     let disk = Raw::create(MemoryStorage::new(), 1 << 20).await.unwrap();
+///     let exports = Arc::new(Exports::default());
+///     exports.add(Export::new("", Plain(disk), ExportOptions::default()).unwrap()).unwrap();
+///     let (mut client, server) = tokio::io::duplex(4096);
+///     let look = async {
+///         let mut greeting = [0; 18];
+///         client.read_exact(&mut greeting).await.unwrap();
+///         drop(client);
+///         greeting
+///     };
+///     let served = serve_stream(server, exports, ServerOptions::default());
+///     let (served, greeting) = tokio::join!(served, look);
+///     served.unwrap();
+///     assert_eq!(&greeting[..8], b"NBDMAGIC");
+/// });
+/// ```
+pub async fn serve_stream<D, S>(
+    stream: S,
+    exports: Arc<Exports<D>>,
+    options: ServerOptions,
+) -> io::Result<()>
+where
+    D: ServedDisk,
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
+{
+    let shared = Arc::new(Shared::new(exports, &options));
+    let (number, seat) = shared.population.lock().enter("stream");
+    let place = Place::new(shared, number, seat, Arc::default());
+    let stopping = place.stopping();
+    connection::serve(Stream::own(stream), &place, stopping, connection::scratch()).await
 }
 
 impl<D> Clone for Worker<D> {

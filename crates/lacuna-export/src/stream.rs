@@ -57,7 +57,13 @@ impl Accepted {
 pub(crate) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
+    Own(Box<dyn OwnStream>),
 }
+
+/// A stream that the caller has.
+pub(crate) trait OwnStream: AsyncRead + AsyncWrite + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> OwnStream for S {}
 
 /// Bytes from and to a client.
 pub(crate) enum Stream {
@@ -67,6 +73,11 @@ pub(crate) enum Stream {
 }
 
 impl Stream {
+    /// Takes a stream that the caller has.
+    pub(crate) fn own(stream: impl OwnStream + 'static) -> Self {
+        Self::Plain(Socket::Own(Box::new(stream)))
+    }
+
     /// Shakes hands as the server of TLS.
     pub(crate) async fn secure(self, tls: &ServerTls) -> io::Result<Self> {
         match self {
@@ -94,11 +105,13 @@ impl Stream {
 
 /// Calls a method of whichever it is.
 macro_rules! each {
-    ($self:ident, $one:ident | $other:ident, $method:ident($($argument:expr),*)) => {
+    ($self:ident, $($kind:ident)|*, $method:ident $arguments:tt) => {
         match Pin::get_mut($self) {
-            Self::$one(socket) => Pin::new(socket).$method($($argument),*),
-            Self::$other(socket) => Pin::new(socket).$method($($argument),*),
+            $(Self::$kind(socket) => each!(@call socket.$method $arguments),)*
         }
+    };
+    (@call $socket:ident.$method:ident($($argument:expr),*)) => {
+        Pin::new($socket).$method($($argument),*)
     };
 }
 
@@ -108,7 +121,7 @@ impl AsyncRead for Socket {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        each!(self, Tcp | Unix, poll_read(cx, buffer))
+        each!(self, Tcp | Unix | Own, poll_read(cx, buffer))
     }
 }
 
@@ -139,14 +152,14 @@ fn end_for_cut(read: Poll<io::Result<()>>) -> Poll<io::Result<()>> {
 }
 
 macro_rules! writes {
-    ($type:ty, $one:ident | $other:ident) => {
+    ($type:ty, $($kind:ident)|*) => {
         impl AsyncWrite for $type {
             fn poll_write(
                 self: Pin<&mut Self>,
                 cx: &mut Context<'_>,
                 bytes: &[u8],
             ) -> Poll<io::Result<usize>> {
-                each!(self, $one | $other, poll_write(cx, bytes))
+                each!(self, $($kind)|*, poll_write(cx, bytes))
             }
 
             fn poll_write_vectored(
@@ -154,7 +167,7 @@ macro_rules! writes {
                 cx: &mut Context<'_>,
                 parts: &[IoSlice<'_>],
             ) -> Poll<io::Result<usize>> {
-                each!(self, $one | $other, poll_write_vectored(cx, parts))
+                each!(self, $($kind)|*, poll_write_vectored(cx, parts))
             }
 
             fn is_write_vectored(&self) -> bool {
@@ -162,15 +175,15 @@ macro_rules! writes {
             }
 
             fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                each!(self, $one | $other, poll_flush(cx))
+                each!(self, $($kind)|*, poll_flush(cx))
             }
 
             fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                each!(self, $one | $other, poll_shutdown(cx))
+                each!(self, $($kind)|*, poll_shutdown(cx))
             }
         }
     };
 }
 
-writes!(Socket, Tcp | Unix);
+writes!(Socket, Tcp | Unix | Own);
 writes!(Stream, Plain | Tls);
