@@ -211,6 +211,12 @@ impl<'a> Executor<'a> {
         }
     }
 
+    /// Takes so many steps, or as many as there are until nothing moves: then it says so. Tasks that
+    /// still wait are dropped with the executor.
+    pub fn run_for(&mut self, steps: usize) -> bool {
+        !(0..steps).all(|_| self.step())
+    }
+
     /// Runs one future (and whatever else was spawned) to its end.
     ///
     /// # Panics

@@ -166,6 +166,23 @@ pub fn points(host: &SimHost) -> Vec<Crash> {
     crashes
 }
 
+/// Returns the moment at which `host`'s record ends.
+///
+/// ```
+/// use testkit::sim::{Pace, SimHost, crash};
+/// let host = SimHost::new(Pace::AtOnce, 1);
+/// host.add_file(b"old"[..].into());
+/// let state = crash::now(&host).states(1, 1).next().unwrap();
+/// assert_eq!(state.files[0].to_vec(), b"old");
+/// ```
+#[must_use]
+pub fn now(host: &SimHost) -> Crash {
+    let (initial, events) = host.record();
+    let mut medium = Medium { stable: initial, unflushed: Vec::new() };
+    events.iter().enumerate().for_each(|(index, event)| medium.play(index, event));
+    Crash::new(events.len(), None, &medium, None)
+}
+
 /// What may be found after a crash.
 #[derive(Clone, Debug)]
 pub struct CrashState {

@@ -9,6 +9,8 @@ pub enum Failure {
     Clean,
     /// A write or zeroing fails after a part of its sectors got through.
     Short,
+    /// The call changes nothing, and says that it went well: to see whether a test notices.
+    Silent,
 }
 
 /// A failure that was ordered.
@@ -61,6 +63,12 @@ impl Fault {
     #[must_use]
     pub const fn short(self) -> Self {
         Self { failure: Failure::Short, ..self }
+    }
+
+    /// Has the calls lost without a word.
+    #[must_use]
+    pub const fn silent(self) -> Self {
+        Self { failure: Failure::Silent, ..self }
     }
 
     /// Takes note of a call; says whether it is to fail.

@@ -457,8 +457,10 @@ impl SimHost {
         files.counts.add(&pending.request.describe(pending.file));
         let struck =
             files.faults.iter_mut().find_map(|fault| fault.strikes(kind).then_some(*fault));
-        files.struck |= struck.is_some();
+        let is_silent = |fault: &Fault| fault.failure == Failure::Silent;
+        files.struck |= struck.is_some_and(|fault| !is_silent(&fault));
         let (reply, hold) = match struck {
+            Some(fault) if is_silent(&fault) => self.lose(&mut files, pending),
             Some(fault) => self.fail(&mut files, pending, fault),
             None => self.succeed(&mut files, pending),
         };
@@ -502,6 +504,20 @@ impl SimHost {
         (Reply { errno: None, buffer }, hold)
     }
 
+    /// Answers as if a call had gone well.
+    fn lose(&self, files: &mut Files, pending: Pending) -> (Reply, Hold) {
+        let call = pending.call;
+        let (event, buffer, hold) = match pending.request {
+            Request::Read { buffer, .. } => (None, Some(buffer), Hold::none()),
+            Request::Change { buffer, hold, .. } => {
+                (Some(Event::Failed { call, remains: Vec::new() }), buffer, hold)
+            }
+            Request::Flush => (None, None, Hold::none()),
+        };
+        self.note(files, event);
+        (Reply { errno: None, buffer }, hold)
+    }
+
     fn fail(&self, files: &mut Files, pending: Pending, fault: Fault) -> (Reply, Hold) {
         let mut random = self.0.random.lock().unwrap_or_else(PoisonError::into_inner);
         let (file, call) = (pending.file, pending.call);
@@ -509,7 +525,7 @@ impl SimHost {
             Request::Read { buffer, .. } => (None, Some(buffer), Hold::none()),
             Request::Change { effect, buffer, hold, .. } => {
                 let remains = match fault.failure {
-                    Failure::Clean => Vec::new(),
+                    Failure::Clean | Failure::Silent => Vec::new(),
                     Failure::Short => super::crash::tear(&effect, &mut random),
                 };
                 remains.iter().for_each(|part| part.apply(&mut files.current[file]));
