@@ -1,6 +1,7 @@
 //! The project's own commands: `cargo xtask VERB`.
 //!
 //! * `ci.rs` — what everybody runs before saying "done", and the steps it is made of
+//! * `simulate.rs` — whole scenarios on simulated storage, sockets and order
 //! * `setup.rs` — the foreign tools that the tests are checked against
 //! * `tidy/` — the rules of the house that a program can check
 //! * `licences.rs` — whether every dependency may be shipped
@@ -35,6 +36,7 @@ mod reclaim;
 mod run;
 mod scratch;
 mod setup;
+mod simulate;
 mod tidy;
 mod torture;
 mod vsock;
@@ -74,6 +76,9 @@ usage: cargo xtask VERB [ARGUMENTS]
   real     [INPUT...]        reclaim and dedup on file systems of guests and tools: guest-ext4,
            guest-btrfs (need LACUNA_HARNESS), debian, ntfs; every file is hashed before and after
   torture  [--rounds N] [--seed N]   reclaim and dedup killed (kill -9) at random moments
+  simulate --seeds N [--from N] [--states N] [--qemu-every N]   whole scenarios from seeds: guests,
+           servers, jobs and crashes; a failure is told with its seed and the fewest steps that
+           fail (--seed N --parts N,...); --states: states of the medium looked at after a crash
   fuzz     [--seconds N] [TARGET...]        cargo-fuzz on all targets, or on some
 
 LACUNA_HARNESS stands in for --harness.";
@@ -104,6 +109,7 @@ fn dispatch(verb: &str, rest: &[String]) -> Outcome {
         "bench" => harness::bench(rest),
         "guest" => guest::boot(rest),
         "real" => real::run(rest),
+        "simulate" => simulate::run(rest),
         "torture" => torture::run(rest),
         "iotests" => harness::iotests(rest),
         "fuzz" => fuzz::targets(rest),

@@ -1,0 +1,197 @@
+//! Two ends of a connection; the executor decides when bytes arrive, and how many at a time.
+
+use std::collections::VecDeque;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use testkit::{Device, Random};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// Bytes on their way in one direction, at most.
+const WINDOW_BYTES: usize = 8 << 10;
+
+/// One direction.
+#[derive(Debug, Default)]
+struct Pipe {
+    in_transit: VecDeque<u8>,
+    arrived: VecDeque<u8>,
+    /// Nothing more is sent.
+    is_closed: bool,
+    /// The end of the stream has arrived, too.
+    is_over: bool,
+    /// Nobody will read.
+    is_unread: bool,
+    reader: Option<Waker>,
+    writer: Option<Waker>,
+}
+
+impl Pipe {
+    fn moves(&self) -> bool {
+        !self.in_transit.is_empty() || (self.is_closed && !self.is_over)
+    }
+
+    /// Lets some bytes arrive, or behind the last the end.
+    fn deliver(&mut self, random: &mut Random) -> Option<Waker> {
+        match self.in_transit.len() {
+            0 => self.is_over = true,
+            len => {
+                let most = if random.one_in(4) { len.min(7) } else { len };
+                let count = 1 + random.index(most);
+                self.arrived.extend(self.in_transit.drain(..count));
+            }
+        }
+        self.reader.take()
+    }
+}
+
+type Shared = Arc<Mutex<Pipe>>;
+
+fn lock(pipe: &Shared) -> MutexGuard<'_, Pipe> {
+    pipe.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A connection, as the executor sees it.
+pub(crate) struct Wire {
+    pipes: [Shared; 2],
+    random: Mutex<Random>,
+}
+
+/// One end of a connection; dropped, it cuts it.
+#[derive(Debug)]
+pub(crate) struct End {
+    incoming: Shared,
+    outgoing: Shared,
+}
+
+/// Lays a wire and returns its ends.
+pub(crate) fn wire(seed: u64) -> (Arc<Wire>, End, End) {
+    let (up, down) = (Shared::default(), Shared::default());
+    let pipes = [Arc::clone(&up), Arc::clone(&down)];
+    let wire = Wire { pipes, random: Mutex::new(Random::new(seed)) };
+    let client = End { incoming: Arc::clone(&down), outgoing: Arc::clone(&up) };
+    (Arc::new(wire), client, End { incoming: up, outgoing: down })
+}
+
+impl Device for Wire {
+    fn pending(&self) -> usize {
+        self.pipes.iter().filter(|pipe| lock(pipe).moves()).count()
+    }
+
+    fn complete(&self, index: usize) {
+        let moving = self.pipes.iter().filter(|pipe| lock(pipe).moves()).nth(index);
+        let Some(pipe) = moving else { return };
+        let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
+        let waker = lock(pipe).deliver(&mut random);
+        drop(random);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl AsyncRead for End {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let mut pipe = lock(&self.incoming);
+        let count = pipe.arrived.len().min(buffer.remaining());
+        if count == 0 && !pipe.is_over {
+            pipe.reader = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        let bytes: Vec<u8> = pipe.arrived.drain(..count).collect();
+        buffer.put_slice(&bytes);
+        let writer = pipe.writer.take();
+        drop(pipe);
+        if let Some(writer) = writer {
+            writer.wake();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for End {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let mut pipe = lock(&self.outgoing);
+        if pipe.is_unread {
+            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        }
+        let room = WINDOW_BYTES.saturating_sub(pipe.in_transit.len() + pipe.arrived.len());
+        let count = room.min(bytes.len());
+        if count == 0 && !bytes.is_empty() {
+            pipe.writer = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
+        pipe.in_transit.extend(&bytes[..count]);
+        Poll::Ready(Ok(count))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        lock(&self.outgoing).is_closed = true;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        lock(&self.outgoing).is_closed = true;
+        let mut incoming = lock(&self.incoming);
+        incoming.is_unread = true;
+        let writer = incoming.writer.take();
+        drop(incoming);
+        if let Some(writer) = writer {
+            writer.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use testkit::Executor;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[test]
+    fn bytes_arrive_in_order_in_pieces_and_the_end_behind_them() {
+        let bytes: Vec<u8> = (0..50_000_u32).map(|it| it as u8).collect();
+        for seed in 1..20 {
+            let (wire, mut near, mut far) = wire(seed);
+            let mut executor = Executor::new(seed);
+            executor.attach(wire);
+            let sent = bytes.clone();
+            let sending = executor.spawn(async move { near.write_all(&sent).await });
+            let receiving = executor.spawn(async move {
+                let mut seen = Vec::new();
+                far.read_to_end(&mut seen).await.map(|_| seen)
+            });
+            executor.run().unwrap();
+            sending.take().unwrap().unwrap();
+            assert!(receiving.take().unwrap().unwrap() == bytes);
+        }
+    }
+
+    #[test]
+    fn who_writes_to_nobody_is_told() {
+        let (wire, mut near, far) = wire(1);
+        let mut executor = Executor::new(1);
+        executor.attach(wire);
+        let writing = executor.spawn(async move { near.write_all(&[0; 50_000]).await });
+        let leaving = executor.spawn(async move { drop(far) });
+        executor.run().unwrap();
+        leaving.take().unwrap();
+        assert_eq!(writing.take().unwrap().unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+}
