@@ -117,7 +117,9 @@ fn a_job_waits_for_quiet_is_listed_and_can_be_cancelled() {
     let (_, got) = served(
         "nbdsh -u \"$b\" -c 'import time
 end = time.time() + 60
-while time.time() < end and not __import__(\"os\").path.exists(\"quiet\"): h.pread(512, 0)' & guest=$!
+while time.time() < end and not __import__(\"os\").path.exists(\"quiet\"):
+  h.pread(512, 0); open(\"begun\", \"w\").close()' & guest=$!
+         for ((i = 0; i < 2000; i++)); do [ -e begun ] && break; sleep 0.01; done
          ctl compact b --background
          waits() { ctl jobs | grep -q waiting; }
          for ((i = 0; i < 2000; i++)); do waits && break; sleep 0.01; done
