@@ -25,10 +25,12 @@ impl Header {
     }
 
     /// Says whether bitmaps that were left in use can be recovered by what the header says: the bit
-    /// is set, and the image calls it by no other name.
+    /// is set, the image calls it by no other name, and they are there.
     pub(crate) fn keeps_bitmap_intents(&self) -> bool {
         let bit = AutoclearFeatures::BITMAP_INTENTS;
-        self.features.autoclear.contains(bit) && self.may_keep_bitmap_intents()
+        self.features.autoclear.contains(bit)
+            && self.may_keep_bitmap_intents()
+            && self.extensions.bitmap_intents().is_some()
     }
 
     /// Says whether the bit can be set.
