@@ -102,7 +102,7 @@ fn an_interrupted_copy_leaves_server_and_bitmap_as_if_it_had_not_been() {
     let (sandbox, got) = run("night --point one; io -c 'write -P 5 1M 1M'
         io -c 'write -P 6 0 20M'
         begin --point two
-        while [ \"$(server_points)\" = '[]' ]; do sleep 0.002; done
+        while [ \"$(server_points)\" = '[]' ] && kill -0 $copy 2>/dev/null; do sleep 0.002; done
         kill -INT $copy; wait $copy; echo ended with $?
         server_points; io -c 'write -P 7 40M 1M'; night --point three; list '[.points[].point]'");
     // Where it was quicker than the signal, it is as any other.
@@ -120,7 +120,7 @@ fn a_moment_that_the_server_cannot_keep_is_no_point_and_says_so() {
     let (sandbox, got) = run("night --point one
         io -c 'write -P 5 0 40M'
         begin --point two --space 128k
-        while ! compgen -G 'points/two.begun' > /dev/null; do sleep 0.001; done
+        while ! compgen -G 'points/two.begun' > /dev/null && kill -0 $copy 2>/dev/null; do sleep 0.001; done
         kill -STOP $copy; io -c 'write -P 6 0 40M'; kill -CONT $copy
         wait $copy; echo ended with $?
         server_points; list '[.points[].point]'; night --point three");
