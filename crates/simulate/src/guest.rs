@@ -183,19 +183,15 @@ pub(crate) fn within(range: GuestRange, whole: GuestRange) -> GuestRange {
     GuestRange::new(start, end.0.saturating_sub(start.0))
 }
 
-/// Polls a future so often at most, and drops it then.
+/// Polls a future so often at most, once at least, and drops it then.
 async fn dropped_after<T>(polls: Option<usize>, work: impl Future<Output = T>) -> Option<T> {
     let mut work = pin!(work);
     let mut left = polls;
-    std::future::poll_fn(move |cx| {
-        if left == Some(0) {
-            return Poll::Ready(None);
-        }
-        left = left.map(|left| left - 1);
-        match work.as_mut().poll(cx) {
-            Poll::Ready(value) => Poll::Ready(Some(value)),
-            Poll::Pending if left == Some(0) => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
+    std::future::poll_fn(move |cx| match work.as_mut().poll(cx) {
+        Poll::Ready(value) => Poll::Ready(Some(value)),
+        Poll::Pending => {
+            left = left.map(|left| left - 1);
+            if left == Some(0) { Poll::Ready(None) } else { Poll::Pending }
         }
     })
     .await

@@ -5,7 +5,7 @@
 //! * A change that failed, was dropped, or is a discard may have happened or not.
 //! * A flush makes durable what was acknowledged before it was asked for, whoever wrote it.
 
-use lacuna::units::GuestRange;
+use lacuna::units::{GuestOffset, GuestRange};
 use testkit::content;
 
 /// A moment: they are counted.
@@ -31,11 +31,15 @@ impl Fill {
         while at < range.end().0 {
             let within = at % cluster_bytes;
             let len = (cluster_bytes - within).min(range.end().0 - at);
-            let piece = GuestRange::new(lacuna::units::GuestOffset(within), len);
+            let piece = GuestRange::new(GuestOffset(within), len);
             bytes.extend(content(seed, piece));
             at += len;
         }
         bytes
+    }
+
+    fn byte(self, at: u64) -> u8 {
+        self.bytes(GuestRange::new(GuestOffset(at), 1))[0]
     }
 }
 
@@ -77,6 +81,10 @@ impl History {
 
     pub(crate) const fn size_bytes(&self) -> u64 {
         self.base.len() as u64
+    }
+
+    pub(crate) const fn whole(&self) -> GuestRange {
+        GuestRange::new(GuestOffset(0), self.size_bytes())
     }
 
     /// Returns the moment it is: another one at each call.
@@ -138,7 +146,7 @@ impl History {
             let start = change.range.start.0.max(range.start.0);
             let end = change.range.end().0.min(end);
             if start < end {
-                let piece = GuestRange::new(lacuna::units::GuestOffset(start), end - start);
+                let piece = GuestRange::new(GuestOffset(start), end - start);
                 let at = (start - range.start.0) as usize;
                 bytes[at..at + piece.len as usize].copy_from_slice(&change.fill.bytes(piece));
             }
@@ -152,8 +160,7 @@ impl History {
             Eyes::Reader(_, last) | Eyes::AfterCrash(last) => last,
         };
         for change in self.at(at).rev() {
-            let piece = GuestRange::new(lacuna::units::GuestOffset(at), 1);
-            if change.begun <= last && change.fill.bytes(piece) == [value] {
+            if change.begun <= last && change.fill.byte(at) == value {
                 return true;
             }
             if change.is_settled(eyes) {
@@ -172,8 +179,7 @@ impl History {
     fn story(&self, at: u64) -> String {
         self.at(at)
             .map(|change| {
-                let piece = GuestRange::new(lacuna::units::GuestOffset(at), 1);
-                let byte = change.fill.bytes(piece)[0];
+                let byte = change.fill.byte(at);
                 let Change { range, begun, done, is_durable, .. } = change;
                 format!("\n  {byte:#04x} by {range:x?}, begun {begun}, acknowledged {done:?}, durable: {is_durable}")
             })
@@ -194,8 +200,6 @@ impl Change {
 
 #[cfg(test)]
 mod tests {
-    use lacuna::units::GuestOffset;
-
     use super::*;
 
     fn range(start: u64, len: u64) -> GuestRange {

@@ -159,10 +159,7 @@ impl Kept {
 
     fn judge(&mut self, seen: &[u8]) -> Result<(), String> {
         match &self.content {
-            Content::Of(history, eyes) => {
-                let range = lacuna::units::GuestRange::new(GuestOffset(0), history.size_bytes());
-                history.judge(range, seen, *eyes)
-            }
+            Content::Of(history, eyes) => history.judge(history.whole(), seen, *eyes),
             Content::Seen(before) if before == seen => Ok(()),
             Content::Seen(before) => {
                 let at = before.iter().zip(seen).position(|(before, seen)| before != seen);

@@ -215,8 +215,8 @@ impl World {
     /// Compares all that can be read with what it may be, and takes it over.
     fn look(&mut self, scene: &mut Scene<'_>, eyes: Eyes) -> Result<(), String> {
         let content = scene.content()?;
-        let range = GuestRange::new(GuestOffset(0), self.history.borrow().size_bytes());
-        self.history.borrow().judge(range, &content, eyes)?;
+        let whole = self.history.borrow().whole();
+        self.history.borrow().judge(whole, &content, eyes)?;
         let (image, album) = (scene.image.clone(), Rc::clone(&self.album));
         scene.executor.block_on(async move { jobs::verify(&image, &album).await })?;
         for range in scene.zeros()? {
@@ -293,10 +293,11 @@ impl World {
     /// The stock tool finds leaks at worst, and reads what may be there.
     fn shown_to_qemu(&mut self, left: &SparseBytes) -> Result<(), String> {
         let below = self.opening.below_bytes.as_deref();
-        let seen = qemu::look(left, below).map_err(|error| format!("qemu-img: {error}"))?;
-        let range = GuestRange::new(GuestOffset(0), self.history.borrow().size_bytes());
+        let seen = qemu::look(left, below, is_dirty(left)?)
+            .map_err(|error| format!("qemu-img: {error}"))?;
         let now = self.history.borrow_mut().tick();
-        let judged = self.history.borrow().judge(range, &seen, Eyes::AfterCrash(now));
+        let whole = self.history.borrow().whole();
+        let judged = self.history.borrow().judge(whole, &seen, Eyes::AfterCrash(now));
         judged.map_err(|error| format!("as qemu-img reads it: {error}"))
     }
 
@@ -304,7 +305,7 @@ impl World {
     fn opened_again(&mut self, left: SparseBytes) -> Result<(), String> {
         self.file = left;
         self.may_leak = true;
-        if !self.is_dirty()? {
+        if !is_dirty(&self.file)? {
             self.assert_sound()?;
         }
         let mut scene = Scene::open(&self.opening, self.file.clone(), self.scenario.seed)?;
@@ -315,12 +316,6 @@ impl World {
         self.assert_sound()
     }
 
-    fn is_dirty(&self) -> Result<bool, String> {
-        let storage = SimHost::without_record(Pace::AtOnce, 1).add_file(self.file.clone());
-        let header = block_on(read_header(&storage)).map_err(|error| error.to_string())?;
-        Ok(header.features.incompatible.contains(IncompatibleFeatures::DIRTY))
-    }
-
     /// Checks the file, and repairs leaks where they are no surprise.
     fn assert_sound(&mut self) -> Result<(), String> {
         let host = SimHost::without_record(Pace::AtOnce, 1);
@@ -328,7 +323,7 @@ impl World {
         let report = block_on(check(&storage, &CheckOptions::default(), &mut |_| {}));
         let report = report.map_err(|error| format!("Checking: {error}"))?;
         let leaks = if self.may_leak { 0 } else { report.leaks };
-        if report.corruptions + report.check_errors + leaks > 0 || self.is_dirty()? {
+        if report.corruptions + report.check_errors + leaks > 0 || is_dirty(&self.file)? {
             return Err(format!("The check finds {report:x?}"));
         }
         if self.may_leak {
@@ -367,6 +362,13 @@ fn fault_of(lie: Lie, seed: u64) -> Fault {
         Lie::Flushes => Fault::io(OperationKind::Flush, 0).forever().silent(),
         Lie::Write => Fault::io(OperationKind::Write, (seed % 20) as usize).silent(),
     }
+}
+
+/// Says whether the next opener is to repair it.
+fn is_dirty(file: &SparseBytes) -> Result<bool, String> {
+    let storage = SimHost::without_record(Pace::AtOnce, 1).add_file(file.clone());
+    let header = block_on(read_header(&storage)).map_err(|error| error.to_string())?;
+    Ok(header.features.incompatible.contains(IncompatibleFeatures::DIRTY))
 }
 
 /// Frees what leaks.

@@ -147,7 +147,7 @@ impl<S: Storage> Compaction<'_, S> {
     async fn find_free(&mut self, table: u64, wanted: usize) -> Result<()> {
         let at = self.geometry.host_offset(HostCluster(table));
         let width = self.geometry.entry_width().bytes();
-        let bytes = read_bytes(self.storage, at, self.geometry.cluster_bytes() as usize).await?;
+        let bytes = self.read_table(table).await?;
         let entries = (0..).zip(bytes.chunks_exact(width as usize));
         let free = entries.filter(|(_, entry)| entry.iter().all(|byte| *byte == 0));
         let free = free.map(|(index, _): (u64, _)| at + index * width);
