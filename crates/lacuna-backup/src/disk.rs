@@ -8,10 +8,7 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use lacuna::block::{
-    AllocationDepth, DiscardMode, Extent, ExtentBuilder, ExtentStatus, KnownZeroes, Layer,
-    WriteFlags, ZeroFlags,
-};
+use lacuna::block::{AllocationDepth, Extent, ExtentBuilder, ExtentStatus, KnownZeroes, Layer};
 use lacuna::buffer::Buffer;
 use lacuna::storage::{FileStorage, Transfer};
 use lacuna::units::{GuestOffset, GuestRange};
@@ -221,17 +218,9 @@ impl<K: PartialEq, V: Clone> Recent<K, V> {
     }
 }
 
-fn read_only() -> Error {
-    Error::new(ErrorKind::ReadOnly, "A restore point is never changed")
-}
-
 impl Layer for PointDisk {
     fn size_bytes(&self) -> u64 {
         self.0.size_bytes
-    }
-
-    fn is_read_only(&self) -> bool {
-        true
     }
 
     fn zero_unit_bytes(&self) -> u64 {
@@ -244,18 +233,6 @@ impl Layer for PointDisk {
 
     async fn read(&self, offset: GuestOffset, mut buffer: Buffer) -> Transfer {
         (self.fill(offset, &mut buffer).await, buffer)
-    }
-
-    async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
-        (Err(read_only()), buffer)
-    }
-
-    async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
-        Err(read_only())
-    }
-
-    async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
-        Err(read_only())
     }
 
     async fn flush(&self) -> Result<()> {

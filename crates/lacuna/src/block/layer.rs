@@ -1,6 +1,6 @@
 //! The trait every guest-visible disk has.
 
-use std::future::Future;
+use std::future::{Future, ready};
 use std::pin::Pin;
 
 use bitflags::bitflags;
@@ -8,7 +8,7 @@ use bitflags::bitflags;
 use super::{Extent, KnownZeroes};
 use crate::storage::{HostSource, Transfer};
 use crate::units::{GuestOffset, GuestRange};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 bitflags! {
     /// How a write is to be done.
@@ -83,8 +83,10 @@ pub trait Layer: Send + Sync {
     /// Returns the size of the disk in bytes.
     fn size_bytes(&self) -> u64;
 
-    /// Says whether writes are refused.
-    fn is_read_only(&self) -> bool;
+    /// Says whether writes are refused: by a layer that says nothing else of changes, they are.
+    fn is_read_only(&self) -> bool {
+        true
+    }
 
     /// Returns the unit in bytes, a power of two of at least 512, in which the layer can make
     /// aligned ranges read as zeros without writing bytes. A hint: smaller ranges work too.
@@ -102,12 +104,16 @@ pub trait Layer: Send + Sync {
     ) -> impl Future<Output = Transfer> + Send;
 
     /// Writes the buffer at `offset`; durable after the next flush, or at once with FUA.
+    ///
+    /// `ReadOnly` unless a layer has its own.
     fn write(
         &self,
-        offset: GuestOffset,
+        _: GuestOffset,
         buffer: crate::buffer::Buffer,
-        flags: WriteFlags,
-    ) -> impl Future<Output = Transfer> + Send;
+        _: WriteFlags,
+    ) -> impl Future<Output = Transfer> + Send {
+        ready((Err(only_read()), buffer))
+    }
 
     /// Returns where the host can copy an extent of this layer from, where it can: one that
     /// [`extents`](Self::extents) gave, or a part of it.
@@ -119,24 +125,21 @@ pub trait Layer: Send + Sync {
     ///
     /// `Unsupported` where it cannot: the range then holds anything, and is to be written.
     fn copy_from(&self, _: GuestOffset, _: HostSource) -> impl Future<Output = Result<()>> + Send {
-        std::future::ready(Err(Error::unsupported("This disk cannot be copied to by the host")))
+        ready(Err(Error::unsupported("This disk cannot be copied to by the host")))
     }
 
-    /// Makes the range read as zeros.
-    fn write_zeroes(
-        &self,
-        range: GuestRange,
-        flags: ZeroFlags,
-    ) -> impl Future<Output = Result<()>> + Send;
+    /// Makes the range read as zeros; `ReadOnly` unless a layer has its own.
+    fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> impl Future<Output = Result<()>> + Send {
+        ready(Err(only_read()))
+    }
 
     /// Takes note that the content of the range is no longer needed.
     ///
-    /// Parts that are smaller than what the layer can free keep their content.
-    fn discard(
-        &self,
-        range: GuestRange,
-        mode: DiscardMode,
-    ) -> impl Future<Output = Result<()>> + Send;
+    /// Parts that are smaller than what the layer can free keep their content. `ReadOnly` unless a
+    /// layer has its own.
+    fn discard(&self, _: GuestRange, _: DiscardMode) -> impl Future<Output = Result<()>> + Send {
+        ready(Err(only_read()))
+    }
 
     /// Makes everything durable that was acknowledged before the call began.
     fn flush(&self) -> impl Future<Output = Result<()>> + Send;
@@ -150,6 +153,10 @@ pub trait Layer: Send + Sync {
     fn whole(&self) -> GuestRange {
         GuestRange::new(GuestOffset(0), self.size_bytes())
     }
+}
+
+fn only_read() -> Error {
+    Error::new(ErrorKind::ReadOnly, "This disk is only read, and never changed")
 }
 
 /// A future in a box, as [`DynLayer`] returns it.

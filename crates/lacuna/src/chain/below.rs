@@ -12,8 +12,8 @@ use parking_lot::Mutex;
 use super::disk::Disk;
 use super::resolved::{Resolved, Run, Source};
 use crate::block::{
-    AllocationDepth, BoxFuture, DiscardMode, DynLayer, Extent, ExtentBuilder, ExtentCursor,
-    ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags, no_status, step_aside,
+    AllocationDepth, BoxFuture, DynLayer, Extent, ExtentBuilder, ExtentCursor, ExtentStatus,
+    KnownZeroes, Layer, no_status, step_aside,
 };
 use crate::buffer::Buffer;
 use crate::storage::{HostSource, Storage, Transfer};
@@ -186,17 +186,9 @@ fn depth(level: usize) -> AllocationDepth {
     AllocationDepth(u32::try_from(level + 1).unwrap_or(u32::MAX))
 }
 
-fn read_only<T>() -> Result<T> {
-    Err(Error::new(ErrorKind::ReadOnly, "Backing layers are not changed"))
-}
-
 impl<S: Storage> Layer for Below<S> {
     fn size_bytes(&self) -> u64 {
         self.levels.first().map_or(0, Layer::size_bytes)
-    }
-
-    fn is_read_only(&self) -> bool {
-        true
     }
 
     fn zero_unit_bytes(&self) -> u64 {
@@ -225,18 +217,6 @@ impl<S: Storage> Layer for Below<S> {
         let level = extent.status.depth.0.checked_sub(1)? as usize;
         let status = ExtentStatus { depth: AllocationDepth::TOP, ..extent.status };
         self.levels.get(level)?.host_source(&Extent { status, ..*extent })
-    }
-
-    async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
-        (read_only(), buffer)
-    }
-
-    async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
-        read_only()
-    }
-
-    async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
-        read_only()
     }
 
     async fn flush(&self) -> Result<()> {

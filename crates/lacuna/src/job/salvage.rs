@@ -5,9 +5,7 @@
 
 use parking_lot::Mutex;
 
-use crate::block::{
-    AllocationDepth, DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags,
-};
+use crate::block::{AllocationDepth, Extent, ExtentStatus, KnownZeroes, Layer};
 use crate::buffer::Buffer;
 use crate::storage::Transfer;
 use crate::units::{GuestOffset, GuestRange};
@@ -105,10 +103,6 @@ fn is_loss(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Io | ErrorKind::Corrupt | ErrorKind::Unsupported)
 }
 
-fn read_only<T>() -> Result<T> {
-    Err(Error::new(ErrorKind::ReadOnly, "A disk that is salvaged is only read"))
-}
-
 impl<L: Layer, F: FnMut(Lost<'_>) + Send> Layer for Salvage<'_, L, F> {
     fn size_bytes(&self) -> u64 {
         self.below.size_bytes()
@@ -122,10 +116,6 @@ impl<L: Layer, F: FnMut(Lost<'_>) + Send> Layer for Salvage<'_, L, F> {
         self.below.known_zeroes().await
     }
 
-    fn is_read_only(&self) -> bool {
-        true
-    }
-
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         let (result, mut buffer) = self.below.read(offset, buffer).await;
         match result {
@@ -134,18 +124,6 @@ impl<L: Layer, F: FnMut(Lost<'_>) + Send> Layer for Salvage<'_, L, F> {
             }
             result => (result, buffer),
         }
-    }
-
-    async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
-        (read_only(), buffer)
-    }
-
-    async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
-        read_only()
-    }
-
-    async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
-        read_only()
     }
 
     async fn flush(&self) -> Result<()> {
@@ -174,6 +152,7 @@ mod tests {
     use pollster::block_on;
 
     use super::*;
+    use crate::block::WriteFlags;
     use crate::raw::Raw;
     use crate::storage::MemoryStorage;
 
@@ -201,10 +180,6 @@ mod tests {
             self.disk.known_zeroes().await
         }
 
-        fn is_read_only(&self) -> bool {
-            true
-        }
-
         async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
             let range = GuestRange::new(offset, buffer.len() as u64);
             let hits =
@@ -213,18 +188,6 @@ mod tests {
                 true => (Err(broken(ErrorKind::Io)), buffer),
                 false => self.disk.read(offset, buffer).await,
             }
-        }
-
-        async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
-            (read_only(), buffer)
-        }
-
-        async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
-            read_only()
-        }
-
-        async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
-            read_only()
         }
 
         async fn flush(&self) -> Result<()> {

@@ -10,7 +10,7 @@ use super::format::{L1Entry, Snapshot, StoredName, Version};
 use super::image::Image;
 use super::snapshots;
 use super::view::{SnapshotMap, View};
-use crate::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
+use crate::block::{Extent, KnownZeroes, Layer};
 use crate::buffer::Buffer;
 use crate::storage::{HostSource, Storage, Transfer};
 use crate::units::{GuestOffset, GuestRange};
@@ -242,17 +242,9 @@ impl<S: Storage> SnapshotLayer<S> {
     }
 }
 
-fn read_only() -> Error {
-    Error::new(ErrorKind::ReadOnly, "A snapshot cannot be changed")
-}
-
 impl<S: Storage> Layer for SnapshotLayer<S> {
     fn size_bytes(&self) -> u64 {
         self.of.map.size_bytes
-    }
-
-    fn is_read_only(&self) -> bool {
-        true
     }
 
     fn zero_unit_bytes(&self) -> u64 {
@@ -273,20 +265,8 @@ impl<S: Storage> Layer for SnapshotLayer<S> {
         self.image.read_guest(self.view(), offset, buffer).await
     }
 
-    async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
-        (Err(read_only()), buffer)
-    }
-
     fn host_source(&self, extent: &Extent) -> Option<HostSource> {
         self.image.source_of(extent)
-    }
-
-    async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
-        Err(read_only())
-    }
-
-    async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
-        Err(read_only())
     }
 
     async fn flush(&self) -> Result<()> {

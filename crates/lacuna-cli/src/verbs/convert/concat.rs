@@ -1,6 +1,6 @@
 //! Several disks, one behind the other, as one to read from.
 
-use lacuna::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{Extent, KnownZeroes, Layer};
 use lacuna::buffer::Buffer;
 use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
@@ -43,17 +43,9 @@ impl Concat {
     }
 }
 
-fn read_only() -> Error {
-    Error::new(ErrorKind::ReadOnly, "Sources in a row are only read")
-}
-
 impl Layer for Concat {
     fn size_bytes(&self) -> u64 {
         self.size_bytes
-    }
-
-    fn is_read_only(&self) -> bool {
-        true
     }
 
     fn zero_unit_bytes(&self) -> u64 {
@@ -85,18 +77,6 @@ impl Layer for Concat {
             done += len;
         }
         (Ok(()), buffer)
-    }
-
-    async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
-        (Err(read_only()), buffer)
-    }
-
-    async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
-        Err(read_only())
-    }
-
-    async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
-        Err(read_only())
     }
 
     async fn flush(&self) -> Result<()> {

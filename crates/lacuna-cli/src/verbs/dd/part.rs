@@ -1,10 +1,10 @@
 //! A part of a disk, to read from.
 
-use lacuna::block::{DiscardMode, Extent, KnownZeroes, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{Extent, KnownZeroes, Layer};
 use lacuna::buffer::Buffer;
 use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
-use lacuna::{Error, ErrorKind, Result};
+use lacuna::Result;
 
 /// So many bytes of a disk from an offset on, all of them within it.
 pub(super) struct Part<'a, L> {
@@ -19,17 +19,9 @@ impl<'a, L: Layer> Part<'a, L> {
     }
 }
 
-fn read_only() -> Error {
-    Error::new(ErrorKind::ReadOnly, "A part of a disk is only read")
-}
-
 impl<L: Layer> Layer for Part<'_, L> {
     fn size_bytes(&self) -> u64 {
         self.len
-    }
-
-    fn is_read_only(&self) -> bool {
-        true
     }
 
     fn zero_unit_bytes(&self) -> u64 {
@@ -42,18 +34,6 @@ impl<L: Layer> Layer for Part<'_, L> {
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         self.disk.read(offset + self.start, buffer).await
-    }
-
-    async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
-        (Err(read_only()), buffer)
-    }
-
-    async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
-        Err(read_only())
-    }
-
-    async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
-        Err(read_only())
     }
 
     async fn flush(&self) -> Result<()> {

@@ -2,10 +2,7 @@
 //!
 //! * Never offered: how deep in the chain something lies. Of what was saved nobody knows it any more.
 
-use lacuna::block::{
-    DiscardMode, Extent, KnownZeroes, Layer, Point, PointOptions, PointStatus, WhenFull,
-    WriteFlags, ZeroFlags,
-};
+use lacuna::block::{Extent, KnownZeroes, Layer, Point, PointOptions, PointStatus, WhenFull};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::{DirtyExtent, FrozenBitmaps, NewBitmap};
 use lacuna::raw::Raw;
@@ -102,10 +99,6 @@ impl Layer for PointDisk {
         self.point.size_bytes()
     }
 
-    fn is_read_only(&self) -> bool {
-        true
-    }
-
     fn zero_unit_bytes(&self) -> u64 {
         self.point.zero_unit_bytes()
     }
@@ -116,18 +109,6 @@ impl Layer for PointDisk {
 
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         self.point.read(offset, buffer).await
-    }
-
-    async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
-        self.point.write(offset, buffer, flags).await
-    }
-
-    async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
-        self.point.write_zeroes(range, flags).await
-    }
-
-    async fn discard(&self, range: GuestRange, mode: DiscardMode) -> Result<()> {
-        self.point.discard(range, mode).await
     }
 
     async fn flush(&self) -> Result<()> {

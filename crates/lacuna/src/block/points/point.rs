@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use super::kept::{Kept, Part, PointStatus, seen};
 use super::{Shared, WhenFull};
-use crate::block::{
-    DiscardMode, Extent, ExtentBuilder, KnownZeroes, Layer, WriteFlags, ZeroFlags, no_status,
-};
+use crate::block::{Extent, ExtentBuilder, KnownZeroes, Layer, no_status};
 use crate::buffer::Buffer;
 use crate::storage::Transfer;
 use crate::units::{GuestOffset, GuestRange};
@@ -173,10 +171,6 @@ impl<L: Layer, T: Layer + 'static> Layer for Point<L, T> {
         self.kept.size_bytes
     }
 
-    fn is_read_only(&self) -> bool {
-        true
-    }
-
     fn zero_unit_bytes(&self) -> u64 {
         self.of.below.zero_unit_bytes()
     }
@@ -202,18 +196,6 @@ impl<L: Layer, T: Layer + 'static> Layer for Point<L, T> {
         (Ok(()), Buffer::joined(done, rest))
     }
 
-    async fn write(&self, _: GuestOffset, buffer: Buffer, _: WriteFlags) -> Transfer {
-        (Err(read_only()), buffer)
-    }
-
-    async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
-        Err(read_only())
-    }
-
-    async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
-        Err(read_only())
-    }
-
     async fn flush(&self) -> Result<()> {
         Ok(())
     }
@@ -226,8 +208,4 @@ impl<L: Layer, T: Layer + 'static> Layer for Point<L, T> {
         }
         Ok(found.finish())
     }
-}
-
-fn read_only() -> Error {
-    Error::new(ErrorKind::ReadOnly, "A point in time does not change")
 }

@@ -146,10 +146,6 @@ impl Layer for Slow {
         Ok(KnownZeroes::NOTHING)
     }
 
-    fn is_read_only(&self) -> bool {
-        true
-    }
-
     async fn read(&self, offset: GuestOffset, buffer: Buffer) -> Transfer {
         let number = self.reads.fetch_add(1, Ordering::Relaxed);
         let running = self.running.fetch_add(1, Ordering::Relaxed) + 1;
@@ -162,20 +158,8 @@ impl Layer for Slow {
         }
     }
 
-    async fn write(&self, _: GuestOffset, _: Buffer, _: WriteFlags) -> Transfer {
-        unreachable!("a source is not written")
-    }
-
-    async fn write_zeroes(&self, _: GuestRange, _: ZeroFlags) -> Result<()> {
-        unreachable!("a source is not written")
-    }
-
-    async fn discard(&self, _: GuestRange, _: DiscardMode) -> Result<()> {
-        unreachable!("a source is not written")
-    }
-
     async fn flush(&self) -> Result<()> {
-        unreachable!("a source is not written")
+        unreachable!("a source is not flushed")
     }
 
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
