@@ -192,11 +192,19 @@ impl<S: Storage> UndoOnDrop<'_, S> {
         let mut meta = self.image.0.meta.lock();
         meta.l2.written();
         meta.refcounts.blocks.written();
-        meta.refcounts.dropped_blocks_are_gone();
-        if let Some(new) = self.undo.as_ref().and_then(|undo| undo.snapshot_table.as_ref()) {
-            self.image.0.header.lock().snapshots = new.location;
+        let stored = meta.refcounts.stored();
+        let Some(mut undo) = self.undo.take() else { return Vec::new() };
+        let mut header = self.image.0.header.lock();
+        if let Some(new) = &undo.snapshot_table {
+            header.snapshots = new.location;
         }
-        self.undo.take().map(|undo| undo.batch).unwrap_or_default()
+        if let Some(location) = stored.location {
+            header.refcount_table = location;
+        }
+        for range in stored.replaced.into_iter().chain(meta.bitmaps.moves_stored()) {
+            undo.batch.extend(write_back::freed_table(&mut meta, range));
+        }
+        undo.batch
     }
 }
 

@@ -253,6 +253,8 @@ impl<S: Storage> Image<S> {
             Need::L2Slice(offset) => Box::pin(self.load_l2_slice(offset)),
             Need::L2Table(offset) => Box::pin(self.load_l2_table(offset)),
             Need::RefcountSlice(offset) => Box::pin(self.load_refcount_slice(offset)),
+            Need::RefcountBlock(offset) => Box::pin(self.load_refcount_block(offset)),
+            Need::StoredRefcounts => Box::pin(self.write_back(Refcounting::Written)),
             Need::Turn(over) => Box::pin(async {
                 over.await;
                 Ok(())
@@ -281,6 +283,16 @@ impl<S: Storage> Image<S> {
         self.0.storage.event(Event::RefblockLoad).await;
         let bytes = self.load(offset, len, "refcount block").await?;
         self.0.meta.lock().refcounts.blocks.insert_loaded(offset, &bytes, generation);
+        Ok(())
+    }
+
+    async fn load_refcount_block(&self, offset: HostOffset) -> Result<()> {
+        let (generation, len) = {
+            let meta = self.0.meta.lock();
+            (meta.refcounts.blocks.generation(), meta.geometry().cluster_bytes())
+        };
+        let bytes = self.load(offset, len, "refcount block").await?.to_vec();
+        self.0.meta.lock().loaded_block = Some(LoadedTable { offset, bytes, generation });
         Ok(())
     }
 

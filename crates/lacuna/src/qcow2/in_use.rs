@@ -2,9 +2,10 @@
 
 use super::format::{MAX_REFCOUNT_TABLE_BYTES, RefcountTableEntry, RefcountWidth};
 use super::image::Image;
+use super::in_flight::Touch;
 use crate::Result;
 use crate::storage::Storage;
-use crate::units::HostOffset;
+use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 impl<S: Storage> Image<S> {
     /// Says whether at least `count` clusters of the image file have a refcount in storage.
@@ -30,6 +31,8 @@ impl<S: Storage> Image<S> {
     /// # Ok::<_, lacuna::Error>(())
     /// ```
     pub async fn uses_clusters(&self, count: u64) -> Result<bool> {
+        // What is freed meanwhile is not reused for something else.
+        let _hold = self.enter(Touch::Read, GuestRange::new(GuestOffset(0), 0)).await?;
         let (geometry, table) = {
             let header = self.0.header.lock();
             (header.geometry, header.refcount_table)

@@ -104,6 +104,7 @@ pub(super) struct Meta {
     /// Nothing was ever written at or beyond this offset: it reads as zeros.
     pub(super) zero_from: HostOffset,
     pub(super) loaded_table: Option<LoadedTable>,
+    pub(super) loaded_block: Option<LoadedTable>,
     /// The file is being cut: changes wait.
     pub(super) paused: bool,
     /// What is stored is final, for all clones.
@@ -121,7 +122,7 @@ pub(super) struct Meta {
     /// Maps of snapshots that somebody has.
     pub(super) snapshot_maps: Vec<Weak<SnapshotMap>>,
     pub(super) readers: Readers,
-    /// How often all tables were replaced at once.
+    /// How often tables of snapshots got other places, or all tables were replaced at once.
     pub(super) histories: u64,
 }
 
@@ -164,21 +165,7 @@ impl Meta {
     /// Refuses changes where there may be none, asks for what must come before the first, and
     /// notes that `range` changes.
     pub(super) fn before_change(&mut self, range: GuestRange) -> Planned<()> {
-        if let Some(error) = &self.failed {
-            return Err(Stop::Fail(error.clone().context("The image was closed to changes")));
-        }
-        if !self.writable {
-            return Err(Stop::Fail(Error::new(
-                ErrorKind::ReadOnly,
-                "The image was opened read-only",
-            )));
-        }
-        if self.closed {
-            return Err(Stop::Fail(Error::invalid("The image was closed")));
-        }
-        if self.paused {
-            return Err(Need::Turn(self.in_flight.wait()).into());
-        }
+        self.before_any_change()?;
         if self.gate.bitmaps {
             return Err(Need::FirstChange.into());
         }
@@ -193,6 +180,26 @@ impl Meta {
         }
         self.bitmaps.mark(range);
         Ok(())
+    }
+
+    /// Refuses changes where there may be none, or waits until there may be some.
+    pub(super) fn before_any_change(&self) -> Planned<()> {
+        if let Some(error) = &self.failed {
+            return Err(Stop::Fail(error.clone().context("The image was closed to changes")));
+        }
+        if !self.writable {
+            return Err(Stop::Fail(Error::new(
+                ErrorKind::ReadOnly,
+                "The image was opened read-only",
+            )));
+        }
+        if self.closed {
+            return Err(Stop::Fail(Error::invalid("The image was closed")));
+        }
+        match self.paused {
+            true => Err(Need::Turn(self.in_flight.wait()).into()),
+            false => Ok(()),
+        }
     }
 
     // ---- reading the map -------------------------------------------------------------------
@@ -370,16 +377,7 @@ impl Meta {
     /// Fills a new table with what one says that is ready to be copied.
     pub(super) fn fill_copy(&mut self, old: HostOffset, new: HostOffset) -> Planned<()> {
         let Some(loaded) = self.loaded_table.take() else { return Err(Need::L2Table(old).into()) };
-        self.l2.make_fresh(new);
-        let slice_bytes = self.l2.slice_bytes();
-        for (index, stored) in loaded.bytes.chunks(slice_bytes as usize).enumerate() {
-            let at = index as u64 * slice_bytes;
-            // What is cached is newer than what was read.
-            let bytes = self.l2.read(old + at).map_or_else(|| stored.to_vec(), <[u8]>::to_vec);
-            if let Some(target) = self.l2.change(new + at) {
-                target.copy_from_slice(&bytes);
-            }
-        }
+        self.l2.copy_fresh(old, new, &loaded.bytes);
         Ok(())
     }
 

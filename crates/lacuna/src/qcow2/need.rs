@@ -15,6 +15,10 @@ pub(super) enum Need {
     L2Table(HostOffset),
     /// This slice of a refcount block is not in memory.
     RefcountSlice(HostOffset),
+    /// No slice may be missing of this refcount block (its content is about to be copied).
+    RefcountBlock(HostOffset),
+    /// Storage must name a refcount block before it names what that counts.
+    StoredRefcounts,
     /// Another request is in the way.
     Turn(EventListener),
     /// Too much is dirty: write it first.

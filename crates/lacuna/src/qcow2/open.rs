@@ -246,6 +246,7 @@ async fn load_meta<S: Storage>(
         needs_data_sync: false,
         zero_from: HostOffset(file_bytes.next_multiple_of(geometry.cluster_bytes())),
         loaded_table: None,
+        loaded_block: None,
         paused: false,
         closed: false,
         failed: None,

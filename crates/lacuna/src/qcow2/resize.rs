@@ -282,11 +282,18 @@ impl<S: Storage> Image<S> {
     /// Only while nothing is allocated.
     async fn drop_empty_blocks(&self, first: u64) -> Result<()> {
         let indices = self.0.meta.lock().refcounts.block_indices();
-        for index in indices.into_iter().filter(|index| *index >= first) {
-            let mut look = BlockLook::default();
-            self.plan(|meta| meta.drop_empty_block(index, &mut look)).await?;
+        loop {
+            let mut dropped_any = false;
+            for index in indices.iter().filter(|index| **index >= first) {
+                let mut look = BlockLook::default();
+                dropped_any |= self.plan(|meta| meta.drop_empty_block(*index, &mut look)).await?;
+            }
+            self.write_back(Refcounting::Written).await?;
+            // What counted one that is gone may count nothing now.
+            if !dropped_any {
+                return Ok(());
+            }
         }
-        self.write_back(Refcounting::Written).await
     }
 
     /// Finds the end of the last used cluster, where the file is to be cut.
@@ -378,18 +385,13 @@ impl Meta {
         Ok(())
     }
 
-    fn drop_empty_block(&mut self, index: u64, look: &mut BlockLook) -> Planned<()> {
-        match self.refcounts.drop_empty_block(index, look)? {
-            Some(block) if block.is_counted => {
-                self.free(block.cluster, FreedBy::Other)?;
-                Ok(())
-            }
-            Some(block) => {
-                self.structures.remove_cluster(block.cluster);
-                Ok(())
-            }
-            None => Ok(()),
+    /// Says whether there was such a block.
+    fn drop_empty_block(&mut self, index: u64, look: &mut BlockLook) -> Planned<bool> {
+        let dropped = self.refcounts.drop_empty_block(index, look)?;
+        if let Some(block) = dropped.as_ref().filter(|block| !block.is_counted) {
+            self.structures.remove_cluster(block.cluster);
         }
+        Ok(dropped.is_some())
     }
 
     /// Lets changes go on again.

@@ -178,6 +178,20 @@ impl TableCache {
         self.fresh.insert(table.0);
     }
 
+    /// Declares the cluster at `to` a table that storage does not have yet, with what is known of the one at
+    /// `from`: what is cached, which is newer, and else what was `stored`.
+    pub(super) fn copy_fresh(&mut self, from: HostOffset, to: HostOffset, stored: &[u8]) {
+        self.make_fresh(to);
+        for (at, stored) in
+            (0..).step_by(self.slice_bytes as usize).zip(stored.chunks(self.slice_bytes as usize))
+        {
+            let bytes = self.read(from + at).map_or_else(|| stored.to_vec(), <[u8]>::to_vec);
+            if let Some(target) = self.change(to + at) {
+                target.copy_from_slice(&bytes);
+            }
+        }
+    }
+
     /// Drops all that is cached of a cluster that stopped being a table.
     pub(super) fn forget(&mut self, table: HostOffset) {
         self.fresh.remove(&table.0);

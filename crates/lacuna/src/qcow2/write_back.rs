@@ -19,6 +19,7 @@ use super::format::{Header, L1Entry, L1Location, RefcountTableLocation};
 use super::meta::{L1Table, Meta};
 use super::overlap::Structure;
 use super::quarantine::{Freed, FreedBy};
+use super::refcounts::TableUpdate;
 use super::sharing::NewSnapshotTable;
 use super::table_cache::Unwritten;
 use crate::Result;
@@ -52,7 +53,6 @@ pub(super) struct WriteBack {
 pub(super) struct Undo {
     l2: Unwritten,
     blocks: Unwritten,
-    table: (BTreeSet<usize>, bool),
     l1: (BTreeSet<usize>, bool),
     pin_l1: (BTreeSet<usize>, bool),
     /// The snapshot table that the steps switch to.
@@ -68,7 +68,6 @@ impl Undo {
         Self {
             l2: meta.l2.unwritten(),
             blocks: meta.refcounts.blocks.unwritten(),
-            table: meta.refcounts.unwritten_table(),
             l1: meta.l1.unwritten(),
             pin_l1: meta.pins.l1.unwritten(),
             snapshot_table: None,
@@ -82,10 +81,11 @@ impl Undo {
     pub(super) fn apply(self, meta: &mut Meta) {
         meta.l2.redo(self.l2);
         meta.refcounts.blocks.redo(self.blocks);
-        meta.refcounts.redo_table(self.table);
+        meta.refcounts.redo();
         meta.l1.redo(self.l1);
         meta.pins.l1.redo(self.pin_l1);
         meta.pins.redo_table(self.snapshot_table);
+        meta.bitmaps.redo_moves();
         meta.size_dirty |= self.size;
         meta.needs_data_sync |= self.data_sync;
         meta.quarantine.undo(self.batch);
@@ -111,7 +111,6 @@ pub(super) fn plan(meta: &mut Meta, refcounting: Refcounting) -> Result<WriteBac
     if refcounting == Refcounting::Written {
         first.extend(table_pieces(meta, Structure::RefcountBlock)?);
         second = refcount_table(meta, &mut first);
-        batch.extend(replaced_clusters(meta));
     }
     let fresh_tables = meta.l2.take_fresh();
     first.extend(
@@ -123,6 +122,9 @@ pub(super) fn plan(meta: &mut Meta, refcounting: Refcounting) -> Result<WriteBac
     let mut third = table_pieces(meta, Structure::ActiveL2)?;
     third.extend(l1_sectors(&mut meta.l1));
     third.extend(l1_sectors(&mut meta.pins.l1));
+    if refcounting == Refcounting::Written {
+        third.extend(meta.bitmaps.take_moves());
+    }
     third.extend(header_fields(size_field(meta), l1_pointer));
     third.extend(undo.snapshot_table.as_ref().map(|new| piece(new.location.header_update())));
     undo.batch = batch;
@@ -180,15 +182,15 @@ fn table_pieces(meta: &mut Meta, structure: Structure) -> Result<Vec<Piece>> {
 
 /// Adds a moved table to the first phase. Returns what makes readers see it, or the entries.
 fn refcount_table(meta: &mut Meta, first: &mut Vec<Piece>) -> Vec<Piece> {
-    let moved = meta.refcounts.take_moved_table();
-    let entries = meta.refcounts.take_dirty_table();
-    match moved {
-        Some((offset, bytes)) => {
+    match meta.refcounts.take_unstored() {
+        TableUpdate::Whole(offset, bytes) => {
             first.push(Piece { offset, bytes });
             let clusters = meta.refcounts.table_clusters() as u32;
             vec![piece(RefcountTableLocation { offset, clusters }.header_update())]
         }
-        None => entries.into_iter().map(|(offset, bytes)| Piece { offset, bytes }).collect(),
+        TableUpdate::Entries(sectors) => {
+            sectors.into_iter().map(|(offset, bytes)| Piece { offset, bytes }).collect()
+        }
     }
 }
 
@@ -196,12 +198,8 @@ fn piece<const N: usize>((offset, bytes): (HostOffset, [u8; N])) -> Piece {
     Piece { offset, bytes: bytes.to_vec() }
 }
 
-fn replaced_clusters(meta: &mut Meta) -> Vec<Freed> {
-    let ranges = meta.refcounts.take_replaced();
-    ranges.into_iter().flat_map(|range| freed_table(meta, range)).collect()
-}
-
-fn freed_table(meta: &mut Meta, range: HostRange) -> Vec<Freed> {
+/// Returns the references of a table that nothing names any more.
+pub(super) fn freed_table(meta: &mut Meta, range: HostRange) -> Vec<Freed> {
     meta.structures.remove(range);
     let first = meta.geometry().host_cluster(range.start).0;
     let at = meta.in_flight.moment();

@@ -40,7 +40,7 @@ pub(crate) struct With {
 pub(crate) struct View {
     active: Vec<u8>,
     pub(crate) snapshots: Vec<(String, Vec<u8>)>,
-    bitmaps: Vec<(String, Vec<GuestRange>)>,
+    pub(crate) bitmaps: Vec<(String, Vec<GuestRange>)>,
     /// How often clusters that are pinned are shown, where each has one pin.
     pub(crate) shown: Option<u64>,
 }
@@ -109,7 +109,7 @@ async fn shared(case: &Case, random: &mut Random) -> Case {
 }
 
 /// What QEMU's programs do to an image.
-fn by_qemu(case: &Case, steps: impl FnOnce(&Path)) -> Case {
+pub(crate) fn by_qemu(case: &Case, steps: impl FnOnce(&Path)) -> Case {
     let folder = tempfile::tempdir().unwrap();
     let path = case.save(folder.path());
     steps(&path);

@@ -20,11 +20,11 @@ use crate::drive::{perform, whole_content};
 use crate::scene::Scene;
 
 /// Steps of a few clusters.
-fn options(kind: &Kind) -> LiveCompactOptions {
+pub(crate) fn options(kind: &Kind) -> LiveCompactOptions {
     LiveCompactOptions { slice_bytes: 5 * kind.cluster_bytes(), memory_bytes: 20_000 }
 }
 
-async fn compact<S: Storage>(
+pub(crate) async fn compact<S: Storage>(
     image: &Image<S>,
     options: LiveCompactOptions,
 ) -> lacuna::Result<LiveCompacted> {
@@ -35,7 +35,7 @@ async fn compact<S: Storage>(
     Ok(compaction.so_far())
 }
 
-async fn compacted(case: &Case) -> lacuna::Result<(Case, LiveCompacted)> {
+pub(crate) async fn compacted(case: &Case) -> lacuna::Result<(Case, LiveCompacted)> {
     let host = SimHost::without_record(Pace::AtOnce, 1);
     let image = case.on(&host).open().await?;
     let done = compact(&image, options(&case.kind)).await?;
@@ -51,7 +51,7 @@ fn compact_and_look(kind: &Kind, with: With, seed: u64) {
     let (after, done) = run.unwrap_or_else(|error| panic!("{story}: {error}"));
     // Streams need refcounts that can count more than them.
     assert!(done.moved_bytes > 0 || kind.refcount_order == 0, "{story}: {done:?}");
-    if !with.bitmaps && (!with.streams || kind.refcount_order > 2) {
+    if !with.streams || kind.refcount_order > 2 {
         // Streams are packed otherwise than they were, and tables need room beside those they replace.
         let slack = if with.streams || with.snapshots { 8 } else { 0 };
         assert!(done.left_bytes <= slack * kind.cluster_bytes(), "{story}: {done:?}");
@@ -85,13 +85,13 @@ fn without_bitmaps(kind: &Kind) -> With {
     With { bitmaps: false, streams: true, ..with_all(kind) }
 }
 
-async fn adopt(image: &Image<SimStorage>, model: &mut ModelDisk, _: u64) {
+pub(crate) async fn adopt(image: &Image<SimStorage>, model: &mut ModelDisk, _: u64) {
     let content = whole_content(image).await.unwrap();
     model.adopt(GuestRange::new(GuestOffset(0), content.len()), &content.to_vec());
 }
 
 /// Something that a guest does to one place.
-fn change(random: &mut Random, kind: &Kind, place: u64) -> Operation {
+pub(crate) fn change(random: &mut Random, kind: &Kind, place: u64) -> Operation {
     let cluster = kind.cluster_bytes();
     let whole = GuestRange::new(GuestOffset(place * cluster), cluster);
     let start = whole.start + random.below(cluster / 512) * 512;
@@ -122,7 +122,7 @@ async fn look_at_snapshots(image: Image<SimStorage>, wanted: Vec<(String, Vec<u8
 fn what_is_written_while_an_image_is_compacted_is_kept() {
     for seed in seeds(4) {
         for (number, kind) in (0..).zip(few()) {
-            let case = build(&kind, without_bitmaps(&kind), seed);
+            let case = build(&kind, with_all(&kind), seed);
             let snapshots = pollster::block_on(view(&case)).unwrap().snapshots;
             let mut scene = Scene::set(&case, seed * 100 + number, adopt);
             let mut random = Random::new(seed);
@@ -190,7 +190,11 @@ async fn crashed(case: &Case, seed: u64) -> Result<usize, String> {
             recorded.acknowledge();
         }
     }
-    assert!(compaction.so_far().moved_bytes > 0);
+    let done = compaction.so_far();
+    // In a disk of a few clusters, what is written meanwhile may take all holes.
+    if done.moved_bytes == 0 && clusters > 100 {
+        return Err(format!("nothing was moved: {done:?}"));
+    }
     image.close().await.map_err(fail)?;
     recorded.acknowledge();
     let one_in = if std::env::var_os("LACUNA_LONG").is_some() { 1 } else { 12 };

@@ -26,6 +26,7 @@ mod kept_mapping;
 mod live_compacting;
 mod live_extents;
 mod live_history;
+mod live_tables;
 mod point_crash;
 mod points;
 mod qemu_differential;

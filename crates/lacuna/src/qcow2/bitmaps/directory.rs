@@ -16,6 +16,7 @@ use async_lock::MutexGuard;
 use super::super::format::{AutoclearFeatures, BitmapEntry, BitmapsExtension, Header, Version};
 use super::super::header_change;
 use super::super::image::Image;
+use super::super::meta::Meta;
 use super::super::overlap::Structure;
 use super::super::resize::MAX_SIZE_BYTES;
 use super::super::write_back::Refcounting;
@@ -45,7 +46,7 @@ pub(in crate::qcow2) async fn directory<S: Storage>(
 }
 
 /// The bitmaps while nobody changes the disk, all of them stored as they are.
-pub(super) struct AtRest<'a, S: Storage> {
+pub(in crate::qcow2) struct AtRest<'a, S: Storage> {
     pub(super) image: &'a Image<S>,
     /// As the directory has them.
     pub(super) entries: Vec<BitmapEntry>,
@@ -63,7 +64,7 @@ pub(in crate::qcow2) struct Still<'a> {
 
 impl<S: Storage> Image<S> {
     /// Waits until nothing changes the disk, keeps it so, and brings the stored bitmaps up to date.
-    pub(super) async fn bitmaps_at_rest(&self) -> Result<AtRest<'_, S>> {
+    pub(in crate::qcow2) async fn bitmaps_at_rest(&self) -> Result<AtRest<'_, S>> {
         self.check_writable()?;
         if self.geometry().version() == Version::V2 {
             return Err(Error::unsupported("Cannot store dirty bitmaps in qcow2 v2 files"));
@@ -88,7 +89,7 @@ impl<S: Storage> Image<S> {
         let edits = self.0.bitmap_edits.lock().await;
         // Before the turn: a request that runs may be waiting for it.
         let exclusion = self.be_alone(range).await?;
-        let turn = self.0.bitmap_turn.lock().await;
+        let turn = self.take_bitmap_turn().await?;
         if self.0.meta.lock().closed {
             return Err(Error::invalid("The image was closed"));
         }
@@ -160,8 +161,37 @@ impl<S: Storage> AtRest<'_, S> {
         entries: &[BitmapEntry],
         dropped: Vec<HostRange>,
     ) -> Result<()> {
+        let bytes = BitmapEntry::encode_directory(entries)?;
+        let clusters = self.image.geometry().clusters_for(bytes.len() as u64);
+        if clusters == 0 {
+            return self.name(None, dropped).await;
+        }
+        let at = self.image.plan(|meta| meta.allocate_for_bitmap(clusters)).await?;
+        let extension = self.image.write_directory(entries, &bytes, at).await?;
+        self.name(Some(extension), dropped).await
+    }
+
+    /// Gives the directory a place that ends before cluster `limit`. Returns how many clusters it takes;
+    /// none where there is no such place.
+    pub(in crate::qcow2) async fn move_below(self, limit: u64) -> Result<u64> {
+        let bytes = BitmapEntry::encode_directory(&self.entries)?;
+        let clusters = self.image.geometry().clusters_for(bytes.len() as u64);
+        let allocate = |meta: &mut Meta| {
+            meta.before_any_change()?;
+            meta.allocate_below(clusters, limit, &mut 0)
+        };
+        let Some(at) = self.image.plan(allocate).await? else { return Ok(0) };
+        let extension = self.image.write_directory(&self.entries, &bytes, at).await?;
+        self.name(Some(extension), Vec::new()).await?;
+        Ok(clusters)
+    }
+
+    async fn name(
+        self,
+        extension: Option<BitmapsExtension>,
+        dropped: Vec<HostRange>,
+    ) -> Result<()> {
         let image = self.image;
-        let extension = image.write_directory(entries).await?;
         {
             let mut meta = image.0.meta.lock();
             meta.bitmaps.outdated = true;
@@ -177,23 +207,23 @@ impl<S: Storage> AtRest<'_, S> {
 }
 
 impl<S: Storage> Image<S> {
-    /// Writes a directory to new clusters, with its refcounts, durably; nothing names it yet.
-    async fn write_directory(&self, entries: &[BitmapEntry]) -> Result<Option<BitmapsExtension>> {
-        if entries.is_empty() {
-            return Ok(None);
-        }
-        let bytes = BitmapEntry::encode_directory(entries)?;
-        let clusters = self.geometry().clusters_for(bytes.len() as u64);
-        let directory_offset = self.plan(|meta| meta.allocate_for_bitmap(clusters)).await?;
+    /// Writes a directory to clusters that were allocated, with its refcounts, durably; nothing names it
+    /// yet.
+    async fn write_directory(
+        &self,
+        entries: &[BitmapEntry],
+        bytes: &[u8],
+        directory_offset: HostOffset,
+    ) -> Result<BitmapsExtension> {
         let extension = BitmapsExtension {
             count: entries.len() as u32,
             directory_bytes: bytes.len() as u64,
             directory_offset,
         };
         extension.check(&self.geometry())?;
-        self.write_bitmap(directory_offset, &bytes).await?;
+        self.write_bitmap(directory_offset, bytes).await?;
         self.write_back(Refcounting::Written).await?;
-        Ok(Some(extension))
+        Ok(extension)
     }
 }
 

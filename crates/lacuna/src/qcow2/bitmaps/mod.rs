@@ -1,7 +1,7 @@
 //! Keeps enabled dirty bitmaps in step with writes (B.10).
 //!
 //! `store` brings storage after memory, `intents` bound what a crash loses in between, `directory` says which bitmaps there are and changes it,
-//! `edit`, `freeze`, `merge` and `repair` are what people ask for, `size` follows the disk's size.
+//! `edit`, `freeze`, `merge` and `repair` are what people ask for, `size` follows the disk's size, `moves` gives what lies badly another place.
 //!
 //! * Always: the first change of an open image marks every enabled bitmap in use, durably, before
 //!   anything else; only what stores them takes the mark off again. After a crash nobody trusts one
@@ -16,6 +16,7 @@ mod edit;
 mod freeze;
 mod intents;
 mod merge;
+mod moves;
 mod recover;
 mod repair;
 mod size;
@@ -36,6 +37,7 @@ use crate::units::{GuestRange, HostOffset};
 pub(super) use directory::{Still, directory};
 pub use edit::NewBitmap;
 pub use freeze::{FrozenBitmap, FrozenBitmaps};
+pub(super) use moves::Moves;
 pub use repair::{BitmapRepairs, repair_bitmaps};
 
 /// Where the flags lie in a directory entry.
@@ -58,6 +60,9 @@ pub(super) struct Bitmaps {
     intents_unsure: bool,
     /// What changed since some of them were frozen.
     recordings: Vec<Recording>,
+    /// Places that words of storage are to name, and those that a write-back is about to store.
+    moves: Moves,
+    moves_on_their_way: Moves,
     /// Counts changes of where bitmaps lie: what was read of one before may be somebody else's.
     pub(super) generation: u64,
 }

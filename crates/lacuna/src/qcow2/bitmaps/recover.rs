@@ -145,7 +145,7 @@ impl<S: Storage> Image<S> {
 
     /// Writes the intents that somebody waits for.
     pub(in crate::qcow2) async fn write_intents(&self) -> Result<()> {
-        let _turn = self.0.bitmap_turn.lock().await;
+        let _turn = self.take_bitmap_turn().await?;
         let is_clearing = self.0.meta.lock().bitmaps.intents.is_clearing;
         if is_clearing {
             // What was dropped half-way must not take back what is written now.

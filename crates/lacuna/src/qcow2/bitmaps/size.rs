@@ -73,6 +73,7 @@ impl<S: Storage> Image<S> {
     /// Gives every bitmap a table for a disk of `new` bytes, durably. What was behind the smaller
     /// of the two sizes is clear.
     pub(in crate::qcow2) async fn resize_bitmaps(&self, old: u64, new: u64) -> Result<()> {
+        let _turn = self.take_bitmap_turn().await?;
         // A call that was dropped must not write an entry after this one.
         self.wait_for_metadata_writes().await;
         let header = self.header();

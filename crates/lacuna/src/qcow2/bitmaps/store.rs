@@ -48,7 +48,7 @@ impl Meta {
 impl<S: Storage> Image<S> {
     /// Marks the bitmaps in use, durably; changes may follow then.
     pub(in crate::qcow2) async fn mark_bitmaps_in_use(&self) -> Result<()> {
-        let _turn = self.0.bitmap_turn.lock().await;
+        let _turn = self.take_bitmap_turn().await?;
         if !self.0.meta.lock().gate.bitmaps {
             return Ok(());
         }
@@ -81,7 +81,7 @@ impl<S: Storage> Image<S> {
 
     /// Merges what changed into the stored bitmaps and takes the marks off.
     pub(in crate::qcow2) async fn store_bitmaps(&self) -> Result<()> {
-        let _turn = self.0.bitmap_turn.lock().await;
+        let _turn = self.take_bitmap_turn().await?;
         self.store_bitmaps_in_turn().await
     }
 
@@ -126,7 +126,7 @@ impl<S: Storage> Image<S> {
         if !is_due() {
             return Ok(());
         }
-        let _turn = self.0.bitmap_turn.lock().await;
+        let _turn = self.take_bitmap_turn().await?;
         match is_due() {
             true => self.store_bitmaps_in_turn().await,
             false => Ok(()),

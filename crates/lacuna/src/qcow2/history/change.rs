@@ -332,6 +332,7 @@ impl Meta {
         self.l1 = L1Table::new(l1, header.l1.offset);
         self.l2.forget_all();
         self.loaded_table = None;
+        self.loaded_block = None;
         self.refcounts.go_by(refcounts, header.refcount_table, file_bytes);
         self.structures = structures;
         self.pins = Pins::default();

@@ -81,6 +81,9 @@ impl<S: Storage> Image<S> {
 impl Meta {
     /// Says whether storage has all that memory has.
     fn is_settled(&self) -> bool {
-        self.quarantine.is_empty() && !self.l2.is_dirty() && !self.refcounts.blocks.is_dirty()
+        self.quarantine.is_empty()
+            && !self.l2.is_dirty()
+            && !self.refcounts.blocks.is_dirty()
+            && self.refcounts.is_stored()
     }
 }

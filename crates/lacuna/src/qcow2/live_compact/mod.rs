@@ -2,7 +2,7 @@
 //! at a time, and the file is cut, while guests read and write.
 //!
 //! The story: `count` says how long the file needs to be; `walk` goes through all tables once and finds
-//! what lies behind that, and who points to it (`pointers`); `moves` carries clusters and tables,
+//! what lies behind that, and who points to it (`qcow2/pointers.rs`, `table_walk.rs`); `moves` carries clusters and tables,
 //! `streams` what is compressed. Then the file is cut, as by a disk that shrinks. All changes go through
 //! the tables in memory and an ordinary write-back. See `docs/design/live-compaction.md`.
 //!
@@ -10,13 +10,14 @@
 //! * Never: something moves to which not every pointer was found.
 //! * Always: snapshots stay as they are within a step. Where they change between two, the pass begins
 //!   anew: their tables, and the disk's, are others then.
-//! * Not moved: refcount blocks and table, and what bitmaps have. What of it lies at the end keeps the
-//!   file long; it is said.
+//! * Not moved: what more entries show than change under one lock, and tables of several clusters that
+//!   find no run. What of it lies at the end keeps the file long; it is said.
 
+mod bitmaps;
 mod count;
 mod moves;
 mod options;
-mod pointers;
+mod refcounts;
 mod snapshots;
 mod streams;
 mod walk;
@@ -93,6 +94,9 @@ pub struct LiveCompaction<S: Storage> {
 enum State {
     Begin,
     Count(Count),
+    Bitmaps(Holes),
+    /// The goal.
+    Runs(u64),
     Walk(Box<Walk>),
     Streams(Box<Streams>),
     Tables {
@@ -100,6 +104,7 @@ enum State {
         index: usize,
     },
     Snapshots(Holes),
+    Refcounts(Holes),
     /// The first cluster that is to be cut off.
     Cut(u64),
     Over,
@@ -115,7 +120,8 @@ impl<S: Storage> LiveCompaction<S> {
             Some(reason) => Err(reason),
             None => Ok(Self {
                 image: image.clone(),
-                options,
+                // However short steps are to be, each gets on.
+                options: LiveCompactOptions { slice_bytes: options.slice_bytes.max(1), ..options },
                 state: State::Begin,
                 done: LiveCompacted::default(),
                 pass: 0,
@@ -144,12 +150,15 @@ impl<S: Storage> LiveCompaction<S> {
         let (phase, read_bytes) = match state {
             State::Begin => (LiveCompactPhase::Count, self.begin().await?),
             State::Count(count) => return self.count(count).await.map(Some),
+            State::Bitmaps(holes) => (LiveCompactPhase::Move, self.bitmaps(holes).await?),
+            State::Runs(goal) => (LiveCompactPhase::Move, self.runs(goal).await?),
             State::Walk(walk) => (LiveCompactPhase::Move, self.walk(walk).await?),
             State::Streams(streams) => (LiveCompactPhase::Move, self.streams(streams).await?),
             State::Tables { holes, index } => {
                 (LiveCompactPhase::Move, self.tables(holes, index).await?)
             }
             State::Snapshots(holes) => (LiveCompactPhase::Move, self.snapshots(holes).await?),
+            State::Refcounts(holes) => (LiveCompactPhase::Move, self.refcounts(holes).await?),
             State::Cut(from) => (LiveCompactPhase::Cut, self.cut(from).await?),
             State::Over => return Ok(None),
         };
@@ -195,12 +204,28 @@ impl<S: Storage> LiveCompaction<S> {
         }
         self.pass += 1;
         (self.moved_any, self.moved, self.total) = (false, 0, self.done.left_bytes);
+        self.state = State::Bitmaps(Holes::below(counted.goal));
+        Ok(())
+    }
+
+    /// Moves what bitmaps have, some at a time.
+    async fn bitmaps(&mut self, mut holes: Holes) -> Result<u64> {
+        let clusters = self.image.move_bitmaps(&mut holes).await?;
+        self.state = match clusters {
+            0 => State::Runs(holes.goal),
+            _ => State::Bitmaps(holes),
+        };
+        Ok(self.moved_durably(clusters))
+    }
+
+    /// Moves tables of several clusters, while there are runs of holes, and begins the walk.
+    async fn runs(&mut self, goal: u64) -> Result<u64> {
+        let clusters = self.image.move_runs(goal).await?;
         let _pins_stay = self.image.begin_pinning().await?;
         self.history = self.image.0.meta.lock().histories;
         let others = self.image.other_tables().await?;
-        let walk = Walk::new(counted.goal, self.options.memory_bytes, others);
-        self.state = State::Walk(Box::new(walk));
-        Ok(())
+        self.state = State::Walk(Box::new(Walk::new(goal, self.options.memory_bytes, others)));
+        Ok(self.moved_durably(clusters))
     }
 
     /// Keeps pins and snapshots as they are while the hold lives. Nothing where snapshots have changed
@@ -280,15 +305,28 @@ impl<S: Storage> LiveCompaction<S> {
     async fn snapshots(&mut self, holes: Holes) -> Result<u64> {
         let Some(pins_stay) = self.go_on().await? else { return Ok(0) };
         let clusters = self.image.move_snapshots(&holes).await?;
+        // That was this pass itself.
+        self.history = self.image.0.meta.lock().histories;
         let moved_bytes = clusters * self.image.geometry().cluster_bytes();
         // Until storage has it, nobody is to look for them there.
         self.settle(Walked { moved_bytes, ..Walked::default() }).await?;
         drop(pins_stay);
         self.state = match clusters {
-            0 => State::Cut(holes.goal),
+            0 => State::Refcounts(Holes::below(holes.goal)),
             _ => State::Snapshots(holes),
         };
         Ok(moved_bytes)
+    }
+
+    /// Moves refcount blocks and the refcount table, last, as all that moves before makes more of them.
+    async fn refcounts(&mut self, mut holes: Holes) -> Result<u64> {
+        let slice_bytes = self.options.slice_bytes;
+        let clusters = self.image.move_refcounts(&mut holes, slice_bytes).await?;
+        self.state = match clusters {
+            0 => State::Cut(holes.goal),
+            _ => State::Refcounts(holes),
+        };
+        Ok(self.moved_durably(clusters))
     }
 
     async fn table(&self, index: usize, active: usize, holes: &mut Holes) -> Result<Outcome> {
@@ -313,10 +351,21 @@ impl<S: Storage> LiveCompaction<S> {
         if walked.moved_bytes == 0 {
             return Ok(());
         }
-        self.moved_any = true;
-        self.moved += walked.moved_bytes;
-        self.done.moved_bytes += walked.moved_bytes;
+        self.count_moved(walked.moved_bytes);
         self.image.write_back(self.image.usual_refcounting()).await
+    }
+
+    /// Takes note of clusters that were moved. Returns how many bytes they have.
+    fn moved_durably(&mut self, clusters: u64) -> u64 {
+        let bytes = clusters * self.image.geometry().cluster_bytes();
+        self.count_moved(bytes);
+        bytes
+    }
+
+    fn count_moved(&mut self, bytes: u64) {
+        self.moved_any |= bytes > 0;
+        self.moved += bytes;
+        self.done.moved_bytes += bytes;
     }
 
     async fn cut(&mut self, from: u64) -> Result<u64> {

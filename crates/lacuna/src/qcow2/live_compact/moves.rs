@@ -17,8 +17,8 @@ use super::super::in_flight::{Token, Touch};
 use super::super::meta::Meta;
 use super::super::need::{Need, Planned};
 use super::super::overlap::Structure;
+use super::super::pointers::{Owner, Pointer, redirected, weight};
 use super::super::quarantine::FreedBy;
-use super::pointers::{Owner, Pointer, redirected, weight};
 use crate::Result;
 use crate::buffer::{Buffer, Hold};
 use crate::storage::{HostStatus, Storage, ZeroMode};
@@ -264,7 +264,7 @@ impl Meta {
     }
 
     /// Drops so many references of a cluster that something else was shown for.
-    pub(super) fn free_times(&mut self, cluster: HostCluster, count: u64) -> Planned<()> {
+    pub(in super::super) fn free_times(&mut self, cluster: HostCluster, count: u64) -> Planned<()> {
         for _ in 0..count {
             self.free(cluster, FreedBy::Always)?;
         }

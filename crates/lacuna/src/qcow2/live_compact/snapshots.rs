@@ -16,9 +16,9 @@ use super::super::in_flight::{Token, Touch};
 use super::super::meta::Meta;
 use super::super::need::{Need, Planned};
 use super::super::overlap::Structure;
+use super::super::pointers::redirected;
 use super::super::view::SnapshotMap;
 use super::moves::Holes;
-use super::pointers::redirected;
 use crate::Result;
 use crate::buffer::{Buffer, Hold};
 use crate::storage::Storage;
@@ -207,6 +207,8 @@ impl Meta {
             self.structures.add_inactive_l1(HostRange::new(*to, from.len));
         }
         self.in_flight.all_linked(token);
+        // Who found tables of snapshots before looks for them anew.
+        self.histories += 1;
         self.redirect_active(batch, &active);
         self.redirect_maps(batch);
         for (from, (to, times)) in &batch.tables {

@@ -25,7 +25,7 @@ pub(in crate::qcow2) struct BlockLook {
 /// A block that the table names no more.
 pub(in crate::qcow2) struct Dropped {
     pub(in crate::qcow2) cluster: HostCluster,
-    /// Another block counts it, so that it has to be freed.
+    /// Another block counts it, and will say that it is free once storage names it no more.
     pub(in crate::qcow2) is_counted: bool,
 }
 
@@ -50,6 +50,7 @@ impl Refcounts {
         }
         if own != index {
             self.read(HostCluster(block))?;
+            self.settle_counting(own, index)?;
         }
         self.end = self.end.max(block + 1);
         self.install_block(index, block);
@@ -104,10 +105,13 @@ impl Refcounts {
             return Ok(None);
         }
         self.table[index as usize] = 0;
-        self.table_dirty.insert(index as usize);
+        self.unstored.entries.insert(index as usize);
         self.blocks.forget(offset);
         if counts_itself {
-            self.leaving.insert(cluster.0);
+            self.unstored.leaving.insert(cluster.0);
+        } else {
+            let range = HostRange::new(offset, self.geometry.cluster_bytes());
+            self.unstored.replaced.push(range);
         }
         Ok(Some(Dropped { cluster, is_counted: !counts_itself }))
     }
@@ -139,7 +143,7 @@ impl Refcounts {
         let offset = self.geometry.host_offset(HostCluster(block));
         self.blocks.make_fresh(offset);
         self.table[index as usize] = offset.0;
-        self.table_dirty.insert(index as usize);
+        self.unstored.entries.insert(index as usize);
         let range = HostRange::new(offset, self.geometry.cluster_bytes());
         self.new_metadata.push((range, Structure::RefcountBlock));
     }
@@ -164,7 +168,7 @@ impl Refcounts {
         let first_index = start / per_block;
         let blocks_new = blocks_total - first_index;
         let table_clusters = self.geometry.clusters_for(table_entries * 8);
-        self.replaced.push(self.table_range());
+        self.unstored.replaced.push(self.table_range());
         self.table.resize(table_entries as usize, 0);
         self.end = self.end.max(start + blocks_new + table_clusters);
         for nth in 0..blocks_new {
@@ -172,7 +176,7 @@ impl Refcounts {
         }
         self.table_offset = self.geometry.host_offset(HostCluster(start + blocks_new));
         self.table_clusters = table_clusters;
-        self.table_moved = true;
+        self.unstored.is_moved = true;
         self.new_metadata.push((self.table_range(), Structure::RefcountTable));
         for cluster in start..start + blocks_new + table_clusters {
             self.write(HostCluster(cluster), 1)?;

@@ -9,12 +9,16 @@
 
 mod blocks;
 mod packed;
+mod relocate;
 mod search;
+mod unstored;
 
 pub(in crate::qcow2) use blocks::BlockLook;
+pub(in crate::qcow2) use unstored::TableUpdate;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
+use self::unstored::Unstored;
 use super::format::{Geometry, RefcountTableLocation, RefcountWidth};
 use super::need::{Need, Planned, Stop};
 use super::overlap::Structure;
@@ -49,10 +53,10 @@ pub(in crate::qcow2) struct Refcounts {
     table: Vec<u64>,
     table_offset: HostOffset,
     table_clusters: u64,
-    /// Table entries (by index) that storage does not have yet.
-    table_dirty: BTreeSet<usize>,
-    /// The whole table lies elsewhere now; storage has neither it nor the header that points to it.
-    table_moved: bool,
+    /// What storage does not have yet of the table.
+    unstored: Unstored,
+    /// The same, as far as the write-back that runs is to store it.
+    on_its_way: Unstored,
     pub(in crate::qcow2) blocks: TableCache,
     /// Where a search for one cluster starts (`free_single_cluster_index` of 004-6).
     single_cursor: u64,
@@ -68,14 +72,9 @@ pub(in crate::qcow2) struct Refcounts {
     end: u64,
     /// What that was when the image was opened.
     end_at_open: u64,
-    /// Old tables to be freed after the write-back that replaces them.
-    replaced: Vec<HostRange>,
     /// New metadata clusters since the last look: for the overlap map.
     new_metadata: Vec<(HostRange, Structure)>,
     released_by_search: u64,
-    /// Clusters of blocks that counted nothing but themselves, while the table on storage may still
-    /// name them: not free, though no block says so.
-    leaving: BTreeSet<u64>,
 }
 
 /// Clusters that were handed out.
@@ -101,8 +100,8 @@ impl Refcounts {
             table_clusters: geometry.clusters_for(table.len() as u64 * 8),
             table,
             table_offset,
-            table_dirty: BTreeSet::new(),
-            table_moved: false,
+            unstored: Unstored::default(),
+            on_its_way: Unstored::default(),
             blocks: TableCache::new(geometry.cluster_bytes(), cache_bytes, LEAST_TO_WRITE),
             single_cursor: 0,
             multi_cursor: 0,
@@ -111,10 +110,8 @@ impl Refcounts {
             compressed_cursor: None,
             end: geometry.clusters_for(file_bytes),
             end_at_open: geometry.clusters_for(file_bytes),
-            replaced: Vec::new(),
             new_metadata: Vec::new(),
             released_by_search: 0,
-            leaving: BTreeSet::new(),
         }
     }
 
@@ -218,10 +215,8 @@ impl Refcounts {
         self.table = table;
         (self.table_offset, self.table_clusters) = (location.offset, location.clusters.into());
         self.blocks.forget_all();
-        self.table_dirty.clear();
-        self.table_moved = false;
-        self.replaced.clear();
-        self.leaving.clear();
+        self.unstored = Unstored::default();
+        self.on_its_way = Unstored::default();
         self.end = self.end.max(self.geometry.clusters_for(file_bytes));
         // All that was learnt of what is free is of the old table.
         self.compressed_cursor = None;
@@ -268,7 +263,7 @@ impl Refcounts {
     /// Returns the refcount of a cluster.
     pub(in crate::qcow2) fn read(&mut self, cluster: HostCluster) -> Planned<u64> {
         // Storage still calls it a refcount block, whatever a new block in memory says.
-        if self.leaving.contains(&cluster.0) {
+        if self.is_leaving(cluster) {
             return Ok(1);
         }
         let Some((slice, index)) = self.locate(cluster.0)? else { return Ok(0) };
@@ -333,58 +328,12 @@ impl Refcounts {
         self.lower_cursors(HostCluster(0));
     }
 
-    /// The table on storage names no block any more that was dropped.
-    pub(in crate::qcow2) fn dropped_blocks_are_gone(&mut self) {
-        self.leaving.clear();
-    }
-
-    // ---- write-back ------------------------------------------------------------------------
-
-    /// Hands out the table entries to be written: `(offset, bytes)`, whole sectors.
-    pub(in crate::qcow2) fn take_dirty_table(&mut self) -> Vec<(HostOffset, Vec<u8>)> {
-        let dirty = std::mem::take(&mut self.table_dirty);
-        let sectors: BTreeSet<usize> = dirty.into_iter().map(|index| index / 64).collect();
-        let sector = |at: usize| {
-            let entries = &self.table[at * 64..self.table.len().min(at * 64 + 64)];
-            let bytes = entries.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-            (self.table_offset + at as u64 * 512, bytes)
-        };
-        sectors.into_iter().map(sector).collect()
-    }
-
-    /// Hands out the whole table where it lies at a new place.
-    pub(in crate::qcow2) fn take_moved_table(&mut self) -> Option<(HostOffset, Vec<u8>)> {
-        if !std::mem::take(&mut self.table_moved) {
-            return None;
-        }
-        self.table_dirty.clear();
-        let bytes = self.table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        Some((self.table_offset, bytes))
-    }
-
     pub(in crate::qcow2) const fn table_clusters(&self) -> u64 {
         self.table_clusters
-    }
-
-    /// Hands out tables that the next write-back makes obsolete.
-    pub(in crate::qcow2) fn take_replaced(&mut self) -> Vec<HostRange> {
-        std::mem::take(&mut self.replaced)
     }
 
     /// Hands out metadata clusters made since the last call.
     pub(in crate::qcow2) fn take_new_metadata(&mut self) -> Vec<(HostRange, Structure)> {
         std::mem::take(&mut self.new_metadata)
-    }
-
-    /// Returns the table entries and the move that storage does not have, for
-    /// [`redo_table`](Self::redo_table).
-    pub(in crate::qcow2) fn unwritten_table(&self) -> (BTreeSet<usize>, bool) {
-        (self.table_dirty.clone(), self.table_moved)
-    }
-
-    /// What was handed out may not have reached storage: it is dirty again.
-    pub(in crate::qcow2) fn redo_table(&mut self, (entries, moved): (BTreeSet<usize>, bool)) {
-        self.table_dirty.extend(entries);
-        self.table_moved |= moved;
     }
 }

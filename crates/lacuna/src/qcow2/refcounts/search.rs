@@ -54,19 +54,27 @@ impl Refcounts {
         limit: u64,
         cursor: &mut u64,
     ) -> Planned<Option<HostOffset>> {
+        let Some(start) = self.find_below(count, limit, cursor)? else { return Ok(None) };
+        (start..start + count).try_for_each(|at| self.write(HostCluster(at), 1))?;
+        *cursor = start + count;
+        Ok(Some(self.geometry.host_offset(HostCluster(start))))
+    }
+
+    /// Finds what [`allocate_below`](Self::allocate_below) hands out, with its refcounts at hand.
+    pub(super) fn find_below(
+        &mut self,
+        count: u64,
+        limit: u64,
+        cursor: &mut u64,
+    ) -> Planned<Option<u64>> {
         while *cursor + count <= limit {
             if self.locate(*cursor)?.is_none() {
                 *cursor = (*cursor / self.entries() + 1) * self.entries();
                 continue;
             }
-            let start = *cursor;
-            match self.first_used(start, count)? {
+            match self.first_used(*cursor, count)? {
                 Some(used) => *cursor = used + 1,
-                None => {
-                    (start..start + count).try_for_each(|at| self.write(HostCluster(at), 1))?;
-                    *cursor = start + count;
-                    return Ok(Some(self.geometry.host_offset(HostCluster(start))));
-                }
+                None => return Ok(Some(*cursor)),
             }
         }
         Ok(None)

@@ -5,10 +5,10 @@
 //! * Always: a cluster moves only if the entries that show it are as many as its refcount says: so none
 //!   was missed.
 
-use super::super::format::{L2Entry, OFFSET_MASK};
-use super::super::meta::Meta;
-use super::super::need::{Need, Planned};
-use super::super::overlap::Structure;
+use super::format::{L2Entry, OFFSET_MASK};
+use super::meta::Meta;
+use super::need::{Need, Planned};
+use super::overlap::Structure;
 use crate::units::{HostCluster, HostOffset, HostRange};
 
 /// No cluster or stream moves that more entries show: they all change under one lock.
