@@ -90,6 +90,7 @@ pub use options::{
 pub(crate) use refcount_space::fully_allocated_bytes;
 pub use refcounts::Placement;
 pub use resize::Shrink;
+pub(crate) use sharing::{HostStep, HostWalk, Hosts, Shown, Wanted};
 pub use sharing::{PinFacts, Shared, Worth, pin_facts};
 pub use snapshot::{SnapshotChoice, SnapshotLayer};
 pub use totals::{Totals, totals};

@@ -37,3 +37,4 @@ mod sharing;
 mod sharing_rules;
 mod sharing_stock;
 mod sweeping;
+mod uniting;

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use lacuna::block::Layer;
+use lacuna::job::{DedupOptions, dedup};
 use lacuna::qcow2::{Access, Image, OpenOptions, Parts, Shrink};
 use lacuna::storage::{FileOptions, FileStorage};
 use lacuna::units::{GuestCluster, GuestOffset, GuestRange};
@@ -137,12 +138,19 @@ impl Stock {
                 alike.map(|(index, _)| GuestCluster(index)).collect()
             })
             .collect();
+        let of_all = self.random.one_in(2);
         block_on(async {
             let image = self.open(Access::ReadWrite).await?;
-            image.drop_unused_pins().await?;
-            let shared = image.share(&groups).await?;
+            let shared = match of_all {
+                // With what snapshots have.
+                true => dedup(&image, DedupOptions::default(), &mut |_| ()).await?.shared,
+                false => {
+                    image.drop_unused_pins().await?;
+                    image.share(&groups).await?.shared
+                }
+            };
             image.close().await?;
-            Ok::<_, lacuna::Error>(shared.shared)
+            Ok::<_, lacuna::Error>(shared)
         })
         .unwrap()
     }

@@ -176,7 +176,13 @@ fn human(name: &str, done: &Deduped, is_whole: bool) -> String {
             done.zero_clusters
         );
     }
-    if *shared > 0 {
+    if done.united > 0 {
+        text += &format!(
+            "Clusters of snapshots, or shared before, given up for others with the same bytes: {}\n",
+            done.united
+        );
+    }
+    if *shared + done.united > 0 {
         let pins = match keepers {
             0 => String::new(),
             _ => {
@@ -198,6 +204,7 @@ fn json(name: &str, done: &Deduped, is_whole: bool) -> String {
         "zero-clusters": done.zero_clusters,
         "shared": done.shared,
         "keepers": done.keepers,
+        "united": done.united,
         "differed": done.differed,
         "freed": done.freed_bytes,
         "unpinned": done.unpinned_bytes,

@@ -1,4 +1,5 @@
-//! Which clusters of one image have equal fingerprints.
+//! Which clusters of one image have equal fingerprints; a cluster is a number here, that of the disk or that
+//! of the file.
 //!
 //! * One word of 64 bits for each cluster: above its index, as much of the fingerprint as there is
 //!   room for. Of 2^24 clusters (1 TiB in 64 KiB) 40 bits fit: one in 2^16 is taken for equal wrongly,
@@ -8,7 +9,6 @@
 //! * Groups come in the order of their first clusters: what is copied together stays together.
 
 use super::fingerprint::Fingerprint;
-use crate::units::GuestCluster;
 
 /// Bytes for a cluster: its word, and a part of the list of groups, which have two members or more.
 const CLUSTER_BYTES: u64 = 10;
@@ -62,12 +62,12 @@ pub(super) struct Candidates {
 impl Candidates {
     /// Takes note of a cluster, if its fingerprint belongs to the pass. What has no room, since guests
     /// write meanwhile, is left to another run.
-    pub(super) fn note(&mut self, fingerprint: Fingerprint, cluster: GuestCluster) {
+    pub(super) fn note(&mut self, fingerprint: Fingerprint, cluster: u64) {
         let Passes { most_words, cluster_bits, pass_bits } = self.passes;
         let pass = fingerprint.0.checked_shr(u64::BITS - pass_bits).unwrap_or(0);
         let mask = (1 << cluster_bits) - 1;
-        if pass == self.pass && self.words.len() < most_words && cluster.0 <= mask {
-            self.words.push((fingerprint.0 << pass_bits) & !mask | cluster.0);
+        if pass == self.pass && self.words.len() < most_words && cluster <= mask {
+            self.words.push((fingerprint.0 << pass_bits) & !mask | cluster);
         }
     }
 
@@ -115,7 +115,7 @@ impl Groups {
 
     /// Returns groups that have about `most` members together, none at the end. A group that is cut
     /// goes on with its last member once more, so that the rest finds what that shares.
-    pub(super) fn next_batch(&mut self, most: usize) -> Vec<Vec<GuestCluster>> {
+    pub(super) fn next_batch(&mut self, most: usize) -> Vec<Vec<u64>> {
         let (mut batch, mut room) = (Vec::new(), most.max(2));
         while room > 1
             && let Some(&start) = self.starts.get(self.next)
@@ -123,7 +123,7 @@ impl Groups {
             let group = self.group(start as usize);
             let from = self.within.saturating_sub(1);
             let to = group.len().min(from + room);
-            let cluster = |word: &u64| GuestCluster(word & self.mask);
+            let cluster = |word: &u64| word & self.mask;
             batch.push(group[from..to].iter().map(cluster).collect());
             room -= to - from;
             let is_whole = to == group.len();
@@ -134,8 +134,8 @@ impl Groups {
     }
 
     /// Returns all groups, whatever was given out.
-    pub(super) fn all(&self) -> impl Iterator<Item = Vec<GuestCluster>> + Send + '_ {
-        let cluster = |word: &u64| GuestCluster(word & self.mask);
+    pub(super) fn all(&self) -> impl Iterator<Item = Vec<u64>> + Send + '_ {
+        let cluster = |word: &u64| word & self.mask;
         self.starts
             .iter()
             .map(move |start| self.group(*start as usize).iter().map(cluster).collect())
@@ -169,7 +169,7 @@ mod tests {
             let mut candidates = passes.begin(pass);
             for (index, content) in contents.iter().enumerate() {
                 let fingerprint = Fingerprinter::seeded(3).of(&[*content]);
-                candidates.note(fingerprint, GuestCluster(index as u64));
+                candidates.note(fingerprint, index as u64);
             }
             let mut groups = candidates.into_groups();
             loop {
@@ -179,7 +179,6 @@ mod tests {
                 }
                 assert!(batch.iter().map(Vec::len).sum::<usize>() <= most.max(2));
                 for group in batch {
-                    let group: Vec<u64> = group.iter().map(|cluster| cluster.0).collect();
                     assert!(group.len() > 1);
                     match found.last_mut() {
                         Some(last) if last.last() == group.first() => last.extend(&group[1..]),
@@ -231,10 +230,10 @@ mod tests {
     #[test]
     fn what_has_no_room_is_left_out() {
         let mut candidates = Passes { most_words: 3, cluster_bits: 4, pass_bits: 0 }.begin(0);
-        (0..20).for_each(|index| candidates.note(Fingerprint(7 << 40), GuestCluster(index)));
+        (0..20).for_each(|index| candidates.note(Fingerprint(7 << 40), index));
         assert_eq!(candidates.into_groups().members(), (3, 0));
         let mut candidates = Passes { most_words: 9, cluster_bits: 4, pass_bits: 0 }.begin(0);
-        (15..20).for_each(|index| candidates.note(Fingerprint(7 << 40), GuestCluster(index)));
+        (15..20).for_each(|index| candidates.note(Fingerprint(7 << 40), index));
         assert_eq!(candidates.into_groups().members(), (0, 0));
     }
 }

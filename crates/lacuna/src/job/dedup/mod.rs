@@ -6,7 +6,8 @@
 //! * [`sample`] remembers fingerprints in bounded memory, and [`estimate`] counts with it: nothing is
 //!   written.
 //! * [`candidates`] collects which clusters have equal fingerprints, and [`share`] has the image share
-//!   those whose bytes are equal as well.
+//!   those whose bytes are equal as well; [`hosts`] does so for what snapshots have, and for what is shared
+//!   already.
 //! * [`across`] moves what disks hold at the same places to one that they stand on.
 //! * [`writes`] does so as a disk is written, with an [`index`] of what was written before.
 
@@ -14,6 +15,7 @@ mod across;
 mod candidates;
 mod estimate;
 mod fingerprint;
+mod hosts;
 mod index;
 mod sample;
 mod share;

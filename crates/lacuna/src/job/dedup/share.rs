@@ -12,6 +12,7 @@ use futures_util::TryStreamExt;
 
 use super::candidates::{Candidates, Groups, Passes};
 use super::fingerprint::Fingerprinter;
+use super::hosts::OfHosts;
 use super::walk::{Window, window_bytes, windows};
 use crate::block::{Layer, is_zero, no_status, step_aside};
 use crate::qcow2::{Image, Worth};
@@ -23,7 +24,7 @@ use crate::{Error, Result};
 const LEAST_MEMORY_BYTES: u64 = 1 << 20;
 
 /// A step shares among so many clusters at least: each waits for storage several times.
-const FEWEST_MEMBERS: u64 = 8;
+pub(super) const FEWEST_MEMBERS: u64 = 8;
 
 /// When equal clusters share a place: pins that hold on to it take tables of whole clusters.
 ///
@@ -77,6 +78,9 @@ pub struct Deduped {
     pub shared: u64,
     /// Clusters that were made to be shared.
     pub keepers: u64,
+    /// Clusters that only snapshots had, or that were shared already, and that were given up for another
+    /// one with the same bytes.
+    pub united: u64,
     /// Clusters that looked equal, and were not: other bytes with the same fingerprint, or written
     /// to meanwhile.
     pub differed: u64,
@@ -151,15 +155,16 @@ pub struct Dedup<S: Storage> {
     image: Image<S>,
     options: DedupOptions,
     fingerprinter: Fingerprinter,
-    state: State,
+    state: State<S>,
     done: Deduped,
     pass: (u64, u64),
 }
 
-enum State {
+enum State<S: Storage> {
     Begin,
     Find { passes: Passes, at: GuestOffset, candidates: Candidates },
     Share { passes: Passes, groups: Groups },
+    Hosts(Box<OfHosts<S>>),
     Over,
 }
 
@@ -200,6 +205,7 @@ impl<S: Storage> Dedup<S> {
             State::Begin => self.begin().await?,
             State::Find { passes, at, candidates } => self.find(passes, at, candidates).await?,
             State::Share { passes, groups } => self.share(passes, groups).await?,
+            State::Hosts(work) => return self.hosts(work).await,
             State::Over => return Ok(None),
         };
         Ok(Some(progress))
@@ -278,7 +284,7 @@ impl<S: Storage> Dedup<S> {
                     let found = self.fingerprinter.of(content);
                     // Plain ones never share with compressed ones: groups of one kind are wanted.
                     let found = if part.status.is_compressed { found.other() } else { found };
-                    candidates.note(found, GuestCluster(cluster));
+                    candidates.note(found, cluster);
                 }
             }
         }
@@ -286,11 +292,11 @@ impl<S: Storage> Dedup<S> {
     }
 
     /// Says what comes after a pass has found groups.
-    async fn weigh(&mut self, passes: Passes, groups: Groups) -> Result<State> {
+    async fn weigh(&mut self, passes: Passes, groups: Groups) -> Result<State<S>> {
         if self.options.sharing == Sharing::Always || groups.members().0 == 0 {
             return Ok(State::Share { passes, groups });
         }
-        let worth = self.image.weigh(groups.all()).await?;
+        let worth = self.image.weigh(groups.all().map(of_guest)).await?;
         if worth.pays() || worth.saved_bytes == 0 {
             return Ok(State::Share { passes, groups });
         }
@@ -304,6 +310,7 @@ impl<S: Storage> Dedup<S> {
         let before = groups.members().1;
         let batch = groups.next_batch(most as usize);
         if !batch.is_empty() {
+            let batch: Vec<_> = batch.into_iter().map(of_guest).collect();
             let shared = self.image.share(&batch).await?;
             self.done.shared += shared.shared;
             self.done.keepers += shared.keepers;
@@ -318,8 +325,26 @@ impl<S: Storage> Dedup<S> {
         } else if self.pass.0 + 1 < self.pass.1 {
             self.pass.0 += 1;
             self.begin_pass(passes);
+        } else {
+            let (image, fingerprinter) = (&self.image, self.fingerprinter);
+            let work = OfHosts::new(image, self.options, fingerprinter);
+            self.state = State::Hosts(Box::new(work));
         }
         Ok(progress)
+    }
+
+    /// Goes on with what the disk does not show alone.
+    async fn hosts(&mut self, mut work: Box<OfHosts<S>>) -> Result<Option<DedupProgress>> {
+        let step = work.step(&mut self.done).await?;
+        if step.is_over {
+            return Ok(None);
+        }
+        self.state = State::Hosts(work);
+        let (phase, done) = match step.found {
+            Some(found) => (DedupPhase::Find, found),
+            None => (DedupPhase::Share, (0, 0)),
+        };
+        Ok(Some(self.progress(phase, done, step.read_bytes)))
     }
 
     fn progress(&self, phase: DedupPhase, done: (u64, u64), read_bytes: u64) -> DedupProgress {
@@ -333,11 +358,16 @@ impl<S: Storage> Dedup<S> {
     }
 }
 
+/// Clusters of the disk, by what a list of candidates calls them.
+fn of_guest(numbers: Vec<u64>) -> Vec<GuestCluster> {
+    numbers.into_iter().map(GuestCluster).collect()
+}
+
 /// Has clusters of an image that hold the same bytes share one place, from beginning to end.
 ///
 /// Guests may read and write meanwhile; between steps others get their turn. Durable on return.
-/// Compressed clusters share where their content is equal; clusters that a snapshot shares, and those
-/// of backing layers, are left alone. Afterwards, whoever writes to the image must heed the COPIED
+/// Compressed clusters of the disk share where their content is equal; others also with what only snapshots have,
+/// and within snapshots. What backing layers have is left alone. Afterwards, whoever writes to the image must heed the COPIED
 /// flag (B.4), as for internal snapshots.
 ///
 /// # Errors

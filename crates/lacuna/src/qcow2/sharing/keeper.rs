@@ -122,6 +122,24 @@ impl<'a, S: Storage> Keeper<'a, S> {
         Ok(Some(meta.free_entry(old, FreedBy::Always)?))
     }
 
+    /// Takes `count` references of a cluster that has room for them, and whose refcount is at hand.
+    pub(super) fn take_of(&mut self, meta: &mut Meta, host: HostOffset, count: u64) -> Planned<()> {
+        let cluster = meta.geometry().host_cluster(host);
+        meta.refcounts.increase(cluster, count)?;
+        (self.entry, self.clusters, self.unused) = (meta.sharing_entry(host), vec![cluster], count);
+        Ok(())
+    }
+
+    /// Says whether it has no reference that is not in use.
+    pub(super) const fn is_idle(&self) -> bool {
+        self.unused == 0
+    }
+
+    /// So many references are in use.
+    pub(super) const fn use_some(&mut self, count: u64) {
+        self.unused -= count;
+    }
+
     /// One reference is in use.
     pub(super) const fn use_one(&mut self) {
         self.unused -= 1;

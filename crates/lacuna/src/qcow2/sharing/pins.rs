@@ -177,6 +177,16 @@ impl ClusterSet {
         before != *word
     }
 
+    /// Returns all in the order of the file.
+    pub(super) fn in_order(&self) -> impl Iterator<Item = HostCluster> + '_ {
+        let mut words: Vec<(u64, u64)> = self.0.iter().map(|(at, word)| (*at, *word)).collect();
+        words.sort_unstable();
+        words.into_iter().flat_map(|(at, word)| {
+            let bits = (0..64).filter(move |bit| word >> bit & 1 == 1);
+            bits.map(move |bit| HostCluster(at * 64 + bit))
+        })
+    }
+
     fn remove(&mut self, cluster: HostCluster) {
         if let Some(word) = self.0.get_mut(&(cluster.0 / 64)) {
             *word &= !(1 << (cluster.0 % 64));

@@ -278,7 +278,11 @@ impl<S: Storage> Image<S> {
 
     /// Compares each member with its keeper, and has it show that. Returns how many clusters of the
     /// image file nothing uses any more.
-    async fn attach_members(&self, keeper: &mut Keeper<'_, S>, shared: &mut Shared) -> Result<u64> {
+    pub(super) async fn attach_members(
+        &self,
+        keeper: &mut Keeper<'_, S>,
+        shared: &mut Shared,
+    ) -> Result<u64> {
         let bytes = self.read_keeper(keeper).await?;
         let mut freed = 0;
         for guest in std::mem::take(&mut keeper.members) {

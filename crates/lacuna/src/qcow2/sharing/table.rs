@@ -155,7 +155,7 @@ fn pin_among(snapshots: &mut Vec<Snapshot>) -> &mut Snapshot {
 
 impl<S: Storage> Image<S> {
     /// Says whether the image has snapshots other than the one with the pins.
-    pub(in crate::qcow2) async fn has_real_snapshots(&self) -> Result<bool> {
+    pub(crate) async fn has_real_snapshots(&self) -> Result<bool> {
         Ok(self.snapshots().await?.iter().any(|snapshot| !snapshot.is_pin()))
     }
 }

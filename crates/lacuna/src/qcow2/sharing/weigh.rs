@@ -8,7 +8,7 @@ use crate::qcow2::format::{Geometry, L1Entry};
 use crate::qcow2::image::Image;
 use crate::qcow2::meta::Meta;
 use crate::storage::Storage;
-use crate::units::GuestCluster;
+use crate::units::{GuestCluster, HostCluster};
 
 /// What sharing would save in an image file, and what its pins would take.
 ///
@@ -109,6 +109,25 @@ impl<S: Storage> Image<S> {
             worth.saved_bytes += saved;
             pins += more;
             worth.pin_bytes = self.0.meta.lock().pin_bytes_for(pins);
+            if worth.pays() {
+                break;
+            }
+        }
+        Ok(worth)
+    }
+
+    /// As [`weigh`](Self::weigh), for groups of host clusters, each with one that others may show.
+    pub(crate) async fn weigh_hosts(
+        &self,
+        groups: impl Iterator<Item = Vec<HostCluster>> + Send,
+    ) -> Result<Worth> {
+        let _pins_stay = self.begin_pinning().await?;
+        let meta = self.0.meta.lock();
+        let (mut worth, mut pins) = (Worth::default(), 0);
+        for group in groups {
+            worth.saved_bytes += (group.len() as u64 - 1) * meta.geometry().cluster_bytes();
+            pins += u64::from(!group.iter().any(|host| meta.pins.holds(*host)));
+            worth.pin_bytes = meta.pin_bytes_for(pins);
             if worth.pays() {
                 break;
             }
