@@ -297,7 +297,27 @@ fn what_clients_write_to_a_server_is_stored_once() {
     let found: serde_json::Value = serde_json::from_str(&report).unwrap();
     assert_eq!(found["saved-in-place"], 0, "{report}");
     assert!(found["images"][0]["shared-already"].as_u64() > Some(1 << 20), "{report}");
+    // Whatever options put on top of the image.
+    for opts in [
+        "driver=qcow2,file.driver=file,file.filename=b",
+        "driver=qcow2,file.driver=file,file.filename=b,cache.direct=off,detect-zeroes=on",
+        "driver=copy-on-read,file.driver=qcow2,file.file.driver=file,file.file.filename=b",
+    ] {
+        ours.prepare("rm -f b; stock-img create -q -f qcow2 b 8M");
+        let serve = format!("lacuna serve --dedup=online --image-opts {opts}");
+        let got = ours.run(&format!("{serve} --run '{copy}'"));
+        assert_eq!(got.code, Some(0), "{opts}: {}", got.text);
+        ours.prepare("stock-img check -q b && stock-img compare -q -f raw -F qcow2 disk b");
+        let report = shown(&ours, "lacuna dedup --report --output=json b");
+        let found: serde_json::Value = serde_json::from_str(&report).unwrap();
+        assert_eq!(found["saved-in-place"], 0, "{opts}: {report}");
+        assert!(found["images"][0]["shared-already"].as_u64() > Some(1 << 20), "{report}");
+    }
     for (options, words) in [
+        (
+            "--dedup=online --image-opts driver=compress,file.driver=qcow2,file.file.driver=file,file.file.filename=a",
+            "driver compress",
+        ),
         ("--dedup=online -r a", "read-only"),
         ("--dedup=online -f raw disk", "Only the clusters of a qcow2 image"),
         ("--dedup=soon a", "expects 'off' or 'online'"),

@@ -1,6 +1,7 @@
 //! An opened disk with what is known of the images it stands on.
 
 use lacuna::chain::{Chain, Disk, LevelFacts, Map, SplitChain};
+use lacuna::job::DedupWritesOptions;
 use lacuna::qcow2::{Image, SnapshotChoice};
 use lacuna::units::GuestRange;
 
@@ -31,6 +32,11 @@ impl FileChain {
         let chain = self.chain.at_snapshot(choice).await?;
         let disk = self.disk.at_snapshot(chain.disk().clone())?;
         Ok(Self { chain, disk })
+    }
+
+    /// Returns the chain with a disk that stores equal clusters once as they are written.
+    pub(crate) fn sharing(self, options: DedupWritesOptions) -> lacuna::Result<Self> {
+        Ok(Self { disk: self.disk.sharing(options)?, ..self })
     }
 
     /// Gives up what is known of the levels.

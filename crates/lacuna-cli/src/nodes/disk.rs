@@ -7,7 +7,7 @@ use lacuna::block::{
 };
 use lacuna::buffer::Buffer;
 use lacuna::chain::{Disk, Format};
-use lacuna::job::Target;
+use lacuna::job::{DedupWrites, DedupWritesOptions, Target};
 use lacuna::qcow2::{Encoder, Image, Stream};
 use lacuna::storage::{HostSource, Transfer};
 use lacuna::units::{GuestOffset, GuestRange};
@@ -19,6 +19,9 @@ use super::debug::Rules;
 use super::tops::stacked;
 use crate::verbs::spec::tree::TopSpec;
 
+/// A way for writes that shares what is equal.
+type Sharing = DetectZeroes<DedupWrites<AnyStorage>>;
+
 /// An opened disk. Clones are the same disk.
 #[derive(Clone)]
 pub(crate) struct ToolDisk {
@@ -27,6 +30,8 @@ pub(crate) struct ToolDisk {
     nested: Arc<[Disk<AnyStorage>]>,
     /// What a discard does.
     discards: Discards,
+    /// What writes go through, below all layers, where equal clusters are stored once.
+    sharing: Option<Arc<Sharing>>,
     /// The layers on top, where there are any.
     top: Option<Below>,
     /// What they are.
@@ -51,8 +56,24 @@ impl ToolDisk {
         discards: Discards,
     ) -> Self {
         let disk = DetectZeroes::new(disk, detection);
-        let tops = Arc::new([]);
-        Self { disk, nested: nested.into(), discards, top: None, tops, rules: None }
+        let (nested, tops) = (nested.into(), Arc::new([]));
+        Self { disk, nested, discards, sharing: None, top: None, tops, rules: None }
+    }
+
+    /// Has equal clusters be stored once as they are written, whatever is on top.
+    pub(super) fn sharing(self, options: DedupWritesOptions) -> Result<Self> {
+        let Disk::Qcow2(image) = self.disk.below() else {
+            return Err(Error::unsupported("Only the clusters of a qcow2 image can share"));
+        };
+        if self.tops.contains(&TopSpec::Compress) {
+            return Err(Error::unsupported(
+                "What the driver compress writes cannot share as it is written; lacuna dedup does it later",
+            ));
+        }
+        let writes = DedupWrites::new(image.clone(), options)?;
+        let sharing = Some(Arc::new(DetectZeroes::new(writes, self.disk.level())));
+        let tops = Arc::clone(&self.tops);
+        Self { sharing, top: None, tops: Arc::new([]), ..self }.topped(&tops)
     }
 
     /// Puts layers on top.
@@ -91,11 +112,6 @@ impl ToolDisk {
         }
     }
 
-    /// Returns how hard zeros are looked for.
-    pub(crate) const fn detection(&self) -> ZeroDetection {
-        self.disk.level()
-    }
-
     /// Remembers the rules of a test driver.
     pub(super) fn with_rules(self, rules: Option<Arc<Rules>>) -> Self {
         Self { rules, ..self }
@@ -128,7 +144,13 @@ impl ToolDisk {
 
     /// Makes everything durable and leaves all images as they should be left, from the top down.
     pub(crate) async fn close(self) -> Result<()> {
-        self.disk.into_below().close().await?;
+        let shared = match &self.sharing {
+            Some(sharing) => sharing.below().finish().await,
+            None => Ok(()),
+        };
+        // Closed in any case; the first error is the one to tell.
+        let closed = self.disk.into_below().close().await;
+        shared.and(closed)?;
         for disk in self.nested.iter().rev() {
             disk.clone().close().await?;
         }
@@ -163,7 +185,10 @@ impl Layer for ToolDisk {
     async fn write(&self, offset: GuestOffset, buffer: Buffer, flags: WriteFlags) -> Transfer {
         match &self.top {
             Some(top) => top.write(offset, buffer, flags).await,
-            None => self.disk.write(offset, buffer, flags).await,
+            None => match &self.sharing {
+                Some(sharing) => sharing.write(offset, buffer, flags).await,
+                None => self.disk.write(offset, buffer, flags).await,
+            },
         }
     }
 

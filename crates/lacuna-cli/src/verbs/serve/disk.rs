@@ -1,11 +1,10 @@
 //! An opened chain as a server sees it.
 
 use lacuna::block::{
-    Change, DetectZeroes, DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, Points,
-    WriteFlags, ZeroFlags,
+    Change, DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, Points, WriteFlags, ZeroFlags,
 };
 use lacuna::buffer::Buffer;
-use lacuna::job::{DedupWrites, DedupWritesOptions};
+use lacuna::job::DedupWritesOptions;
 use lacuna::qcow2::{Image, Shrink};
 use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
@@ -13,9 +12,8 @@ use lacuna::{Error, ErrorKind, Result};
 use lacuna_export::{DirtyRun, ServedDisk};
 
 use super::bitmaps::Bitmaps;
-use super::content::Content;
 use super::point::{Asked, PointDisk, Scratch};
-use crate::error::{CliError, CliResult};
+use crate::error::CliResult;
 use crate::nodes::{AnyStorage, FileChain, ToolDisk};
 
 /// A chain that is served.
@@ -24,31 +22,26 @@ pub(crate) struct ChainDisk {
     bitmaps: Bitmaps,
     is_rotational: bool,
     /// All that changes the disk goes through here.
-    content: Points<Content, Scratch>,
+    content: Points<ToolDisk, Scratch>,
 }
 
 impl ChainDisk {
     pub(super) fn new(chain: FileChain, bitmaps: Bitmaps) -> Self {
         let is_rotational = chain.content_storage().is_rotational();
-        let content = Points::new(Content::new(chain.disk().clone(), None));
+        let content = Points::new(chain.disk().clone());
         Self { chain, bitmaps, is_rotational, content }
     }
 
     /// Makes it one that stores equal clusters once.
     pub(super) fn with_sharing(self, options: DedupWritesOptions) -> CliResult<Self> {
-        let Some(image) = self.disk().bare_image() else {
-            let text = "Only the clusters of a qcow2 image can share, with no layer on top of it";
-            return Err(CliError::new(text).with_class(ErrorKind::Unsupported));
-        };
-        let writes = DedupWrites::new(image.clone(), options)?;
-        let sharing = DetectZeroes::new(writes, self.disk().detection());
-        let content = Points::new(Content::new(self.disk().clone(), Some(sharing)));
-        Ok(Self { content, ..self })
+        let chain = self.chain.sharing(options)?;
+        let content = Points::new(chain.disk().clone());
+        Ok(Self { chain, content, ..self })
     }
 
     /// Leaves the disk as it should be left, with what waits to be shared.
     pub(super) async fn close(&self) -> Result<()> {
-        self.content.below().close().await
+        self.content.below().clone().close().await
     }
 
     /// Makes it one that does not tell whether it turns: qemu-nbd never does.

@@ -17,7 +17,6 @@
 mod asked;
 mod bitmaps;
 mod command;
-mod content;
 mod disk;
 pub(crate) mod fork;
 mod images;

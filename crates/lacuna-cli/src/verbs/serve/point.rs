@@ -11,9 +11,8 @@ use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{Error, ErrorKind, Result};
 use lacuna_export::{DirtyRun, ServedDisk};
 
-use super::content::Content;
 use super::disk::ChainDisk;
-use crate::nodes::AnyStorage;
+use crate::nodes::{AnyStorage, ToolDisk};
 
 /// Where a point saves to: a file without a name.
 pub(crate) type Scratch = Raw<FileStorage>;
@@ -31,7 +30,7 @@ pub(crate) struct Asked {
 
 /// A point in time of a disk that is served.
 pub(crate) struct PointDisk {
-    point: Point<Content, Scratch>,
+    point: Point<ToolDisk, Scratch>,
     /// Nothing for a disk without bitmaps.
     frozen: Option<FrozenBitmaps<AnyStorage>>,
     is_rotational: bool,
@@ -57,7 +56,7 @@ pub(super) async fn freeze(
 
 impl PointDisk {
     pub(super) const fn new(
-        point: Point<Content, Scratch>,
+        point: Point<ToolDisk, Scratch>,
         frozen: Option<FrozenBitmaps<AnyStorage>>,
         is_rotational: bool,
     ) -> Self {
