@@ -39,7 +39,7 @@ fn verbs(sandbox: &Sandbox) -> Vec<String> {
     // Verbs about the program are in the text below.
     let names: Vec<String> = names
         .chain(["commit", "restore", "stream", "verify"].map(str::to_owned))
-        .chain(["bench", "completions", "ctl", "help", "io", "man"].map(str::to_owned))
+        .chain(["bench", "completions", "conform", "ctl", "help", "io", "man"].map(str::to_owned))
         .collect();
     assert!(names.len() >= 8, "{overview}");
     names

@@ -76,17 +76,7 @@ impl Operation {
 /// well, and are the same however the range is cut.
 #[must_use]
 pub fn content(seed: u64, range: GuestRange) -> Vec<u8> {
-    let word = |index: u64| (Random::new(seed.wrapping_mul(31) ^ index).next() as u8) | 1;
-    let bytes = range.start.0..range.end().0;
-    let (mut last, mut value) = (u64::MAX, 0);
-    let byte = bytes.map(|offset| {
-        if offset / 16 != last {
-            last = offset / 16;
-            value = word(last);
-        }
-        value
-    });
-    byte.collect()
+    lacuna_conform::content(seed, range.start.0..range.end().0)
 }
 
 /// Which operations may come, and how large.

@@ -3,31 +3,34 @@
 use super::Finding;
 
 /// Which of our crates may stand on which, tests aside.
-const OURS: [(&str, &[&str]); 8] = [
+const OURS: [(&str, &[&str]); 9] = [
+    ("crates/conform/", &["lacuna"]),
     ("crates/lacuna/", &[]),
     // Restore points of any disk: it knows no command line and no protocol.
     ("crates/lacuna-backup/", &["lacuna"]),
     (
         "crates/lacuna-cli/",
-        &["lacuna", "lacuna-backup", "lacuna-export", "lacuna-nbd", "lacuna-tls"],
+        &["lacuna", "lacuna-backup", "lacuna-conform", "lacuna-export", "lacuna-nbd", "lacuna-tls"],
     ),
     ("crates/lacuna-export/", &["lacuna", "lacuna-nbd", "lacuna-tls"]),
     // The protocol alone: it knows no disk.
     ("crates/lacuna-nbd/", &[]),
     // Certificates alone: it knows neither disks nor the protocol.
     ("crates/lacuna-tls/", &[]),
-    ("crates/testkit/", &["lacuna", "lacuna-backup", "lacuna-nbd"]),
+    ("crates/testkit/", &["lacuna", "lacuna-backup", "lacuna-conform", "lacuna-nbd"]),
     ("xtask/", &[]),
 ];
 
 pub(super) fn check(path: &str, text: &str, findings: &mut Vec<Finding>) {
+    // A package outside of the workspace is the root of one of its own.
+    let is_root = path == "Cargo.toml" || text.lines().any(|line| line == "[workspace]");
     let mut section = "";
     let mut previous = "";
     for (index, line) in text.lines().map(str::trim).enumerate() {
         if line.starts_with('[') {
             section = line;
         } else if let Some((name, value)) = dependency(section, line) {
-            let wrong = if path == "Cargo.toml" {
+            let wrong = if is_root {
                 without_reason(previous, value)
             } else {
                 in_member(path, section, name, value)
@@ -56,7 +59,11 @@ fn without_reason(previous: &str, value: &str) -> Option<String> {
 fn in_member(path: &str, section: &str, name: &str, value: &str) -> Option<String> {
     let base = name.split('.').next().unwrap_or(name);
     let (_, allowed) = OURS.iter().find(|(folder, _)| path.starts_with(folder))?;
-    let is_ours = OURS.iter().any(|(folder, _)| folder.trim_end_matches('/').ends_with(base));
+    let is_named = |folder: &str| {
+        let last = folder.trim_end_matches('/').rsplit('/').next().unwrap_or(folder);
+        last == base || base.strip_prefix("lacuna-") == Some(last)
+    };
+    let is_ours = OURS.iter().any(|(folder, _)| is_named(folder));
     if is_ours && !section.contains("dev-") && !allowed.contains(&base) {
         return Some(format!("must not stand on `{base}` (no arrow points there)"));
     }
@@ -84,6 +91,13 @@ mod tests {
     }
 
     #[test]
+    fn a_package_on_its_own_has_its_own_versions_and_reasons() {
+        let (path, head) = ("crates/conform/drivers/x/Cargo.toml", "[workspace]\n[dependencies]\n");
+        assert_eq!(found(path, &format!("{head}# The engine.\nx = \"=1\"")), 0);
+        assert_eq!(found(path, &format!("{head}x = \"=1\"")), 1);
+    }
+
+    #[test]
     fn members_take_versions_from_the_workspace() {
         let path = "crates/lacuna/Cargo.toml";
         assert_eq!(found(path, "[dependencies]\nzstd.workspace = true"), 0);
@@ -98,6 +112,8 @@ mod tests {
         let text = "[dev-dependencies]\ntestkit.workspace = true";
         assert_eq!(found("crates/lacuna/Cargo.toml", text), 0);
         let text = "[dependencies]\nlacuna.workspace = true";
+        assert_eq!(found("crates/lacuna-nbd/Cargo.toml", text), 1);
+        let text = "[dependencies]\nlacuna-conform.workspace = true";
         assert_eq!(found("crates/lacuna-nbd/Cargo.toml", text), 1);
     }
 }

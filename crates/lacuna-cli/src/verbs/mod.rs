@@ -13,6 +13,7 @@ mod check;
 mod commit;
 mod compare;
 mod completions;
+mod conform;
 mod convert;
 pub(crate) mod create;
 mod create_export;
@@ -103,7 +104,7 @@ pub(crate) struct ExitCode {
 }
 
 /// All verbs, in the order of the help.
-const VERBS: [&Verb; 28] = [
+const VERBS: [&Verb; 29] = [
     &amend::VERB,
     &backup::VERB,
     &bench::VERB,
@@ -112,6 +113,7 @@ const VERBS: [&Verb; 28] = [
     &commit::VERB,
     &compare::VERB,
     &completions::VERB,
+    &conform::VERB,
     &convert::VERB,
     &create::VERB,
     &ctl::VERB,
@@ -152,9 +154,10 @@ const ERROR_FORMAT: Flag =
         .own();
 
 /// Verbs that only we have.
-const OWN: [&str; 13] = [
+const OWN: [&str; 14] = [
     backup::VERB.name,
     completions::VERB.name,
+    conform::VERB.name,
     ctl::VERB.name,
     dedup::VERB.name,
     demo::VERB.name,

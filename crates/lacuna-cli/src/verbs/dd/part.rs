@@ -1,10 +1,10 @@
 //! A part of a disk, to read from.
 
+use lacuna::Result;
 use lacuna::block::{Extent, KnownZeroes, Layer};
 use lacuna::buffer::Buffer;
 use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
-use lacuna::Result;
 
 /// So many bytes of a disk from an offset on, all of them within it.
 pub(super) struct Part<'a, L> {

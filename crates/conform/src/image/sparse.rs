@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock};
 use lacuna::storage::HostStatus;
 
 /// Bytes of a page.
-pub(crate) const PAGE: u64 = 4096;
+const PAGE: u64 = 4096;
 
 type Page = Arc<[u8; PAGE as usize]>;
 
@@ -18,7 +18,7 @@ static UNWRITTEN: LazyLock<Page> = LazyLock::new(|| Arc::new([0; PAGE as usize])
 /// The content of a file; pages that are not there are holes.
 ///
 /// ```
-/// let mut file = testkit::SparseBytes::default();
+/// let mut file = lacuna_conform::image::SparseBytes::default();
 /// file.write(5000, b"lacuna");
 /// assert_eq!(file.len(), 5006);
 /// assert_eq!(file.read_vec(4999, 3), b"\0la");
@@ -183,21 +183,28 @@ impl SparseBytes {
         self.pages.len() as u64 * PAGE
     }
 
+    /// Writes the content to a file, holes as holes.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn write_to(&self, path: &Path) -> std::io::Result<()> {
+        let mut file = std::fs::File::create(path)?;
+        for (page, bytes) in &self.pages {
+            let at = page * PAGE;
+            let len = (self.len.saturating_sub(at)).min(PAGE) as usize;
+            file.seek(SeekFrom::Start(at))?;
+            file.write_all(&bytes[..len])?;
+        }
+        file.set_len(self.len)
+    }
+
     /// Writes the content to a file for foreign tools, holes as holes.
     ///
     /// # Panics
     /// If the file cannot be written.
     pub fn save(&self, path: &Path) {
-        let fail = |error| -> ! { panic!("Writing {}: {error}", path.display()) };
-        let mut file = std::fs::File::create(path).unwrap_or_else(|error| fail(error));
-        for (page, bytes) in &self.pages {
-            let at = page * PAGE;
-            let len = (self.len.saturating_sub(at)).min(PAGE) as usize;
-            file.seek(SeekFrom::Start(at))
-                .and_then(|_| file.write_all(&bytes[..len]))
-                .unwrap_or_else(|error| fail(error));
-        }
-        file.set_len(self.len).unwrap_or_else(|error| fail(error));
+        let written = self.write_to(path);
+        written.unwrap_or_else(|error| panic!("Writing {}: {error}", path.display()));
     }
 
     /// Reads a file whole.

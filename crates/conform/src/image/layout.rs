@@ -1,240 +1,14 @@
-//! qcow2 images made byte by byte, right or wrong on purpose.
-//!
-//! * Always: refcounts, COPIED flags and tables agree unless something was overridden.
-//! * Never: the engine's own encoder; this is the second opinion (qcow2: B.1 to B.9).
+//! Gives everything in an image its place, from the front, and counts its uses.
 
 use std::collections::BTreeMap;
 
-use crate::SparseBytes;
+use super::builder::{Built, Content, ImageBuilder, SnapshotTables};
 
 const COPIED: u64 = 1 << 63;
-
-/// Where things lie in an image that was built.
-///
-/// ```
-/// let built = testkit::ImageBuilder::new(3, 16, 1 << 20).data(0, b"guest").build();
-/// assert_eq!(built.bytes.read_vec(built.data[&0], 5), b"guest");
-/// ```
-#[derive(Clone, Debug, Default)]
-pub struct Built {
-    /// The file.
-    pub bytes: SparseBytes,
-    /// Offset of the active L1 table.
-    pub l1: u64,
-    /// Offsets of L2 tables, by L1 index.
-    pub l2: BTreeMap<u64, u64>,
-    /// Offsets of data, by guest cluster; for compressed clusters that of the stream.
-    pub data: BTreeMap<u64, u64>,
-    /// Offset of the refcount table.
-    pub refcount_table: u64,
-    /// Offsets of the refcount blocks.
-    pub refcount_blocks: Vec<u64>,
-    /// Offset of the snapshot table, 0 without snapshots.
-    pub snapshot_table: u64,
-}
-
-#[derive(Clone, Debug)]
-enum Content {
-    Data(Vec<u8>),
-    Zero,
-    ReservedZero(Vec<u8>),
-    Compressed(Vec<u8>),
-}
-
-/// Collects what an image is to hold.
-///
-/// ```
-/// // A cluster whose L2 entry has a reserved bit set.
-/// let image = testkit::ImageBuilder::new(3, 16, 1 << 20)
-///     .data(0, &[7; 512])
-///     .change_l2(0, |words| words[0] |= 1 << 56)
-///     .build();
-/// assert_eq!(image.bytes.read_vec(0, 4), b"QFI\xfb");
-/// ```
-#[derive(Clone)]
-pub struct ImageBuilder {
-    version: u32,
-    cluster_bits: u32,
-    size_bytes: u64,
-    refcount_order: u32,
-    features: [u64; 3],
-    compression: u8,
-    extended: bool,
-    snapshots: Vec<String>,
-    extensions: Vec<(u32, Vec<u8>)>,
-    backing: Option<Vec<u8>>,
-    clusters: BTreeMap<u64, Content>,
-    subclusters: BTreeMap<u64, u64>,
-    l2_changes: Vec<(u64, WordChange)>,
-    l1_changes: Vec<(u64, WordChange)>,
-    refcounts: BTreeMap<u64, u64>,
-    fields: Vec<(usize, Vec<u8>)>,
-}
-
-type WordChange = fn(&mut [u64; 2]);
-
-impl ImageBuilder {
-    /// Starts an image of `version` (2 or 3) with clusters of `1 << cluster_bits` bytes.
-    #[must_use]
-    pub const fn new(version: u32, cluster_bits: u32, size_bytes: u64) -> Self {
-        Self {
-            version,
-            cluster_bits,
-            size_bytes,
-            refcount_order: 4,
-            features: [0; 3],
-            compression: 0,
-            extended: false,
-            snapshots: Vec::new(),
-            extensions: Vec::new(),
-            backing: None,
-            clusters: BTreeMap::new(),
-            subclusters: BTreeMap::new(),
-            l2_changes: Vec::new(),
-            l1_changes: Vec::new(),
-            refcounts: BTreeMap::new(),
-            fields: Vec::new(),
-        }
-    }
-
-    /// Makes refcounts `1 << order` bits wide.
-    #[must_use]
-    pub const fn refcount_order(mut self, order: u32) -> Self {
-        self.refcount_order = order;
-        self
-    }
-
-    /// Makes L2 entries 16 bytes wide and sets the feature bit for it.
-    #[must_use]
-    pub const fn extended(mut self) -> Self {
-        self.extended = true;
-        self.features[0] |= 1 << 4;
-        self
-    }
-
-    /// Says that compressed clusters are zstd frames.
-    #[must_use]
-    pub const fn zstd(mut self) -> Self {
-        self.compression = 1;
-        self.features[0] |= 1 << 3;
-        self
-    }
-
-    /// Adds feature bits: incompatible, compatible, autoclear.
-    #[must_use]
-    pub const fn features(mut self, incompatible: u64, compatible: u64, autoclear: u64) -> Self {
-        self.features[0] |= incompatible;
-        self.features[1] |= compatible;
-        self.features[2] |= autoclear;
-        self
-    }
-
-    /// Adds a header extension.
-    #[must_use]
-    pub fn extension(mut self, magic: u32, data: &[u8]) -> Self {
-        self.extensions.push((magic, data.into()));
-        self
-    }
-
-    /// Names a backing file; its format is an extension (0xe2792aca) of its own.
-    #[must_use]
-    pub fn backing(mut self, name: &str) -> Self {
-        self.backing = Some(name.into());
-        self
-    }
-
-    /// Puts bytes (at most a cluster, padded with zeros) into a guest cluster.
-    #[must_use]
-    pub fn data(mut self, cluster: u64, bytes: &[u8]) -> Self {
-        self.clusters.insert(cluster, Content::Data(bytes.into()));
-        self
-    }
-
-    /// Makes a guest cluster read as zeros without a host cluster.
-    #[must_use]
-    pub fn zero(mut self, cluster: u64) -> Self {
-        self.clusters.insert(cluster, Content::Zero);
-        self
-    }
-
-    /// Makes a guest cluster read as zeros with a host cluster that holds `stale` bytes.
-    #[must_use]
-    pub fn reserved_zero(mut self, cluster: u64, stale: &[u8]) -> Self {
-        self.clusters.insert(cluster, Content::ReservedZero(stale.into()));
-        self
-    }
-
-    /// Puts a compressed stream into a guest cluster, packed behind the one before.
-    #[must_use]
-    pub fn compressed(mut self, cluster: u64, stream: &[u8]) -> Self {
-        self.clusters.insert(cluster, Content::Compressed(stream.into()));
-        self
-    }
-
-    /// Gives a guest cluster a subcluster bitmap other than "all data" or "all zero".
-    #[must_use]
-    pub fn subclusters(mut self, cluster: u64, bitmap: u64) -> Self {
-        self.subclusters.insert(cluster, bitmap);
-        self
-    }
-
-    /// Adds an internal snapshot that shares everything with the active disk.
-    #[must_use]
-    pub fn snapshot(mut self, name: &str) -> Self {
-        self.snapshots.push(name.into());
-        self
-    }
-
-    /// Changes the words of a guest cluster's L2 entry at the very end (the second is 0 with
-    /// standard entries, and not written).
-    #[must_use]
-    pub fn change_l2(mut self, cluster: u64, change: WordChange) -> Self {
-        self.l2_changes.push((cluster, change));
-        self
-    }
-
-    /// Changes the (first) word of an L1 entry at the very end.
-    #[must_use]
-    pub fn change_l1(mut self, index: u64, change: WordChange) -> Self {
-        self.l1_changes.push((index, change));
-        self
-    }
-
-    /// Overrides the refcount of a host cluster.
-    #[must_use]
-    pub fn refcount(mut self, host_cluster: u64, value: u64) -> Self {
-        self.refcounts.insert(host_cluster, value);
-        self
-    }
-
-    /// Overrides bytes of the file at the very end: a header field, a table entry, anything.
-    #[must_use]
-    pub fn patch(mut self, offset: usize, bytes: &[u8]) -> Self {
-        self.fields.push((offset, bytes.into()));
-        self
-    }
-
-    /// Makes the image.
-    #[must_use]
-    pub fn build(&self) -> Built {
-        Layout::of(self).finish()
-    }
-
-    const fn cluster_bytes(&self) -> u64 {
-        1 << self.cluster_bits
-    }
-
-    const fn entry_bytes(&self) -> u64 {
-        if self.extended { 16 } else { 8 }
-    }
-
-    const fn l2_entries(&self) -> u64 {
-        self.cluster_bytes() / self.entry_bytes()
-    }
-}
+const BITMAPS: u32 = 0x2385_2875;
 
 /// An image half-way: places are given from the front, uses are counted.
-struct Layout<'a> {
+pub(super) struct Layout<'a> {
     plan: &'a ImageBuilder,
     built: Built,
     next_cluster: u64,
@@ -243,24 +17,31 @@ struct Layout<'a> {
     counts: BTreeMap<u64, u64>,
     entries: BTreeMap<u64, [u64; 2]>,
     l1_entries: u64,
+    /// Header extensions that point to what was placed.
+    extensions: Vec<(u32, Vec<u8>)>,
 }
 
 impl<'a> Layout<'a> {
-    fn of(plan: &'a ImageBuilder) -> Self {
+    pub(super) fn of(plan: &'a ImageBuilder) -> Self {
         let clusters = plan.size_bytes.div_ceil(plan.cluster_bytes());
         let mut layout = Self {
             plan,
-            built: Built::default(),
+            built: Built {
+                data_file: plan.has_data_file.then(Default::default),
+                ..Built::default()
+            },
             next_cluster: 0,
             packed: 0,
             counts: BTreeMap::new(),
             entries: BTreeMap::new(),
-            l1_entries: clusters.div_ceil(plan.l2_entries()),
+            extensions: Vec::new(),
+            l1_entries: plan.l1_entries.unwrap_or(0).max(clusters.div_ceil(plan.l2_entries())),
         };
         layout.take(1);
         layout.built.l1 = layout.take((layout.l1_entries * 8).div_ceil(plan.cluster_bytes()));
         layout.place_clusters();
         layout.place_snapshots();
+        layout.place_bitmaps();
         layout
     }
 
@@ -277,12 +58,16 @@ impl<'a> Layout<'a> {
     fn place_clusters(&mut self) {
         for (cluster, content) in &self.plan.clusters {
             let index = cluster / self.plan.l2_entries();
-            if !self.built.l2.contains_key(&index) {
-                let table = self.take(1);
-                self.built.l2.insert(index, table);
-            }
+            self.take_table(index);
             let words = self.place(*cluster, content);
             self.entries.insert(*cluster, words);
+        }
+    }
+
+    fn take_table(&mut self, index: u64) {
+        if !self.built.l2.contains_key(&index) {
+            let table = self.take(1);
+            self.built.l2.insert(index, table);
         }
     }
 
@@ -298,59 +83,70 @@ impl<'a> Layout<'a> {
             Content::Data(bytes) => [self.store(cluster, bytes) | COPIED, data],
             Content::ReservedZero(stale) => [self.store(cluster, stale) | COPIED | flag, zero],
             Content::Compressed(stream) => [self.pack(cluster, stream), 0],
+            Content::Shared(with) => self.share(cluster, *with),
         }
+    }
+
+    /// One more entry for a host cluster: whoever has it writes elsewhere from now on.
+    fn share(&mut self, cluster: u64, with: u64) -> [u64; 2] {
+        let host = *self.built.data.get(&with).expect("what is shared has data");
+        *self.counts.entry(host >> self.plan.cluster_bits).or_insert(0) += 1;
+        self.built.data.insert(cluster, host);
+        let words = self.entries.get_mut(&with).expect("it was placed before");
+        words[0] &= !COPIED;
+        *words
     }
 
     fn store(&mut self, cluster: u64, bytes: &[u8]) -> u64 {
         assert!(bytes.len() as u64 <= self.plan.cluster_bytes(), "at most a cluster");
+        if let Some(file) = &mut self.built.data_file {
+            let host = cluster << self.plan.cluster_bits;
+            file.write(host, bytes);
+            return host;
+        }
         let host = self.take(1);
         self.built.bytes.write(host, bytes);
         self.built.data.insert(cluster, host);
         host
     }
 
-    /// Puts a stream behind the last one where that ended inside of a cluster.
+    /// Puts a stream behind the last one, where that ended inside of a cluster that has room or is the
+    /// last one.
     fn pack(&mut self, cluster: u64, stream: &[u8]) -> u64 {
         let bytes = self.plan.cluster_bytes();
         let len = (stream.len() as u64).max(1);
-        let room = self.packed.next_multiple_of(bytes) - self.packed;
-        let start = if room >= len { self.packed } else { self.take(len.div_ceil(bytes)) };
+        let end = self.packed.next_multiple_of(bytes);
+        let is_last = end == self.next_cluster << self.plan.cluster_bits;
+        let goes_on =
+            end - self.packed >= len || self.plan.is_dense && is_last && end > self.packed;
+        let start = if goes_on { self.packed } else { self.next_cluster << self.plan.cluster_bits };
+        let clusters = start / bytes..(start + len).div_ceil(bytes);
+        self.next_cluster = self.next_cluster.max(clusters.end);
+        for host in clusters {
+            *self.counts.entry(host).or_insert(0) += 1;
+        }
         self.packed = start + len;
         self.built.bytes.write(start, stream);
         self.built.data.insert(cluster, start);
         let sectors = (start + len - 1) / 512 - start / 512;
-        for host in start / bytes..(start + len).div_ceil(bytes) {
-            *self.counts.entry(host).or_insert(0) += 1;
-        }
-        if room < len {
-            // `take` has counted once already.
-            (start / bytes..(start + len).div_ceil(bytes)).for_each(|host| {
-                *self.counts.entry(host).or_insert(1) -= 1;
-            });
-        }
         1 << 62 | sectors << (62 - (self.plan.cluster_bits - 8)) | start
     }
 
-    /// Snapshots share all L2 tables, so each adds one to everything and takes COPIED away.
+    /// Each snapshot adds one to all clusters, and to the tables that it shares, and takes COPIED away.
     fn place_snapshots(&mut self) {
         let count = self.plan.snapshots.len() as u64;
-        let (tables, mut l1_offsets) = (self.built.l2.clone(), Vec::new());
-        for _ in 0..count {
-            l1_offsets.push(self.take((self.l1_entries * 8).div_ceil(self.plan.cluster_bytes())));
-        }
+        let l1_clusters = (self.l1_entries * 8).div_ceil(self.plan.cluster_bytes());
+        let l1_offsets: Vec<u64> = (0..count).map(|_| self.take(l1_clusters)).collect();
         if count == 0 {
             return;
-        }
-        for table in tables.values() {
-            *self.counts.entry(table >> self.plan.cluster_bits).or_insert(0) += count;
         }
         for words in self.entries.values_mut() {
             words[0] &= !COPIED;
         }
         self.count_shared(count);
         let mut table = Vec::new();
-        for (index, (name, l1)) in self.plan.snapshots.iter().zip(&l1_offsets).enumerate() {
-            for (entry, l2) in &tables {
+        for (index, ((name, kind), l1)) in self.plan.snapshots.iter().zip(&l1_offsets).enumerate() {
+            for (entry, l2) in self.snapshot_tables(*kind) {
                 self.built.bytes.write(l1 + entry * 8, &l2.to_be_bytes());
             }
             self.snapshot_entry(&mut table, index as u64 + 1, name, *l1);
@@ -358,6 +154,63 @@ impl<'a> Layout<'a> {
         let clusters = (table.len() as u64).div_ceil(self.plan.cluster_bytes());
         self.built.snapshot_table = self.take(clusters);
         self.built.bytes.write(self.built.snapshot_table, &table);
+        for (cluster, content) in &self.plan.since {
+            self.place_since(*cluster, content);
+        }
+    }
+
+    /// Returns the L2 tables of a snapshot by L1 index: those of the disk, or copies.
+    fn snapshot_tables(&mut self, kind: SnapshotTables) -> BTreeMap<u64, u64> {
+        let shared = self.built.l2.clone();
+        if kind == SnapshotTables::Shared {
+            for table in shared.values() {
+                *self.counts.entry(table >> self.plan.cluster_bits).or_insert(0) += 1;
+            }
+            return shared;
+        }
+        let copies: BTreeMap<u64, u64> =
+            shared.into_keys().map(|index| (index, self.take(1))).collect();
+        self.write_entries(&copies);
+        copies
+    }
+
+    /// Puts new data into the disk: the snapshots keep the old cluster.
+    fn place_since(&mut self, cluster: u64, content: &Content) {
+        let is_apart = self.plan.snapshots.iter().all(|(_, kind)| *kind == SnapshotTables::Own);
+        assert!(is_apart, "the disk has tables of its own");
+        self.take_table(cluster / self.plan.l2_entries());
+        if let Some(old) = self.built.data.get(&cluster) {
+            *self.counts.entry(old >> self.plan.cluster_bits).or_insert(1) -= 1;
+        }
+        let words = self.place(cluster, content);
+        self.entries.insert(cluster, words);
+    }
+
+    /// A directory of one cluster, and a table of one cluster for each bitmap, which says "all zeros".
+    fn place_bitmaps(&mut self) {
+        if self.plan.bitmaps.is_empty() {
+            return;
+        }
+        self.built.bitmap_directory = self.take(1);
+        let mut directory = Vec::new();
+        for bitmap in &self.plan.bitmaps {
+            let table = self.take(1);
+            let covered = (self.plan.cluster_bytes() * 8) << bitmap.granularity_bits;
+            directory.extend(table.to_be_bytes());
+            directory.extend((self.plan.size_bytes.div_ceil(covered) as u32).to_be_bytes());
+            directory.extend(bitmap.flags.to_be_bytes());
+            directory.extend([1, bitmap.granularity_bits]);
+            directory.extend((bitmap.name.len() as u16).to_be_bytes());
+            directory.extend([0; 4]);
+            directory.extend(bitmap.name.as_bytes());
+            directory.resize(directory.len().next_multiple_of(8), 0);
+        }
+        self.built.bytes.write(self.built.bitmap_directory, &directory);
+        let mut extension = (self.plan.bitmaps.len() as u32).to_be_bytes().to_vec();
+        extension.extend([0; 4]);
+        extension.extend((directory.len() as u64).to_be_bytes());
+        extension.extend(self.built.bitmap_directory.to_be_bytes());
+        self.extensions.push((BITMAPS, extension));
     }
 
     /// Data clusters gain one reference per snapshot; compressed runs in each cluster they touch.
@@ -391,7 +244,7 @@ impl<'a> Layout<'a> {
         table.resize(table.len().next_multiple_of(8), 0);
     }
 
-    fn finish(mut self) -> Built {
+    pub(super) fn finish(mut self) -> Built {
         self.place_refcounts();
         self.write_tables();
         self.write_header();
@@ -441,7 +294,8 @@ impl<'a> Layout<'a> {
     }
 
     fn write_tables(&mut self) {
-        let shared = !self.plan.snapshots.is_empty();
+        let is_shared = |(_, kind): &(String, SnapshotTables)| *kind == SnapshotTables::Shared;
+        let shared = self.plan.snapshots.iter().any(is_shared);
         let mut l1: BTreeMap<u64, [u64; 2]> = BTreeMap::new();
         for (index, table) in &self.built.l2 {
             l1.insert(*index, [if shared { *table } else { table | COPIED }, 0]);
@@ -455,9 +309,14 @@ impl<'a> Layout<'a> {
         for (cluster, change) in &self.plan.l2_changes {
             change(self.entries.entry(*cluster).or_default());
         }
+        self.write_entries(&self.built.l2.clone());
+    }
+
+    /// Writes the entries as they are now into these L2 tables.
+    fn write_entries(&mut self, tables: &BTreeMap<u64, u64>) {
         let (per_table, width) = (self.plan.l2_entries(), self.plan.entry_bytes());
         for (cluster, words) in &self.entries {
-            let table = self.built.l2.get(&(cluster / per_table));
+            let table = tables.get(&(cluster / per_table));
             let table = table.expect("only entries of tables that exist can be changed");
             let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
             let at = table + cluster % per_table * width;
@@ -484,10 +343,11 @@ impl<'a> Layout<'a> {
         if plan.version >= 3 {
             plan.features.iter().for_each(|word| header.extend(word.to_be_bytes()));
             header.extend(plan.refcount_order.to_be_bytes());
-            header.extend(112_u32.to_be_bytes());
-            header.extend([plan.compression, 0, 0, 0, 0, 0, 0, 0]);
+            header.extend(plan.header_bytes.to_be_bytes());
+            header.push(plan.compression);
+            header.resize(plan.header_bytes as usize, 0);
         }
-        for (magic, data) in &plan.extensions {
+        for (magic, data) in plan.extensions.iter().chain(&self.extensions) {
             header.extend(magic.to_be_bytes());
             header.extend((data.len() as u32).to_be_bytes());
             header.extend(data);
