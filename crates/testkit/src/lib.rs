@@ -3,7 +3,9 @@
 //! * Always: what is random follows from a seed, and the seed is in the message of a failure.
 //! * Never: a missing foreign tool is passed over in silence.
 
+pub mod case;
 pub mod certificates;
+pub mod drive;
 mod executor;
 pub mod foreign;
 pub mod fuzz;

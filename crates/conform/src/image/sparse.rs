@@ -23,7 +23,7 @@ static UNWRITTEN: LazyLock<Page> = LazyLock::new(|| Arc::new([0; PAGE as usize])
 /// assert_eq!(file.len(), 5006);
 /// assert_eq!(file.read_vec(4999, 3), b"\0la");
 /// ```
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SparseBytes {
     len: u64,
     pages: BTreeMap<u64, Page>,

@@ -1,21 +1,21 @@
 //! Power cuts at every change of a commit, and drops at its awaits: whatever is left, the top reads
 //! what it read, over the files that it names; run again, all of it is in the base.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
+use lacuna::Result;
 use lacuna::block::{AllocationDepth, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
-use lacuna::chain::{self, Allow, ChainOptions, Disk, Format, FormatChoice, Identity, Opener};
+use lacuna::chain::{self, Allow, ChainOptions, Disk, Format, FormatChoice};
 use lacuna::job::{commit, empty_top};
 use lacuna::qcow2::check::{CheckOptions, check};
 use lacuna::qcow2::format::Version;
 use lacuna::qcow2::{Access, BackingName, CreateOptions, create};
-use lacuna::storage::{Claim, Storage};
+use lacuna::storage::Storage;
 use lacuna::units::{GuestOffset, GuestRange};
-use lacuna::{Error, ErrorKind, Result};
 use testkit::foreign::qemu_img_check;
-use testkit::sim::{Pace, SimHost, SimStorage, crash};
+use testkit::sim::{HostOpener, Pace, SimHost, SimStorage, crash};
 use testkit::{DropPoint, Executor, Random, SparseBytes, content};
 
 use crate::drive::whole_content;
@@ -26,27 +26,6 @@ const STATES: usize = 6;
 const QEMU_SAMPLE: usize = 150;
 /// The files of a host, the top first.
 const NAMES: [&str; 3] = ["top", "base", "between"];
-
-/// Opens the files of a host.
-struct HostOpener(SimHost);
-
-impl Opener for HostOpener {
-    type Storage = SimStorage;
-
-    async fn open(&self, path: &Path, _: Access) -> Result<SimStorage> {
-        let index = NAMES.iter().position(|name| Path::new(name) == path);
-        let missing = || Error::new(ErrorKind::NotFound, path.display().to_string());
-        index.map(|index| self.0.open_file(index)).ok_or_else(missing)
-    }
-
-    async fn claim(&self, _: &SimStorage, _: Claim) -> Result<()> {
-        Ok(())
-    }
-
-    async fn identify(&self, path: &Path) -> Result<Identity> {
-        Ok(Identity::Path(PathBuf::from(path)))
-    }
-}
 
 fn options(access: Access) -> ChainOptions {
     ChainOptions { backing: Allow::Named, ..ChainOptions::new(Format::Qcow2, access) }
@@ -121,7 +100,7 @@ impl Scene {
 
     async fn run(&self, host: SimHost) -> Result<()> {
         let level = if self.drops() { 2 } else { 1 };
-        let opener = HostOpener(host);
+        let opener = HostOpener::new(host, &NAMES);
         let options = options(Access::ReadWrite);
         let chain = chain::open_split(&opener, Path::new("top"), &options, level).await?;
         commit(&chain, &mut |_| ()).await?;
@@ -179,7 +158,7 @@ impl Scene {
         if base.to_vec() != expected {
             return Err("The base reads otherwise than the top".to_owned());
         }
-        let opener = HostOpener(host);
+        let opener = HostOpener::new(host, &NAMES);
         let top = chain::open(&opener, Path::new("top"), &options(Access::ReadOnly)).await.unwrap();
         let extents = top.disk().extents(top.disk().whole()).await.unwrap();
         let is_empty = extents.iter().all(|extent| extent.status.depth != AllocationDepth::TOP);
@@ -243,7 +222,7 @@ async fn make(host: &SimHost, shape: Shape) {
 
 /// Writes data, zeros and nothing here and there.
 async fn fill(host: &SimHost, name: &str, cluster_bits: u32, random: &mut Random) {
-    let opener = HostOpener(host.clone());
+    let opener = HostOpener::new(host.clone(), &NAMES);
     let options = options(Access::ReadWrite);
     let chain = chain::open(&opener, Path::new(name), &options).await.unwrap();
     let disk = chain.into_disk();
@@ -266,7 +245,7 @@ async fn fill(host: &SimHost, name: &str, cluster_bits: u32, random: &mut Random
 }
 
 async fn seen(host: &SimHost, name: &str) -> Result<SparseBytes> {
-    let opener = HostOpener(host.clone());
+    let opener = HostOpener::new(host.clone(), &NAMES);
     let mut options = options(Access::ReadOnly);
     options.format = FormatChoice::Probe;
     let chain = chain::open(&opener, Path::new(name), &options).await?;

@@ -98,7 +98,7 @@ impl Recorded {
     }
 
     pub(crate) fn see(&mut self, model: &ModelDisk) {
-        let event = self.host.record().1.len();
+        let event = self.host.events_len();
         self.snapshots.push(Snapshot { event, content: model.content().clone() });
     }
 
@@ -146,17 +146,8 @@ impl Recorded {
     }
 
     pub(crate) fn foresee(&mut self, model: &ModelDisk, operation: &Operation) {
-        let mut states = Candidates(vec![model.content().clone()]);
-        if let Operation::Discard { range, mode } = *operation {
-            states.add_discard(range, mode, &self.case);
-        }
-        if let Operation::Resize { size_bytes } = *operation {
-            states.add_shrink(size_bytes, &self.case);
-        }
-        let mut after = model.clone();
-        after.apply(operation);
-        states.add(&after);
-        let event = self.host.record().1.len();
+        let states = Candidates::foresee(model, operation, &self.case);
+        let event = self.host.events_len();
         let seen = states.0.into_iter().map(|content| Snapshot { event, content });
         self.snapshots.extend(seen);
     }

@@ -99,21 +99,25 @@ pub(super) fn unflushed(events: &[Event], file: usize, since: usize) -> Vec<Effe
 
 /// Returns a random part of the sectors of `effect`, as effects of their own.
 pub(super) fn tear(effect: &Effect, random: &mut Random) -> Vec<Effect> {
-    let sectors = effect.sectors();
+    let runs = torn_runs(effect.sectors(), random).into_iter();
+    runs.map(|(from, to)| effect.part(from, to)).collect()
+}
+
+/// Returns random runs of so many sectors, first and end.
+pub(super) fn torn_runs(sectors: u64, random: &mut Random) -> Vec<(u64, u64)> {
     if sectors == 1 {
-        return if random.one_in(2) { vec![effect.clone()] } else { Vec::new() };
+        return if random.one_in(2) { vec![(0, 1)] } else { Vec::new() };
     }
-    let mut parts = Vec::new();
+    let mut runs = Vec::new();
     let mut at = 0;
     while at < sectors {
-        let run = 1 + random.below(sectors);
-        let end = (at + run).min(sectors);
+        let end = (at + 1 + random.below(sectors)).min(sectors);
         if random.one_in(2) {
-            parts.push(effect.part(at, end));
+            runs.push((at, end));
         }
         at = end;
     }
-    parts
+    runs
 }
 
 /// A moment at which the power may go.
@@ -146,6 +150,50 @@ pub struct Crash {
 #[must_use]
 pub fn points(host: &SimHost) -> Vec<Crash> {
     let (initial, events) = host.record();
+    points_of(initial, &events)
+}
+
+/// Returns the moments of `host`'s record on a medium that ignores flushes, for a test to see that it
+/// notices.
+#[must_use]
+pub fn points_without_flushes(host: &SimHost) -> Vec<Crash> {
+    let (initial, mut events) = host.record();
+    for event in &mut events {
+        if let Event::Flushed { .. } = event {
+            *event = Event::Mark(0);
+        }
+    }
+    points_of(initial, &events)
+}
+
+/// Returns some moments of `host`'s record, each right after an event; `moments` rise. Of long records
+/// [`points`] would keep too much. Flushes may be ignored, as in [`points_without_flushes`].
+///
+/// ```
+/// use testkit::sim::{Pace, SimHost, crash};
+/// let host = SimHost::new(Pace::AtOnce, 1);
+/// host.add_file(b"old"[..].into());
+/// host.mark(7);
+/// assert_eq!(crash::at(&host, &[0], false).next().unwrap().mark, Some(7));
+/// ```
+pub fn at(host: &SimHost, moments: &[usize], without_flushes: bool) -> impl Iterator<Item = Crash> {
+    let (initial, events) = host.record();
+    let mut medium = Medium { stable: initial, unflushed: Vec::new() };
+    let (mut next, mut mark) = (0, None);
+    moments.iter().map(move |moment| {
+        while next <= *moment {
+            match &events[next] {
+                Event::Mark(label) => mark = Some(*label),
+                Event::Flushed { .. } if without_flushes => {}
+                event => medium.play(next, event),
+            }
+            next += 1;
+        }
+        Crash::new(*moment, mark, &medium, None)
+    })
+}
+
+fn points_of(initial: Vec<SparseBytes>, events: &[Event]) -> Vec<Crash> {
     let mut medium = Medium { stable: initial, unflushed: Vec::new() };
     let mut mark = None;
     let start = Crash::new(0, None, &medium, None);
@@ -218,10 +266,30 @@ impl Crash {
         self.unflushed.len()
     }
 
+    /// Returns what was durable.
+    pub(super) fn flushed(&self) -> &[SparseBytes] {
+        &self.stable
+    }
+
+    /// Returns what a crash here may undo.
+    pub(super) fn changes(&self) -> impl Iterator<Item = &Effect> {
+        self.unflushed.iter().map(|change| &change.effect)
+    }
+
+    /// Returns a change that a crash here may undo, and its file.
+    pub(super) fn change(&self, index: usize) -> (usize, &Effect) {
+        (self.unflushed[index].file, &self.unflushed[index].effect)
+    }
+
+    /// Returns the index of the change that is new since the moment before.
+    pub(super) fn newest_change(&self) -> Option<usize> {
+        self.unflushed.iter().position(|change| Some(change.call) == self.newest)
+    }
+
     /// Lists the indices that survive, for each state to look at.
-    fn choices(&self, random: &mut Random, limit: usize) -> Vec<Vec<usize>> {
+    pub(super) fn choices(&self, random: &mut Random, limit: usize) -> Vec<Vec<usize>> {
         let len = self.unflushed.len();
-        let newest = self.unflushed.iter().position(|change| Some(change.call) == self.newest);
+        let newest = self.newest_change();
         let is_new = |chosen: &Vec<usize>| newest.is_none_or(|newest| chosen.contains(&newest));
         if len <= SHORT_LIST {
             let subsets = (0..1_u32 << len).map(|mask| subset(len, |i| mask >> i & 1 == 1));

@@ -367,6 +367,12 @@ impl SimHost {
         self.files().calls.clone()
     }
 
+    /// Returns how many events the record has.
+    #[must_use]
+    pub fn events_len(&self) -> usize {
+        self.files().events.len()
+    }
+
     /// Notes `label` in the record; a crash at the note happens after all before it.
     pub fn mark(&self, label: u64) {
         let mut files = self.files();

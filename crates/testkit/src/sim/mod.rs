@@ -8,11 +8,15 @@
 //! * Everything that happens is recorded, so that one run can be crashed at every event afterwards
 //!   ([`crash`]).
 
+mod choice;
 pub mod crash;
 mod fault;
 mod host;
+mod opener;
 mod storage;
 
+pub use choice::{Bounds, Choice};
 pub use fault::{Failure, Fault};
 pub use host::{Counts, Effect, Event, OperationKind, Pace, SimHost, SimulatedCall};
+pub use opener::HostOpener;
 pub use storage::SimStorage;

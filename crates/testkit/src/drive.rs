@@ -1,27 +1,28 @@
 //! Operations done to an image, and what may be seen after them.
 
+use crate::foreign::{QEMU_IMG, QemuCheck, qemu_img_check};
+use crate::sim::{Pace, SimHost};
+use crate::{ModelDisk, Operation, SparseBytes, content};
 use lacuna::block::{DiscardMode, Layer, Preallocation};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::check::{CheckOptions, CheckReport, check};
 use lacuna::qcow2::{Image, Shrink};
 use lacuna::storage::Storage;
 use lacuna::units::{GuestOffset, GuestRange};
-use testkit::foreign::{QEMU_IMG, QemuCheck, qemu_img_check};
-use testkit::sim::{Pace, SimHost};
-use testkit::{ModelDisk, Operation, SparseBytes, content};
 
 use crate::case::Case;
 
 /// Bytes compared at once.
 const STEP: u64 = 1 << 20;
 
-pub(crate) async fn read<L: Layer>(image: &L, range: GuestRange) -> lacuna::Result<Vec<u8>> {
+/// Reads a range.
+pub async fn read<L: Layer>(image: &L, range: GuestRange) -> lacuna::Result<Vec<u8>> {
     let (result, bytes) = image.read(range.start, Buffer::new(range.len as usize)).await;
     result.map(|()| bytes.to_vec())
 }
 
 /// Does one operation; what a read saw is returned.
-pub(crate) async fn perform<S: Storage>(
+pub async fn perform<S: Storage>(
     image: &Image<S>,
     operation: Operation,
 ) -> lacuna::Result<Vec<u8>> {
@@ -56,7 +57,7 @@ async fn resize<S: Storage>(image: &Image<S>, size_bytes: u64) -> lacuna::Result
 }
 
 /// Tells the model of an operation that is over.
-pub(crate) async fn settle<S: Storage>(
+pub async fn settle<S: Storage>(
     image: &Image<S>,
     model: &mut ModelDisk,
     operation: &Operation,
@@ -70,7 +71,7 @@ pub(crate) async fn settle<S: Storage>(
 }
 
 /// All guest bytes of an image.
-pub(crate) async fn whole_content<L: Layer>(image: &L) -> lacuna::Result<SparseBytes> {
+pub async fn whole_content<L: Layer>(image: &L) -> lacuna::Result<SparseBytes> {
     let mut seen = SparseBytes::default();
     let (mut at, end) = (0, image.size_bytes());
     while at < end {
@@ -82,17 +83,39 @@ pub(crate) async fn whole_content<L: Layer>(image: &L) -> lacuna::Result<SparseB
 }
 
 /// What each byte may be: as in one of several states of the disk.
+///
+/// ```
+/// use testkit::drive::Candidates;
+/// let states = [&b"old"[..], &b"new"[..]].map(Into::into);
+/// assert!(Candidates(states.to_vec()).judge(&b"oew"[..].into()).is_ok());
+/// ```
 #[derive(Clone, Default)]
-pub(crate) struct Candidates(pub(crate) Vec<SparseBytes>);
+pub struct Candidates(pub Vec<SparseBytes>);
 
 impl Candidates {
+    /// Returns what may be seen from the moment on at which `operation` begins on the disk of `model`.
+    #[must_use]
+    pub fn foresee(model: &ModelDisk, operation: &Operation, case: &Case) -> Self {
+        let mut states = Self(vec![model.content().clone()]);
+        if let Operation::Discard { range, mode } = *operation {
+            states.add_discard(range, mode, case);
+        }
+        if let Operation::Resize { size_bytes } = *operation {
+            states.add_shrink(size_bytes, case);
+        }
+        let mut after = model.clone();
+        after.apply(operation);
+        states.add(&after);
+        states
+    }
+
     /// Adds what `operation` makes of the last state, begun or finished.
-    pub(crate) fn add(&mut self, model: &ModelDisk) {
+    pub fn add(&mut self, model: &ModelDisk) {
         self.0.push(model.content().clone());
     }
 
     /// Adds what a discard may leave: zeros, or the backing layer where the mapping goes.
-    pub(crate) fn add_discard(&mut self, range: GuestRange, mode: DiscardMode, case: &Case) {
+    pub fn add_discard(&mut self, range: GuestRange, mode: DiscardMode, case: &Case) {
         let Some(last) = self.0.last() else { return };
         let mut zeros = last.clone();
         zeros.punch(range.start.0, range.end().0);
@@ -106,7 +129,7 @@ impl Candidates {
     }
 
     /// Adds what shrinking may leave half-way: what is cut off is gone, the size not yet changed.
-    pub(crate) fn add_shrink(&mut self, size_bytes: u64, case: &Case) {
+    pub fn add_shrink(&mut self, size_bytes: u64, case: &Case) {
         let Some(last) = self.0.last() else { return };
         let old_len = last.len();
         if size_bytes >= old_len {
@@ -124,7 +147,7 @@ impl Candidates {
     }
 
     /// Says which byte is as in none of the states.
-    pub(crate) fn judge(&self, seen: &SparseBytes) -> Result<(), String> {
+    pub fn judge(&self, seen: &SparseBytes) -> Result<(), String> {
         if !self.0.iter().any(|state| state.len() == seen.len()) {
             let sizes: Vec<u64> = self.0.iter().map(SparseBytes::len).collect();
             return Err(format!(
@@ -157,13 +180,13 @@ impl Candidates {
 }
 
 /// What our own check says of the image file of `case`.
-pub(crate) async fn own_check(case: &Case) -> CheckReport {
+pub async fn own_check(case: &Case) -> CheckReport {
     let storage = SimHost::without_record(Pace::AtOnce, 0).add_file(case.image.clone());
     check(&storage, &CheckOptions::default(), &mut |_| {}).await.unwrap()
 }
 
 /// Leaks at worst, by our own check and, where `ask_qemu`, by QEMU's.
-pub(crate) async fn assert_safe(case: &Case, ask_qemu: bool) -> Result<(), String> {
+pub async fn assert_safe(case: &Case, ask_qemu: bool) -> Result<(), String> {
     let report = own_check(case).await;
     if report.corruptions > 0 || report.check_errors > 0 {
         return Err(format!("check: {report:x?}"));
@@ -178,18 +201,18 @@ pub(crate) async fn assert_safe(case: &Case, ask_qemu: bool) -> Result<(), Strin
 }
 
 /// Says whether refcounts are not to be believed before a repair.
-pub(crate) fn is_dirty(case: &Case) -> bool {
+pub fn is_dirty(case: &Case) -> bool {
     case.kind.version == 3 && case.image.read_vec(79, 1)[0] & 1 == 1
 }
 
 /// What qemu-img says of the files of `case`.
-pub(crate) fn qemu_check(case: &Case) -> QemuCheck {
+pub fn qemu_check(case: &Case) -> QemuCheck {
     let folder = tempfile::tempdir().unwrap();
     qemu_img_check(&case.save(folder.path()))
 }
 
 /// Asserts that QEMU shows a guest the bytes of the model, and finds nothing to complain of.
-pub(crate) fn assert_qemu_agrees(case: &Case, model: &ModelDisk, story: &str) {
+pub fn assert_qemu_agrees(case: &Case, model: &ModelDisk, story: &str) {
     let folder = tempfile::tempdir().unwrap();
     let image = case.save(folder.path());
     let report = pollster::block_on(own_check(case));

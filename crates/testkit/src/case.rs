@@ -1,8 +1,18 @@
 //! Kinds of images: every combination of what the format offers, built without the engine.
+//!
+//! ```
+//! use testkit::case::{Backing, Kind, Store};
+//! let kind = Kind { backing: Backing::RawShorter, store: Store::Zstd, ..Kind::plain(16) };
+//! let case = kind.build(1);
+//! let image = pollster::block_on(case.in_memory().open()).unwrap();
+//! assert_eq!(image.geometry().cluster_bytes(), kind.cluster_bytes());
+//! ```
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::sim::{Pace, SimHost};
+use crate::{AfterDiscard, ImageBuilder, Menu, ModelDisk, Random, Rules, SparseBytes, content};
 use lacuna::block::DynLayer;
 use lacuna::qcow2::{
     Access, Image, OnDiscard, OpenOptions, Parts, Placement, SharedZeroCluster, ZeroUnmap,
@@ -10,40 +20,54 @@ use lacuna::qcow2::{
 use lacuna::raw::Raw;
 use lacuna::storage::{MemoryStorage, Storage};
 use lacuna::units::{GuestOffset, GuestRange};
-use testkit::sim::{Pace, SimHost};
-use testkit::{AfterDiscard, ImageBuilder, Menu, ModelDisk, Random, Rules, SparseBytes, content};
 
 /// What lies below the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Backing {
+pub enum Backing {
+    /// Nothing.
     None,
+    /// A raw file that ends before the disk does.
     RawShorter,
+    /// A raw file that ends behind the disk.
     RawLonger,
+    /// An image that ends before the disk does.
     Qcow2Shorter,
+    /// An image that ends behind the disk.
     Qcow2Longer,
 }
 
 /// Where guest data lies, and how it is compressed where it may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Store {
+pub enum Store {
+    /// In the image, compressed clusters by deflate.
     Deflate,
+    /// In the image, compressed clusters by zstd.
     Zstd,
+    /// In a data file.
     DataFile,
+    /// In a data file that reads as the disk does.
     RawDataFile,
 }
 
 /// One kind of image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Kind {
-    pub(crate) version: u32,
-    pub(crate) cluster_bits: u32,
-    pub(crate) extended: bool,
-    pub(crate) backing: Backing,
-    pub(crate) store: Store,
-    pub(crate) refcount_order: u32,
-    pub(crate) lazy: bool,
+pub struct Kind {
+    /// 2 or 3.
+    pub version: u32,
+    /// Width of an offset within a cluster.
+    pub cluster_bits: u32,
+    /// Whether clusters have subclusters.
+    pub extended: bool,
+    /// What lies below.
+    pub backing: Backing,
+    /// Where guest data lies.
+    pub store: Store,
+    /// Refcounts have two to the power of this many bits.
+    pub refcount_order: u32,
+    /// Whether refcounts may be written late.
+    pub lazy: bool,
     /// Zeroed clusters share one, where there is no flag.
-    pub(crate) shared_zero: bool,
+    pub shared_zero: bool,
 }
 
 /// The byte of the header with the first eight autoclear features.
@@ -59,7 +83,7 @@ const BACKINGS: [Backing; 5] = [
 
 impl Kind {
     /// The plainest image: version 3, no backing, 16-bit refcounts.
-    pub(crate) const fn plain(cluster_bits: u32) -> Self {
+    pub const fn plain(cluster_bits: u32) -> Self {
         Self {
             version: 3,
             cluster_bits,
@@ -73,7 +97,7 @@ impl Kind {
     }
 
     /// Every combination that the format allows.
-    pub(crate) fn every() -> Vec<Self> {
+    pub fn every() -> Vec<Self> {
         let mut kinds = Vec::new();
         for cluster_bits in [9, 12, 16, 21] {
             for backing in BACKINGS {
@@ -102,7 +126,7 @@ impl Kind {
     }
 
     /// A spread: every combination but for refcount width and lazy refcounts, which rotate.
-    pub(crate) fn spread() -> Vec<Self> {
+    pub fn spread() -> Vec<Self> {
         let rotates = |(index, kind): &(usize, Self)| {
             let turn = (index / 14) % 14;
             kind.version == 2
@@ -125,7 +149,7 @@ impl Kind {
 
     /// What a test run goes through, numbered: the spread, or everything with `LACUNA_LONG`, or
     /// of that the one that `LACUNA_KIND` names.
-    pub(crate) fn for_this_run() -> Vec<(u64, Self)> {
+    pub fn for_this_run() -> Vec<(u64, Self)> {
         let long = std::env::var_os("LACUNA_LONG").is_some();
         let kinds = if long { Self::every() } else { Self::spread() };
         let only = std::env::var("LACUNA_KIND").ok().map(|text| text.parse::<u64>().unwrap());
@@ -133,19 +157,20 @@ impl Kind {
         numbered.filter(|(number, _)| only.is_none_or(|only| only == *number)).collect()
     }
 
-    pub(crate) const fn cluster_bytes(&self) -> u64 {
+    /// Returns the size of a cluster.
+    pub const fn cluster_bytes(&self) -> u64 {
         1 << self.cluster_bits
     }
 
     /// Returns the whole clusters around `range`.
-    pub(crate) fn cover(&self, range: GuestRange) -> GuestRange {
+    pub fn cover(&self, range: GuestRange) -> GuestRange {
         let start = range.start.0 / self.cluster_bytes() * self.cluster_bytes();
         let end = range.end().0.next_multiple_of(self.cluster_bytes());
         GuestRange::new(GuestOffset(start), end - start)
     }
 
     /// A disk of a few L2 tables where they are small, and a last cluster that is not whole.
-    pub(crate) fn size_bytes(&self) -> u64 {
+    pub fn size_bytes(&self) -> u64 {
         let clusters = match self.cluster_bits {
             9 => 200,
             12 => 90,
@@ -156,15 +181,18 @@ impl Kind {
         clusters * self.cluster_bytes() + tail
     }
 
-    pub(crate) const fn allows_compression(&self) -> bool {
+    /// Says whether clusters can be compressed.
+    pub const fn allows_compression(&self) -> bool {
         matches!(self.store, Store::Deflate | Store::Zstd)
     }
 
-    pub(crate) const fn has_data_file(&self) -> bool {
+    /// Says whether guest data lies in a file of its own.
+    pub const fn has_data_file(&self) -> bool {
         matches!(self.store, Store::DataFile | Store::RawDataFile)
     }
 
-    pub(crate) fn menu(&self) -> Menu {
+    /// Returns what may be asked of such an image.
+    pub fn menu(&self) -> Menu {
         Menu {
             cluster_bytes: self.cluster_bytes(),
             resize_up_to: Some(self.size_bytes() * 3 / 2),
@@ -174,7 +202,8 @@ impl Kind {
         }
     }
 
-    pub(crate) fn rules(&self) -> Rules {
+    /// Returns what a model of such an image goes by.
+    pub fn rules(&self) -> Rules {
         let flagless = self.version == 2 && self.backing != Backing::None;
         let ignores_discards = flagless && !self.shared_zero;
         Rules {
@@ -190,7 +219,7 @@ impl Kind {
     }
 
     /// Makes an image of this kind and what belongs to it.
-    pub(crate) fn build(&self, seed: u64) -> Case {
+    pub fn build(&self, seed: u64) -> Case {
         let backing = self.build_backing(&mut Random::new(seed ^ 0xba_c6));
         let mut builder = self.builder();
         if let Some(below) = &backing {
@@ -215,7 +244,7 @@ impl Kind {
     }
 
     /// Makes an image whose internal snapshot "one" shares every cluster, and says what it holds.
-    pub(crate) fn build_with_snapshot(&self, seed: u64) -> (Case, SparseBytes) {
+    pub fn build_with_snapshot(&self, seed: u64) -> (Case, SparseBytes) {
         let mut random = Random::new(seed ^ 0x54_a9);
         let (mut builder, mut guest) = (self.builder(), SparseBytes::default());
         for cluster in 0..self.size_bytes() / self.cluster_bytes() {
@@ -248,7 +277,7 @@ impl Kind {
     }
 
     /// Returns a builder for an image of this kind, without a backing file.
-    pub(crate) fn builder(&self) -> ImageBuilder {
+    pub fn builder(&self) -> ImageBuilder {
         let mut builder = ImageBuilder::new(self.version, self.cluster_bits, self.size_bytes());
         builder = builder.refcount_order(self.refcount_order);
         if self.extended {
@@ -266,7 +295,7 @@ impl Kind {
     }
 
     /// Some clusters hold data, one of them only in part; the others are holes.
-    pub(crate) fn build_backing(&self, random: &mut Random) -> Option<Below> {
+    pub fn build_backing(&self, random: &mut Random) -> Option<Below> {
         let shorter = self.size_bytes() / 2 / 512 * 512 + 512;
         let longer = self.size_bytes() * 5 / 4 / 512 * 512;
         let (format, size) = match self.backing {
@@ -319,15 +348,18 @@ fn options(seed: u64, version: u32) -> OpenOptions {
 
 /// A backing file.
 #[derive(Clone)]
-pub(crate) struct Below {
-    pub(crate) format: &'static str,
-    pub(crate) file: SparseBytes,
+pub struct Below {
+    /// Its format, as an image names it.
+    pub format: &'static str,
+    /// The bytes of the file.
+    pub file: SparseBytes,
     /// What a guest would see of it.
-    pub(crate) guest: SparseBytes,
+    pub guest: SparseBytes,
 }
 
 impl Below {
-    pub(crate) const fn name(&self) -> &'static str {
+    /// Returns the name that images have for it.
+    pub const fn name(&self) -> &'static str {
         "backing.img"
     }
 
@@ -347,39 +379,49 @@ impl Below {
 
 /// An image and its surroundings, as bytes.
 #[derive(Clone)]
-pub(crate) struct Case {
-    pub(crate) kind: Kind,
-    pub(crate) image: SparseBytes,
-    pub(crate) data: Option<SparseBytes>,
-    pub(crate) backing: Option<Below>,
-    pub(crate) options: OpenOptions,
+pub struct Case {
+    /// What kind of image it is.
+    pub kind: Kind,
+    /// The bytes of the image file.
+    pub image: SparseBytes,
+    /// The bytes of its data file.
+    pub data: Option<SparseBytes>,
+    /// The file below.
+    pub backing: Option<Below>,
+    /// How it is opened.
+    pub options: OpenOptions,
 }
 
 /// The same, ready to be opened any number of times.
 #[derive(Clone)]
-pub(crate) struct Files<S> {
-    pub(crate) image: S,
-    pub(crate) data: Option<S>,
-    pub(crate) backing: Option<Arc<dyn DynLayer>>,
-    pub(crate) options: OpenOptions,
+pub struct Files<S> {
+    /// The image file.
+    pub image: S,
+    /// The data file.
+    pub data: Option<S>,
+    /// The disk below.
+    pub backing: Option<Arc<dyn DynLayer>>,
+    /// How it is opened.
+    pub options: OpenOptions,
 }
 
 impl Case {
     /// The model of an image that shows the guest `content` from the start.
-    pub(crate) fn model_of(&self, content: &SparseBytes) -> ModelDisk {
+    pub fn model_of(&self, content: &SparseBytes) -> ModelDisk {
         let mut model = self.model();
         let range = GuestRange::new(GuestOffset(0), content.len());
         model.adopt(range, &content.to_vec());
         model
     }
 
-    pub(crate) fn model(&self) -> ModelDisk {
+    /// Returns the model of an image that nobody has written to.
+    pub fn model(&self) -> ModelDisk {
         let guest = self.backing.as_ref().map(|below| below.guest.clone());
         ModelDisk::new(self.kind.rules(), self.kind.size_bytes(), guest)
     }
 
     /// Puts image and data file on `host`, as files 0 and 1.
-    pub(crate) fn on(&self, host: &SimHost) -> Files<testkit::sim::SimStorage> {
+    pub fn on(&self, host: &SimHost) -> Files<crate::sim::SimStorage> {
         Files {
             image: host.add_file(self.image.clone()),
             data: self.data.as_ref().map(|data| host.add_file(data.clone())),
@@ -388,7 +430,8 @@ impl Case {
         }
     }
 
-    pub(crate) fn in_memory(&self) -> Files<Arc<MemoryStorage>> {
+    /// Puts image and data file into memory.
+    pub fn in_memory(&self) -> Files<Arc<MemoryStorage>> {
         let memory = |bytes: &SparseBytes| Arc::new(MemoryStorage::from(&bytes.to_vec()[..]));
         Files {
             image: memory(&self.image),
@@ -398,19 +441,20 @@ impl Case {
         }
     }
 
-    pub(crate) fn backing_layer(&self) -> Option<Arc<dyn DynLayer>> {
+    /// Opens the file below.
+    pub fn backing_layer(&self) -> Option<Arc<dyn DynLayer>> {
         self.backing.as_ref().map(Below::layer)
     }
 
     /// The same surroundings with other content.
-    pub(crate) fn with_content(&self, mut files: Vec<SparseBytes>) -> Self {
+    pub fn with_content(&self, mut files: Vec<SparseBytes>) -> Self {
         let data = self.data.as_ref().and_then(|_| files.pop());
         let image = files.pop().expect("the image is file 0");
         Self { image, data, ..self.clone() }
     }
 
     /// Writes all files for foreign tools; returns the image's path.
-    pub(crate) fn save(&self, folder: &Path) -> PathBuf {
+    pub fn save(&self, folder: &Path) -> PathBuf {
         if let Some(data) = &self.data {
             data.save(&folder.join("data.raw"));
         }
@@ -424,7 +468,8 @@ impl Case {
 }
 
 impl<S: Storage + Clone> Files<S> {
-    pub(crate) async fn open(&self) -> lacuna::Result<Image<S>> {
+    /// Opens the image.
+    pub async fn open(&self) -> lacuna::Result<Image<S>> {
         let parts = Parts {
             storage: self.image.clone(),
             data: self.data.clone(),
@@ -436,7 +481,7 @@ impl<S: Storage + Clone> Files<S> {
 
 impl Files<Arc<MemoryStorage>> {
     /// What the image file and the data file hold now.
-    pub(crate) fn content(&self) -> Vec<SparseBytes> {
+    pub fn content(&self) -> Vec<SparseBytes> {
         let files = [Some(&self.image), self.data.as_ref()];
         files.into_iter().flatten().map(|file| SparseBytes::from(&file.to_vec()[..])).collect()
     }
