@@ -12,12 +12,14 @@ use std::time::Duration;
 use crate::harness::locate_in;
 use crate::looks::allocated;
 use crate::run::{built, command, run};
-use crate::{Outcome, setup, vsock};
+use crate::{Outcome, power, setup, vsock};
 
 /// The file systems that are tried where none is named.
 const FILE_SYSTEMS: [&str; 3] = ["ext4", "btrfs", "xfs"];
 /// No file system: a guest that serves itself.
 const VSOCK: &str = "vsock";
+/// A guest whose disk loses power.
+const POWER: &str = "power";
 /// What the file must have given back: the guest deletes 20 MiB of 40.
 const GIVEN_BACK_BYTES: u64 = 16 << 20;
 /// How often the file is looked at.
@@ -27,6 +29,9 @@ const PERIOD: Duration = Duration::from_millis(20);
 pub(crate) fn boot(arguments: &[String]) -> Outcome {
     if arguments.iter().any(|word| word == VSOCK) {
         return vsock::boot(arguments);
+    }
+    if let Some(at) = arguments.iter().position(|word| word == POWER) {
+        return power::boot(&[&arguments[..at], &arguments[at + 1..]].concat());
     }
     let (program, mut file_systems) = locate_in("guest", "nbd.sh", arguments)?;
     if file_systems.is_empty() {
@@ -44,7 +49,8 @@ pub(crate) fn sample() -> Outcome {
         eprintln!("no guest is booted: LACUNA_HARNESS names no folder with a harness");
         return Ok(());
     }
-    boot(&["ext4".to_owned()])
+    boot(&["ext4".to_owned()])?;
+    power::sample()
 }
 
 /// The life of one file system, from making it to trimming it.

@@ -2,15 +2,17 @@
 //!
 //! * `ci.rs` — what everybody runs before saying "done", and the steps it is made of
 //! * `simulate.rs` — whole scenarios on simulated storage, sockets and order
+//! * `crash_explore.rs` — what a power loss may leave of short runs
 //! * `setup.rs` — the foreign tools that the tests are checked against
 //! * `tidy/` — the rules of the house that a program can check
 //! * `licences.rs` — whether every dependency may be shipped
 //! * `harness.rs` — benchmarks and QEMU's iotests, which live outside of this repository
 //! * `figures/` — what a benchmark run reached, as a table
 //! * `guest.rs` — a guest that lives on a disk of ours
+//! * `power/` — a guest whose disk loses power
 //! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
 //! * `real/` — real file systems before and after space is given back
-//! * `torture.rs` — commands killed at random moments
+//! * `torture.rs`, `random.rs` — commands killed at random moments
 //! * `dedup/` — a benchmark of our own: what finding and sharing equal clusters costs
 //! * `reclaim/` — a benchmark of our own: an image made short in place
 //! * `vsock.rs` — a guest that serves itself over a socket of virtual machines
@@ -24,6 +26,7 @@
 
 mod cells;
 mod ci;
+mod crash_explore;
 mod dedup;
 mod figures;
 mod fuzz;
@@ -31,6 +34,8 @@ mod guest;
 mod harness;
 mod licences;
 mod looks;
+mod power;
+mod random;
 mod real;
 mod reclaim;
 mod run;
@@ -72,13 +77,17 @@ usage: cargo xtask VERB [ARGUMENTS]
   iotests  [--harness DIR] [ARGUMENTS...]   QEMU's own tests (DIR/run-iotests)
   guest    [--harness DIR] [FS...]          boots a guest on a served disk (DIR/guest): ext4, btrfs,
            xfs; makes, fills, trims and checks a file system; the image must be clean and smaller;
-           guest vsock: server and clients on a guest's sockets of virtual machines
+           guest vsock: server and clients on a guest's sockets of virtual machines;
+           guest power [FS...] [--rounds N] [--steps N] [--states N] [--seed N]: power losses of
+           its disk, the server and the emulator: what was flushed is there after a boot
   real     [INPUT...]        reclaim and dedup on file systems of guests and tools: guest-ext4,
            guest-btrfs (need LACUNA_HARNESS), debian, ntfs; every file is hashed before and after
   torture  [--rounds N] [--seed N]   reclaim and dedup killed (kill -9) at random moments
   simulate --seeds N [--from N] [--states N] [--qemu-every N]   whole scenarios from seeds: guests,
            servers, jobs and crashes; a failure is told with its seed and the fewest steps that
            fail (--seed N --parts N,...); --states: states of the medium looked at after a crash
+  crash-explore [--seeds N] [--from N] [--path NAME] [--qemu-every N] [--exhaustive N]   what a power
+           loss may leave of short runs of each way to write an image; a failure names its seed
   fuzz     [--seconds N] [TARGET...]        cargo-fuzz on all targets, or on some
 
 LACUNA_HARNESS stands in for --harness.";
@@ -109,6 +118,7 @@ fn dispatch(verb: &str, rest: &[String]) -> Outcome {
         "bench" => harness::bench(rest),
         "guest" => guest::boot(rest),
         "real" => real::run(rest),
+        "crash-explore" => crash_explore::run(rest),
         "simulate" => simulate::run(rest),
         "torture" => torture::run(rest),
         "iotests" => harness::iotests(rest),

@@ -32,12 +32,17 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
 
 /// Builds our binary in a profile of cargo's; returns where it is.
 pub(crate) fn built(profile: &str) -> Outcome<PathBuf> {
-    let package = ["--locked", "--package", "lacuna-cli"];
+    built_of("lacuna-cli", "lacuna", profile)
+}
+
+/// Builds a binary of a package.
+pub(crate) fn built_of(package: &str, binary: &str, profile: &str) -> Outcome<PathBuf> {
+    let package = ["--locked", "--package", package];
     run(cargo(&[&["build", "--profile", profile][..], &package].concat()))?;
     let target =
         std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
     let folder = if profile == "dev" { "debug" } else { profile };
-    Ok(workspace().join(target).join(folder).join("lacuna"))
+    Ok(workspace().join(target).join(folder).join(binary))
 }
 
 /// Shows and runs a command; anything but success is an error with the command in it.

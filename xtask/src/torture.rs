@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::looks::same;
+use crate::random::Random;
 use crate::run::{built, command, output, workspace};
 use crate::scratch::Scratch;
 use crate::{Outcome, setup};
@@ -31,7 +32,7 @@ pub(crate) fn run(arguments: &[String]) -> Outcome {
     setup::peers()?;
     let scratch = Scratch::new("torture")?;
     scratch.require(NEEDED_BYTES)?;
-    let mut rack = Rack { ours: built("release")?, scratch, random: Random(seed | 1) };
+    let mut rack = Rack { ours: built("release")?, scratch, random: Random::new(seed) };
     rack.prepare()?;
     println!("seed {seed}, {rounds} rounds of each");
     for verb in [&["reclaim", "-q", "--dedup"][..], &["dedup", "-q"]] {
@@ -54,19 +55,6 @@ fn read(arguments: &[String]) -> Outcome<(u64, u64)> {
         }
     }
     Ok((rounds, seed))
-}
-
-/// The same numbers for the same seed (xorshift).
-struct Random(u64);
-
-impl Random {
-    /// Returns a part of `whole`, and sometimes a bit more.
-    fn part_of(&mut self, whole: Duration) -> Duration {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        whole.mul_f64((self.0 >> 11) as f64 / (1_u64 << 53) as f64 * 1.05)
-    }
 }
 
 /// What came of the kills.
@@ -236,17 +224,6 @@ fn in_workspace(program: &str, words: &[&str]) -> Command {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn moments_are_the_same_for_the_same_seed_and_end_a_bit_behind_the_end() {
-        let moments = |seed| {
-            let mut random = Random(seed);
-            (0..100).map(|_| random.part_of(Duration::from_secs(1))).collect::<Vec<_>>()
-        };
-        assert_eq!(moments(7), moments(7));
-        assert_ne!(moments(7), moments(9));
-        assert!(moments(7).iter().all(|moment| *moment < Duration::from_millis(1050)));
-    }
 
     #[test]
     fn rounds_and_seed_are_read_or_refused() {
