@@ -40,9 +40,32 @@ impl<S: Storage> Image<S> {
             return Ok(());
         }
         let hold = self.exclude_others(units).await?;
+        if self.0.header.lock().has_raw_external_data() {
+            return self.discard_of_raw_file(units, intent, hold).await;
+        }
         // Compressed clusters have no parts that could be freed: those keep their content.
         let cleared = self.clear_units(units, intent, hold).await?;
         self.discard_in_data_file(units, cleared.hold).await
+    }
+
+    /// What the map says is true of a raw data file by itself, at any time: its bytes go first, and where
+    /// they may not go the wish is not heard.
+    async fn discard_of_raw_file(
+        &self,
+        units: GuestRange,
+        intent: Intent,
+        hold: Hold,
+    ) -> Result<()> {
+        let can_punch = self.data_storage().capabilities().punch_hole != Capability::Unsupported;
+        if !self.0.discard.request || !can_punch {
+            return Ok(());
+        }
+        let end = units.end().0.min(self.size());
+        let host = HostRange::new(HostOffset(units.start.0), end - units.start.0);
+        self.plan(|meta| meta.before_change(units)).await?;
+        let (hold, riding) = hold.shared();
+        self.data_storage().punch_hole_at(host, riding).await?;
+        self.clear_units(units, intent, hold).await.map(drop)
     }
 
     /// Whole clusters come to share the cluster of zeros, where they may and while that can be had.

@@ -99,6 +99,9 @@ pub(super) struct Meta {
     pub(super) bitmaps: Bitmaps,
     /// The size in the header is not yet this one.
     pub(super) size_dirty: bool,
+    /// The size that a growth under way is to give the disk; 0 where there is none. What lies beyond the
+    /// disk is to lie beyond that, too.
+    pub(super) grows_to: u64,
     /// Guest bytes were written that entries in memory point to, and not synced since.
     pub(super) needs_data_sync: bool,
     /// Nothing was ever written at or beyond this offset: it reads as zeros.

@@ -134,10 +134,13 @@ fn check_parts<S>(header: &Header, parts: &Parts<S>) -> Result<()> {
 
 fn check_options(header: &Header, options: &OpenOptions) -> Result<()> {
     match (options.on_discard, header.geometry.version()) {
-        (Some(OnDiscard::KeepMapping), Version::V2) => Err(Error::unsupported(
-            "Version 2 cannot mark a cluster as zeros and keep its place: discard-no-unref needs \
+        // What is only read, as a backing file, is not asked to.
+        (Some(OnDiscard::KeepMapping), Version::V2) if options.access == Access::ReadWrite => {
+            Err(Error::unsupported(
+                "Version 2 cannot mark a cluster as zeros and keep its place: discard-no-unref needs \
              version 3",
-        )),
+            ))
+        }
         _ => Ok(()),
     }
 }
@@ -243,6 +246,7 @@ async fn load_meta<S: Storage>(
         bitmaps,
         gate: Gate { bitmaps: follows_bitmaps, dirty_bit: writable && lazy },
         size_dirty: false,
+        grows_to: 0,
         needs_data_sync: false,
         zero_from: HostOffset(file_bytes.next_multiple_of(geometry.cluster_bytes())),
         loaded_table: None,

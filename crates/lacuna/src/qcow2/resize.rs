@@ -145,7 +145,9 @@ impl<S: Storage> Image<S> {
         let mut back = SizeBackOnDrop { image: self, old: Some(old) };
         self.plan(|meta| {
             meta.before_change(added)?;
-            meta.grow_l1(new)
+            meta.grow_l1(new)?;
+            meta.grows_to = new;
+            Ok(())
         })
         .await?;
         match mode {
@@ -155,6 +157,7 @@ impl<S: Storage> Image<S> {
         self.resize_bitmaps(old, new).await?;
         self.commit_size(new).await?;
         back.old = None;
+        drop(back);
         // The table with the pins may have moved.
         self.remember_zero_cluster().await
     }
@@ -322,8 +325,9 @@ struct SizeBackOnDrop<'a, S: Storage> {
 
 impl<S: Storage> Drop for SizeBackOnDrop<'_, S> {
     fn drop(&mut self) {
+        let mut meta = self.image.0.meta.lock();
+        meta.grows_to = 0;
         if let Some(old) = self.old {
-            let mut meta = self.image.0.meta.lock();
             meta.size_bytes = old;
             // The new size may be on its way to storage.
             meta.size_dirty = true;

@@ -54,26 +54,65 @@ impl<S: Storage> Image<S> {
             };
         }
         let parts = cut(range, self.geometry().cluster_bytes(), self.size());
+        for part in [parts.head, parts.tail] {
+            if flags.contains(ZeroFlags::FAST) && !part.is_empty() && !self.reads_zero(part).await?
+            {
+                return Err(slow(part));
+            }
+        }
+        let flags = flags - ZeroFlags::FAST;
         self.zero_part_by_bytes(parts.head, flags).await?;
         drop(self.clear(parts.middle, Intent::Forget).await?);
         self.zero_part_by_bytes(parts.tail, flags).await
     }
 
-    async fn zero_with_flag(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+    async fn zero_with_flag(&self, range: GuestRange, mut flags: ZeroFlags) -> Result<()> {
         if self.place() == DataPlace::External {
+            if flags.contains(ZeroFlags::FAST) {
+                self.check_fast(range, flags).await?;
+                flags -= ZeroFlags::FAST;
+            }
             self.zero_data_file(range, flags).await?;
         }
         self.zero_in_units(range, flags).await
     }
 
-    async fn zero_in_units(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+    async fn zero_in_units(&self, range: GuestRange, mut flags: ZeroFlags) -> Result<()> {
         let parts = cut(range, self.geometry().subcluster_bytes(), self.size());
+        let is_one = parts.middle.is_empty() && (parts.head.is_empty() || parts.tail.is_empty());
+        if flags.contains(ZeroFlags::FAST) && !is_one {
+            self.check_fast(range, flags).await?;
+            flags -= ZeroFlags::FAST;
+        }
         self.zero_part(parts.head, flags).await?;
         if !parts.middle.is_empty() {
             let hold = self.exclude_others(parts.middle).await?;
             self.zero_held(parts.middle, flags, hold).await?;
         }
         self.zero_part(parts.tail, flags).await
+    }
+
+    /// Refuses what cannot be done without writing bytes, before anything changes. What comes in between
+    /// by another request is written then: late, and whole.
+    async fn check_fast(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
+        let parts = cut(range, self.geometry().subcluster_bytes(), self.size());
+        for part in [parts.head, parts.tail] {
+            if !part.is_empty() && !self.rest_is_zero(part, flags).await? {
+                return Err(slow(part));
+            }
+        }
+        // Compressed clusters have no subclusters.
+        let middle = cut(parts.middle, self.geometry().cluster_bytes(), self.size());
+        for part in [middle.head, middle.tail] {
+            if part.is_empty() {
+                continue;
+            }
+            let run = self.plan(|meta| meta.run(part)).await?;
+            if matches!(run.mapping, Mapping::Compressed(_)) {
+                return Err(slow(part));
+            }
+        }
+        Ok(())
     }
 
     /// A raw data file must read as zeros by itself: its bytes go first (D.1-47).
@@ -140,18 +179,28 @@ impl<S: Storage> Image<S> {
         if part.is_empty() {
             return Ok(());
         }
-        let unit = self.geometry().subcluster_bytes();
-        let start = part.start.0 / unit * unit;
-        let whole = GuestRange::new(GuestOffset(start), unit);
-        let end = (start + unit).min(self.size());
-        let before = GuestRange::new(whole.start, part.start.0 - start);
-        let behind = GuestRange::new(part.end(), end.saturating_sub(part.end().0));
+        let whole = self.unit_of(part);
         let hold = self.exclude_others(whole).await?;
-        if self.is_zero(before, flags).await? && self.is_zero(behind, flags).await? {
+        if self.rest_is_zero(part, flags).await? {
             return self.zero_held(whole, flags, hold).await;
         }
         drop(hold);
         self.zero_by_bytes(part, flags).await
+    }
+
+    /// Returns the unit that has such a part.
+    fn unit_of(&self, part: GuestRange) -> GuestRange {
+        let unit = self.geometry().subcluster_bytes();
+        GuestRange::new(GuestOffset(part.start.0 / unit * unit), unit)
+    }
+
+    /// Says whether the rest of the unit of which that is a part is zeros.
+    async fn rest_is_zero(&self, part: GuestRange, flags: ZeroFlags) -> Result<bool> {
+        let unit = self.unit_of(part);
+        let end = unit.end().0.min(self.size());
+        let before = GuestRange::new(unit.start, part.start - unit.start);
+        let behind = GuestRange::new(part.end(), end.saturating_sub(part.end().0));
+        Ok(self.is_zero(before, flags).await? && self.is_zero(behind, flags).await?)
     }
 
     /// Says whether a part of a unit is known to read as zeros, or does where that may be tried.
@@ -176,10 +225,7 @@ impl<S: Storage> Image<S> {
 
     pub(super) async fn zero_by_bytes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
         if flags.contains(ZeroFlags::FAST) {
-            return Err(Error::unsupported(format!(
-                "{} bytes at {} cannot be zeroed faster than written",
-                range.len, range.start
-            )));
+            return Err(slow(range));
         }
         let mut at = range.start;
         while at < range.end() {
@@ -190,4 +236,9 @@ impl<S: Storage> Image<S> {
         }
         Ok(())
     }
+}
+
+fn slow(range: GuestRange) -> Error {
+    let GuestRange { start, len } = range;
+    Error::unsupported(format!("{len} bytes at {start} cannot be zeroed faster than written"))
 }

@@ -194,7 +194,7 @@ impl Meta {
 
     /// Sees to it that the L1 table has an entry beyond the disk, and that a table is there.
     fn own_pin_table(&mut self) -> Planned<()> {
-        let needed = self.geometry().l1_entries_for(self.size_bytes);
+        let needed = self.geometry().l1_entries_for(self.size_bytes.max(self.grows_to));
         if self.l1.entries.len() as u64 <= needed {
             let entries = self.l1_entries_with_pins(needed)?;
             self.move_l1(entries as usize)?;

@@ -168,7 +168,7 @@ impl<T: Layer> Kept<T> {
     async fn save_claimed<L: Layer>(&self, below: &L, claimed: GuestRange) -> Result<Saved> {
         let mut claim = Claim { kept: self, rest: claimed };
         let target = self.target()?;
-        let around = self.around(claimed, below.zero_unit_bytes());
+        let around = self.around(claimed, below);
         let mut at = around.start;
         while at < around.end() {
             let rest = GuestRange::new(at, around.end() - at);
@@ -198,9 +198,12 @@ impl<T: Layer> Kept<T> {
 
     /// Returns a range with what a change of it may turn from zeros that are known into bytes that happen
     /// to be zeros: the rest of a cluster that is allocated for it.
-    fn around(&self, range: GuestRange, zero_unit_bytes: u64) -> GuestRange {
-        let start = range.start.0 / zero_unit_bytes * zero_unit_bytes;
-        let end = range.end().0.next_multiple_of(zero_unit_bytes).min(self.size_bytes);
+    fn around<L: Layer>(&self, range: GuestRange, below: &L) -> GuestRange {
+        let unit = below.zero_unit_bytes();
+        let start = range.start.0 / unit * unit;
+        // A disk that was cut since ends before; what it lost is saved.
+        let end = self.size_bytes.min(below.size_bytes().max(range.end().0));
+        let end = range.end().0.next_multiple_of(unit).min(end);
         GuestRange::new(GuestOffset(start), end - start)
     }
 
@@ -258,7 +261,10 @@ impl<T: Layer> Kept<T> {
         match result {
             Ok(()) => Ok(Saved::All),
             Err(error)
-                if error.kind() == ErrorKind::NoSpace && self.when_full == WhenFull::Wait =>
+                if error.kind() == ErrorKind::NoSpace
+                    && self.when_full == WhenFull::Wait
+                    // Nobody would ever say that there is space again.
+                    && self.state.lock().end.is_none() =>
             {
                 Ok(Saved::Full(space))
             }

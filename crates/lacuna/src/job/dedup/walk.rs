@@ -5,10 +5,10 @@
 
 use futures_util::{Stream, StreamExt, stream};
 
-use crate::Result;
 use crate::block::{Extent, ExtentCursor, Layer};
 use crate::buffer::Buffer;
 use crate::units::GuestRange;
+use crate::{Error, ErrorKind, Result};
 
 /// The least size of a window: large enough for disks that turn.
 const WINDOW_BYTES: u64 = 1 << 20;
@@ -47,20 +47,32 @@ pub(super) fn windows<L: Layer>(
         if left == 0 {
             return Ok(None);
         }
-        let (range, parts) = next(layer, &mut cursor, GuestRange::new(at, left), step).await?;
-        Ok(Some(((range, parts), (range.end(), cursor))))
+        let rest = GuestRange::new(at, left);
+        match next(layer, &mut cursor, rest, step).await {
+            Err(error) if was_cut(layer, rest, &error) => Ok(None),
+            found => found.map(|(range, parts)| Some(((range, parts), (range.end(), cursor)))),
+        }
     });
     ranges
         .map(move |found| async move {
             let (range, parts) = found?;
-            let bytes = if parts.is_empty() {
-                Buffer::new(0)
-            } else {
-                read(layer, range, &parts, step).await?
-            };
-            Ok(Window { range, bytes, parts })
+            let nothing = Buffer::new(0);
+            if parts.is_empty() {
+                return Ok(Window { range, bytes: nothing, parts });
+            }
+            match read(layer, range, &parts, step).await {
+                Err(error) if was_cut(layer, range, &error) => {
+                    Ok(Window { range, bytes: nothing, parts: Vec::new() })
+                }
+                bytes => Ok(Window { range, bytes: bytes?, parts }),
+            }
         })
         .buffered(IN_FLIGHT)
+}
+
+/// Says whether an error is of a disk that has become shorter than what was asked about.
+fn was_cut<L: Layer>(layer: &L, asked: GuestRange, error: &Error) -> bool {
+    error.kind() == ErrorKind::OutOfBounds && layer.size_bytes() < asked.end().0
 }
 
 /// Finds what comes next: as many whole windows without data as are known of, or one with its data.

@@ -1,0 +1,268 @@
+//! Requests that meet a change of the size, the end of a point, or each other: what simulation found.
+
+use std::sync::Arc;
+
+use lacuna::block::{DynLayer, Layer, PointOptions, Points, WhenFull, WriteFlags, ZeroFlags};
+use lacuna::buffer::Buffer;
+use lacuna::job::{Dedup, DedupOptions};
+use lacuna::qcow2::check::{CheckOptions, check};
+use lacuna::qcow2::format::Version;
+use lacuna::qcow2::{
+    Access, BackingName, CreateOptions, DataFileName, DiscardPolicy, Image, OnDiscard, OpenOptions,
+    Parts, SharedZeroCluster, Shrink, create,
+};
+use lacuna::raw::Raw;
+use lacuna::storage::MemoryStorage;
+use lacuna::units::{GuestOffset, GuestRange};
+use lacuna::{ErrorKind, Result};
+use pollster::block_on;
+use testkit::sim::{Pace, SimHost, SimStorage};
+use testkit::{Executor, SparseBytes, content};
+
+const CLUSTER: u64 = 4096;
+const SEEDS: u64 = 60;
+
+fn range(start: u64, len: u64) -> GuestRange {
+    GuestRange::new(GuestOffset(start), len)
+}
+
+fn options() -> OpenOptions {
+    OpenOptions::new(Access::ReadWrite)
+}
+
+fn kind(version: Version, size_bytes: u64) -> CreateOptions {
+    CreateOptions { version, size_bytes, cluster_bytes: CLUSTER, ..CreateOptions::default() }
+}
+
+/// Makes an image in a file of a host.
+async fn made(host: &SimHost, kind: &CreateOptions) -> SimStorage {
+    let storage = host.add_file(SparseBytes::default());
+    create(&storage, kind).await.unwrap();
+    storage
+}
+
+async fn write(disk: &impl Layer, start: u64, bytes: &[u8]) -> Result<()> {
+    disk.write(GuestOffset(start), Buffer::from(bytes), WriteFlags::empty()).await.0
+}
+
+async fn read(disk: &impl Layer, range: GuestRange) -> Result<Vec<u8>> {
+    let (result, bytes) = disk.read(range.start, Buffer::new(range.len as usize)).await;
+    result.map(|()| bytes.to_vec())
+}
+
+fn assert_clean(host: &SimHost) {
+    let storage = SimHost::without_record(Pace::AtOnce, 1).add_file(host.content(0));
+    let report = block_on(check(&storage, &CheckOptions::default(), &mut |_| {})).unwrap();
+    let wrong = report.corruptions + report.check_errors + report.leaks;
+    assert_eq!(wrong, 0, "{report:?}");
+}
+
+// ---- zeroing -------------------------------------------------------------------------------
+
+#[test]
+fn zeroing_that_would_not_be_fast_changes_nothing() {
+    for version in [Version::V2, Version::V3] {
+        let host = SimHost::without_record(Pace::AtOnce, 1);
+        block_on(async {
+            let storage = made(&host, &kind(version, 8 * CLUSTER)).await;
+            let image = Image::open(Parts::alone(storage), options()).await.unwrap();
+            let bytes = content(1, range(0, 8 * CLUSTER));
+            write(&image, 0, &bytes).await.unwrap();
+            for (start, len) in [(0, 2 * CLUSTER + 512), (512, 3 * CLUSTER), (CLUSTER - 1, 2)] {
+                for extra in [ZeroFlags::empty(), ZeroFlags::MAY_UNMAP, ZeroFlags::THOROUGH] {
+                    let flags = ZeroFlags::FAST | extra;
+                    let error = image.write_zeroes(range(start, len), flags).await.unwrap_err();
+                    assert_eq!(error.kind(), ErrorKind::Unsupported);
+                    assert!(
+                        read(&image, image.whole()).await.unwrap() == bytes,
+                        "{start:#x} {len:#x}"
+                    );
+                }
+            }
+            // What needs no bytes is done.
+            let flags = ZeroFlags::FAST | ZeroFlags::MAY_UNMAP;
+            image.write_zeroes(range(CLUSTER, 2 * CLUSTER), flags).await.unwrap();
+            let seen = read(&image, range(CLUSTER, 2 * CLUSTER)).await.unwrap();
+            assert!(seen.iter().all(|byte| *byte == 0));
+            image.close().await.unwrap();
+        });
+        assert_clean(&host);
+    }
+}
+
+#[test]
+fn a_raw_data_file_is_what_the_disk_is_after_discards_whatever_the_policy() {
+    for request in [true, false] {
+        let host = SimHost::without_record(Pace::AtOnce, 1);
+        block_on(async {
+            let data_file = Some(DataFileName { name: "data".into(), raw: true });
+            let kind = CreateOptions { data_file, ..kind(Version::V3, 8 * CLUSTER) };
+            let storage = made(&host, &kind).await;
+            let data = host.add_file(SparseBytes::default());
+            let parts = Parts { storage, data: Some(data), backing: None };
+            let policy = DiscardPolicy { request, ..DiscardPolicy::default() };
+            let image = Image::open(parts, options().discard(policy)).await.unwrap();
+            write(&image, 0, &content(1, range(0, 8 * CLUSTER))).await.unwrap();
+            image
+                .discard(range(CLUSTER, 3 * CLUSTER), lacuna::block::DiscardMode::Guest)
+                .await
+                .unwrap();
+            let seen = read(&image, image.whole()).await.unwrap();
+            assert!(seen == host.content(1).read_vec(0, 8 * CLUSTER as usize), "{request}");
+            assert_eq!(seen[CLUSTER as usize..][..512].iter().all(|byte| *byte == 0), request);
+            image.close().await.unwrap();
+        });
+    }
+}
+
+// ---- opening and emptying ------------------------------------------------------------------
+
+#[test]
+fn an_image_of_version_2_that_is_only_read_does_not_mind_that_others_keep_places() {
+    let host = SimHost::without_record(Pace::AtOnce, 1);
+    block_on(async {
+        let storage = made(&host, &kind(Version::V2, CLUSTER)).await;
+        let keeps = |access| OpenOptions::new(access).on_discard(OnDiscard::KeepMapping);
+        let open = |access| Image::open(Parts::alone(storage.clone()), keeps(access));
+        open(Access::ReadOnly).await.unwrap();
+        assert_eq!(open(Access::ReadWrite).await.unwrap_err().kind(), ErrorKind::Unsupported);
+    });
+}
+
+#[test]
+fn emptying_leaves_no_state_of_a_machine_and_no_leak_of_it() {
+    let host = SimHost::without_record(Pace::AtOnce, 1);
+    block_on(async {
+        let storage = made(&host, &kind(Version::V3, 8 * CLUSTER)).await;
+        let image = Image::open(Parts::alone(storage), options()).await.unwrap();
+        write(&image, 0, &[7; 512]).await.unwrap();
+        image.write_vm_state(0, Buffer::from(&[8; 9000][..])).await.0.unwrap();
+        image.make_empty().await.unwrap();
+        image.close().await.unwrap();
+    });
+    assert_clean(&host);
+}
+
+// ---- the size ------------------------------------------------------------------------------
+
+#[test]
+fn zeros_that_come_to_be_shared_while_the_disk_grows_stay_pinned() {
+    for seed in 1..SEEDS {
+        let host = SimHost::new(Pace::Executor, seed);
+        let mut executor = Executor::new(seed);
+        executor.attach(Arc::new(host.clone()));
+        // One table of 64 entries, and growth into the next.
+        let backing = Some(BackingName { name: "below".into(), format: Some("raw".into()) });
+        let kind = CreateOptions { cluster_bytes: 512, backing, ..kind(Version::V2, 40 * 512) };
+        let from = host.clone();
+        let image = executor.block_on(async move {
+            let storage = made(&from, &kind).await;
+            let below = MemoryStorage::from(&[5; 30 * 512][..]);
+            let below: Arc<dyn DynLayer> = Arc::new(Raw::open(below).await.unwrap());
+            let parts = Parts { storage, data: None, backing: Some(below) };
+            Image::open(parts, options().shared_zero_cluster(SharedZeroCluster::On)).await.unwrap()
+        });
+        let (zeroing, growing) = (image.clone(), image.clone());
+        let zeroed = executor.spawn(async move {
+            zeroing.write_zeroes(range(512, 512), ZeroFlags::MAY_UNMAP).await
+        });
+        let grown = executor.spawn(async move { growing.resize(90 * 512, Shrink::Refuse).await });
+        executor.run().unwrap();
+        zeroed.take().unwrap().unwrap();
+        grown.take().unwrap().unwrap();
+        executor.block_on(async move {
+            write(&image, 512, &[1; 512]).await.unwrap();
+            image.close().await.unwrap();
+        });
+        assert_clean(&host);
+    }
+}
+
+#[test]
+fn equal_clusters_are_looked_for_on_a_disk_that_gets_smaller() {
+    for seed in 1..SEEDS {
+        let host = SimHost::new(Pace::Executor, seed);
+        let mut executor = Executor::new(seed);
+        executor.attach(Arc::new(host.clone()));
+        let from = host.clone();
+        let image = executor.block_on(async move {
+            let storage = made(&from, &kind(Version::V3, 32 * CLUSTER)).await;
+            let image = Image::open(Parts::alone(storage), options()).await.unwrap();
+            for index in 0..32 {
+                write(&image, index * CLUSTER, &[index as u8 % 3 + 1; CLUSTER as usize])
+                    .await
+                    .unwrap();
+            }
+            image.flush().await.unwrap();
+            image
+        });
+        let (sharing, cutting) = (image.clone(), image.clone());
+        let shared = executor.spawn(async move {
+            let mut dedup = Dedup::new(&sharing, DedupOptions::default())?;
+            while dedup.step().await?.is_some() {}
+            Ok::<_, lacuna::Error>(())
+        });
+        let cut = executor.spawn(async move { cutting.resize(5 * CLUSTER, Shrink::Allow).await });
+        executor.run().unwrap();
+        shared.take().unwrap().unwrap();
+        cut.take().unwrap().unwrap();
+        executor.block_on(async move { image.close().await }).unwrap();
+        assert_clean(&host);
+    }
+}
+
+// ---- points --------------------------------------------------------------------------------
+
+#[test]
+fn a_point_outlives_a_write_at_the_end_of_a_disk_that_was_cut() {
+    let host = SimHost::without_record(Pace::AtOnce, 1);
+    block_on(async {
+        let kind = CreateOptions { cluster_bytes: 16 << 10, ..kind(Version::V3, 64 << 10) };
+        let storage = made(&host, &kind).await;
+        let image = Image::open(Parts::alone(storage), options()).await.unwrap();
+        let before = content(1, range(0, 64 << 10));
+        write(&image, 0, &before).await.unwrap();
+        let points = Points::new(image.clone());
+        let target = Raw::create(MemoryStorage::new(), 64 << 10).await.unwrap();
+        let now = async { Ok(()) };
+        let (point, ()) = points.add(target, PointOptions::default(), now).await.unwrap();
+        let cut_to = 28 << 10;
+        let change = points.before_resize(cut_to).await;
+        image.resize(cut_to, Shrink::Allow).await.unwrap();
+        drop(change);
+        write(&points, 16 << 10, &[9; 4096]).await.unwrap();
+        assert!(read(&point, point.whole()).await.unwrap() == before);
+    });
+}
+
+#[test]
+fn who_waits_for_space_of_a_point_goes_on_when_it_ends() {
+    for seed in 1..SEEDS {
+        let host = SimHost::new(Pace::Executor, seed);
+        let mut executor = Executor::new(seed);
+        executor.attach(Arc::new(host.clone()));
+        let from = host.clone();
+        let points = executor.block_on(async move {
+            let storage = made(&from, &kind(Version::V3, 8 * CLUSTER)).await;
+            let image = Image::open(Parts::alone(storage), options()).await.unwrap();
+            write(&image, 0, &content(1, range(0, 8 * CLUSTER))).await.unwrap();
+            Points::new(image)
+        });
+        let adding = points.clone();
+        let point = executor.block_on(async move {
+            let target = Raw::create(MemoryStorage::new(), 8 * CLUSTER).await?;
+            let options = PointOptions { space_bytes: 0, when_full: WhenFull::Wait };
+            adding.add(target, options, async { Ok(()) }).await.map(|(point, ())| point)
+        });
+        let point = point.unwrap();
+        let written = executor.spawn(async move { write(&points, 512, &[9; 512]).await });
+        let ended = executor.spawn(async move {
+            let looked = read(&point, range(0, CLUSTER)).await;
+            point.end();
+            looked
+        });
+        executor.run().unwrap();
+        written.take().unwrap().unwrap();
+        ended.take().unwrap().unwrap();
+    }
+}
