@@ -10,15 +10,15 @@ use std::sync::Arc;
 
 use lacuna::block::{AllocationDepth, Extent, ExtentBuilder, ExtentStatus, KnownZeroes, Layer};
 use lacuna::buffer::Buffer;
-use lacuna::storage::{FileStorage, Transfer};
+use lacuna::storage::Transfer;
 use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 
 use crate::folder::{Folder, Point};
+use crate::place::{Host, OpenAs, Place};
 use crate::point::{Content, SegmentFacts};
 use crate::segment::{Entry, Kind, Segment};
-use crate::segments::open_to_read;
 
 /// Indexes that are kept, of at most 1.2 MiB each.
 const INDEXES: usize = 32;
@@ -40,14 +40,14 @@ const EXTENTS_AT_ONCE: usize = 1024;
 /// println!("{} bytes", disk.size_bytes());
 /// # Ok::<_, lacuna::Error>(())
 /// ```
-#[derive(Clone)]
-pub struct PointDisk(Arc<Inner>);
+pub struct PointDisk<P: Place = Host>(Arc<Inner<P>>);
 
-struct Inner {
+struct Inner<P: Place> {
+    place: P,
     size_bytes: u64,
     /// The highest first.
     levels: Vec<Level>,
-    indexes: Recent<(usize, usize), Arc<Segment<FileStorage>>>,
+    indexes: Recent<(usize, usize), Arc<Segment<P::Storage>>>,
     frames: Recent<(usize, usize, GuestOffset), Arc<Buffer>>,
 }
 
@@ -66,18 +66,25 @@ struct Found {
     stored: Option<(usize, usize, Entry)>,
 }
 
-impl PointDisk {
+impl<P: Place> Clone for PointDisk<P> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<P: Place> PointDisk<P> {
     /// Opens a point; `chain` is the point and those below, as [`Points::chain`](crate::Points::chain)
     /// gives them. Nothing is read yet.
     ///
     /// # Errors
     /// `InvalidRequest` for points that are no segments.
-    pub fn open(folder: &Folder, chain: &[Point]) -> Result<Self> {
+    pub fn open(folder: &Folder<P>, chain: &[Point]) -> Result<Self> {
         let levels: Result<Vec<Level>> = chain.iter().map(|point| level(folder, point)).collect();
         let levels = levels?;
         let size_bytes = levels.first().map_or(0, |level| level.size_bytes);
         let (indexes, frames) = (Recent::new(INDEXES), Recent::new(FRAMES));
-        Ok(Self(Arc::new(Inner { size_bytes, levels, indexes, frames })))
+        let place = folder.place().clone();
+        Ok(Self(Arc::new(Inner { place, size_bytes, levels, indexes, frames })))
     }
 
     /// Finds where the bytes at `rest.start` come from, and how far that goes within `rest`.
@@ -111,13 +118,13 @@ impl PointDisk {
         Ok(Found { range, depth: AllocationDepth::NOWHERE, stored: None })
     }
 
-    async fn segment(&self, level: usize, index: usize) -> Result<Arc<Segment<FileStorage>>> {
+    async fn segment(&self, level: usize, index: usize) -> Result<Arc<Segment<P::Storage>>> {
         if let Some(known) = self.0.indexes.find(&(level, index)) {
             return Ok(known);
         }
         let (path, facts) =
             (&self.0.levels[level].paths[index], &self.0.levels[level].segments[index]);
-        let segment = open_segment(path, facts).await?;
+        let segment = open_segment(&self.0.place, path, facts).await?;
         let segment = Arc::new(segment);
         self.0.indexes.keep((level, index), Arc::clone(&segment));
         Ok(segment)
@@ -161,7 +168,7 @@ impl PointDisk {
     }
 }
 
-fn level(folder: &Folder, point: &Point) -> Result<Level> {
+fn level(folder: &Folder<impl Place>, point: &Point) -> Result<Level> {
     let Content::Segments { segments } = &point.manifest.content else {
         return Err(Error::invalid(format!("Point '{}' is an image", point.name())));
     };
@@ -171,11 +178,12 @@ fn level(folder: &Folder, point: &Point) -> Result<Level> {
 }
 
 /// Opens a segment that is to be the one of the manifest.
-pub(crate) async fn open_segment(
+pub(crate) async fn open_segment<P: Place>(
+    place: &P,
     path: &std::path::Path,
     facts: &SegmentFacts,
-) -> Result<Segment<FileStorage>> {
-    let opened = async { Segment::open(open_to_read(path)?).await };
+) -> Result<Segment<P::Storage>> {
+    let opened = async { Segment::open(place.open(path, OpenAs::Unchanging)?).await };
     let segment = opened.await.map_err(|error| error.context(path.display()))?;
     let is_it = segment.file_bytes == facts.bytes
         && segment.index.checksum == facts.checksum
@@ -218,7 +226,7 @@ impl<K: PartialEq, V: Clone> Recent<K, V> {
     }
 }
 
-impl Layer for PointDisk {
+impl<P: Place> Layer for PointDisk<P> {
     fn size_bytes(&self) -> u64 {
         self.0.size_bytes
     }

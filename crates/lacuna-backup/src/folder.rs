@@ -10,15 +10,17 @@
 //! *.part                 files that are being written; nothing relies on them
 //! ```
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use lacuna::{Error, ErrorKind, Result};
+use parking_lot::Mutex;
+use pollster::block_on;
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::Checksum;
-use crate::durable::{self, failed};
+use crate::durable;
 use crate::name::{PointName, RESERVED};
+use crate::place::{Host, Place};
 use crate::point::{Form, Manifest, PointRef};
 use crate::sealed::{self, Sealed};
 
@@ -151,11 +153,17 @@ impl Points {
 ///     Ok::<_, lacuna::Error>(())
 /// }).unwrap();
 /// ```
-#[derive(Debug)]
-pub struct Folder {
+pub struct Folder<P: Place = Host> {
+    place: P,
     path: PathBuf,
     form: Form,
-    mark: File,
+    lock: Mutex<Option<P::Lock>>,
+}
+
+impl<P: Place> std::fmt::Debug for Folder<P> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Folder").field("path", &self.path).finish_non_exhaustive()
+    }
 }
 
 impl Folder {
@@ -164,16 +172,7 @@ impl Folder {
     /// # Errors
     /// `NotFound` where there is none; `Corrupt`; else what reading gives.
     pub fn open(path: &Path) -> Result<Self> {
-        let mark = path.join(MARK);
-        let file = File::open(&mark).map_err(|error| match error.kind() {
-            std::io::ErrorKind::NotFound => Error::new(
-                ErrorKind::NotFound,
-                format!("{} is no folder of a backup: there is no {MARK}", path.display()),
-            ),
-            _ => failed(error, "Reading", &mark),
-        })?;
-        let (found, _) = sealed::read::<Mark>(&mark)?;
-        Ok(Self { path: path.to_owned(), form: found.form, mark: file })
+        Self::open_in(Host, path)
     }
 
     /// Opens the folder of a backup; where there is nothing yet, or an empty folder, makes it.
@@ -181,17 +180,41 @@ impl Folder {
     /// # Errors
     /// As [`open`](Self::open); `InvalidRequest` for a folder of something else.
     pub fn open_or_create(path: &Path, form: Form) -> Result<Self> {
-        match std::fs::create_dir(path) {
-            Ok(()) => durable::sync_folder(path)?,
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(failed(error, "Making the folder", path)),
-        }
-        if !path.join(MARK).exists() {
-            check_empty(path)?;
+        block_on(Self::open_or_create_in(Host, path, form))
+    }
+}
+
+impl<P: Place> Folder<P> {
+    /// Opens the folder of a backup that lies in some place.
+    ///
+    /// # Errors
+    /// As [`open`](Folder::open).
+    pub fn open_in(place: P, path: &Path) -> Result<Self> {
+        let mark = sealed::read::<Mark>(&place, &path.join(MARK));
+        let (found, _) = mark.map_err(|error| match error.kind() {
+            ErrorKind::NotFound => Error::new(
+                ErrorKind::NotFound,
+                format!("{} is no folder of a backup: there is no {MARK}", path.display()),
+            ),
+            _ => error,
+        })?;
+        Ok(Self { place, path: path.to_owned(), form: found.form, lock: Mutex::default() })
+    }
+
+    /// Opens the folder of a backup in some place; where there is nothing yet, or an empty folder,
+    /// makes it.
+    ///
+    /// # Errors
+    /// As [`open_or_create`](Folder::open_or_create).
+    pub async fn open_or_create_in(place: P, path: &Path, form: Form) -> Result<Self> {
+        place.make_folder(path)?;
+        let mark = path.join(MARK);
+        if !place.has(&mark) {
+            check_empty(&place, path)?;
             let (bytes, _) = sealed::encode(&Mark { version: VERSION, form })?;
-            durable::replace(&path.join(MARK), &bytes)?;
+            durable::replace(&place, &mark, &bytes).await?;
         }
-        Self::open(path)
+        Self::open_in(place, path)
     }
 
     /// Keeps others from adding points until this is dropped; [`begin`](Self::begin) does so too.
@@ -199,13 +222,21 @@ impl Folder {
     /// # Errors
     /// `Busy` where somebody else adds one; else what locking gives.
     pub fn lock(&self) -> Result<()> {
-        self.mark.try_lock().map_err(|error| match error {
-            std::fs::TryLockError::WouldBlock => Error::new(
+        let mut lock = self.lock.lock();
+        if lock.is_none() {
+            *lock = self.place.lock(&self.path.join(MARK))?;
+        }
+        match *lock {
+            Some(_) => Ok(()),
+            None => Err(Error::new(
                 ErrorKind::Busy,
                 format!("Somebody else adds a point to {}", self.path.display()),
-            ),
-            std::fs::TryLockError::Error(error) => failed(error, "Locking", &self.path),
-        })
+            )),
+        }
+    }
+
+    pub(crate) const fn place(&self) -> &P {
+        &self.place
     }
 
     /// Returns how its points keep what they hold.
@@ -263,20 +294,16 @@ impl Folder {
 
     /// Lists the files: what stands in front of the first dot of each name, and what behind it.
     pub(crate) fn names(&self) -> Result<Vec<(String, String)>> {
-        let failed = |error| failed(error, "Reading", &self.path);
-        let mut names = Vec::new();
-        for entry in std::fs::read_dir(&self.path).map_err(failed)? {
-            let name = entry.map_err(failed)?.file_name();
-            if let Some((name, ending)) = name.to_str().and_then(|name| name.split_once('.')) {
-                names.push((name.to_owned(), ending.to_owned()));
-            }
-        }
-        Ok(names)
+        let names = self.place.names(&self.path)?;
+        let split = |name: &String| {
+            name.split_once('.').map(|(name, ending)| (name.to_owned(), ending.to_owned()))
+        };
+        Ok(names.iter().filter_map(split).collect())
     }
 
     fn point(&self, name: &PointName) -> Result<Point> {
         let path = self.file(name, "json");
-        let (manifest, checksum) = sealed::read::<Manifest>(&path)?;
+        let (manifest, checksum) = sealed::read::<Manifest>(&self.place, &path)?;
         let wrong = |what| Err(Error::corrupt(what).context(path.display()));
         if manifest.facts.point != *name {
             return wrong(format!("It is the manifest of point '{}'", manifest.facts.point));
@@ -288,15 +315,12 @@ impl Folder {
     }
 }
 
-fn check_empty(path: &Path) -> Result<()> {
-    let first =
-        std::fs::read_dir(path).map_err(|error| failed(error, "Reading", path))?.find(|it| {
-            // What an earlier try may have left.
-            it.as_ref().is_ok_and(|it| it.file_name() != format!("{MARK}.part").as_str())
-        });
-    match first {
-        None => Ok(()),
-        Some(_) => Err(Error::invalid(format!(
+fn check_empty(place: &impl Place, path: &Path) -> Result<()> {
+    let names = place.names(path)?;
+    // What an earlier try may have left.
+    match names.iter().all(|name| *name == format!("{MARK}.part")) {
+        true => Ok(()),
+        false => Err(Error::invalid(format!(
             "{} holds something else than a backup; an empty folder, or a new one, would be right",
             path.display()
         ))),

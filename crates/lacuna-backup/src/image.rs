@@ -8,21 +8,25 @@ use std::path::{Path, PathBuf};
 
 use lacuna::block::{DetectZeroes, Layer, WriteFlags, ZeroDetection, ZeroFlags, is_zero};
 use lacuna::buffer::Buffer;
-use lacuna::chain::{self, Allow, ChainOptions, Disk, FileOpener, Format};
+use lacuna::chain::{self, Allow, ChainOptions, Disk, Format};
 use lacuna::job::compute;
 use lacuna::qcow2::check::{CheckOptions, Repair, check};
 use lacuna::qcow2::{Access, BackingName, CreateOptions, create};
-use lacuna::storage::{FileOptions, FileStorage};
-use lacuna::units::{GuestOffset, GuestRange};
+use lacuna::storage::Storage;
+use lacuna::units::{GuestOffset, GuestRange, HostOffset};
 use lacuna::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::Checksum;
 use crate::copy::{CopyOptions, Keeper};
-use crate::durable::{self, failed};
+use crate::durable;
 use crate::folder::Folder;
+use crate::place::{OpenAs, Place};
 use crate::point::{Content, PointFacts, Totals};
 use crate::sealed::{self, Sealed};
+
+/// Read at a time where a whole file is.
+const PIECE_BYTES: u64 = 1 << 20;
 
 /// How far a copy came.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
@@ -45,8 +49,9 @@ impl Sealed for Done {
 }
 
 /// Keeps pieces in an image.
-pub(crate) struct ImageKeeper {
-    disk: DetectZeroes<Disk<FileStorage>>,
+pub(crate) struct ImageKeeper<P: Place> {
+    place: P,
+    disk: DetectZeroes<Disk<P::Storage>>,
     known: GuestOffset,
     path: PathBuf,
     part: PathBuf,
@@ -57,28 +62,29 @@ pub(crate) struct ImageKeeper {
     is_resumed: bool,
 }
 
-impl ImageKeeper {
+impl<P: Place> ImageKeeper<P> {
     /// Goes on with the image of a point, or makes it.
     pub(crate) async fn open(
-        folder: &Folder,
+        folder: &Folder<P>,
         facts: &PointFacts,
         known: GuestOffset,
     ) -> Result<Self> {
+        let place = folder.place().clone();
         let path = folder.image_path(&facts.point);
         let part = folder.file(&facts.point, "qcow2.part");
         let notes = folder.file(&facts.point, "done");
-        if path.exists() {
+        if place.has(&path) {
             // The last step before the manifest; it is taken again.
-            durable::rename(&path, &part)?;
+            durable::rename(&place, &path, &part)?;
         }
-        let done = match notes.exists() && part.exists() {
-            true => sealed::read::<Done>(&notes)?.0,
-            false => make(&part, &notes, facts).await?,
+        let done = match place.has(&notes) && place.has(&part) {
+            true => sealed::read::<Done>(&place, &notes)?.0,
+            false => make(&place, &part, &notes, facts).await?,
         };
-        let disk = open_disk(&part, Access::ReadWrite).await?;
+        let disk = open_disk(&place, &part, Access::ReadWrite).await?;
         let disk = DetectZeroes::new(disk, ZeroDetection::Unmap);
         let is_resumed = done.end > 0;
-        Ok(Self { disk, known, path, part, notes, done, unnoted: 0, is_resumed })
+        Ok(Self { place, disk, known, path, part, notes, done, unnoted: 0, is_resumed })
     }
 
     /// Returns up to where the copy is durable.
@@ -89,20 +95,22 @@ impl ImageKeeper {
     async fn note(&mut self) -> Result<()> {
         self.disk.flush().await?;
         self.unnoted = 0;
-        write_done(&self.notes, self.done)
+        write_done(&self.place, &self.notes, self.done).await
     }
 
     /// Leaves the image as it should be left, reads it once more, and gives it its name.
     pub(crate) async fn finish(self) -> Result<(Totals, Content)> {
         self.disk.into_below().close().await?;
+        let storage = self.place.open(&self.part, OpenAs::Changing)?;
         if self.is_resumed {
             // What a cut left behind; a check finds nothing else.
-            let storage = FileStorage::open(&self.part, &FileOptions::read_write())?;
             check(&storage, &CheckOptions { repair: Repair::Leaks }, &mut |_| ()).await?;
         }
-        let part = self.part.clone();
-        let (bytes, checksum) = compute(move || checksum_of(&part)).await?;
-        durable::rename(&self.part, &self.path)?;
+        // What closing did last, the length of the file, is under the checksum too.
+        storage.flush().await?;
+        drop(storage);
+        let (bytes, checksum) = checksum_of(&self.place, &self.part).await?;
+        durable::rename(&self.place, &self.part, &self.path)?;
         let Done { data_bytes, zero_bytes, .. } = self.done;
         let totals = Totals { data_bytes, zero_bytes, stored_bytes: bytes };
         Ok((totals, Content::Qcow2 { bytes, checksum }))
@@ -110,9 +118,9 @@ impl ImageKeeper {
 }
 
 /// Makes an empty image of the size of the point, on that of the point below.
-async fn make(part: &Path, notes: &Path, facts: &PointFacts) -> Result<Done> {
-    durable::remove(notes)?;
-    let storage = FileStorage::open(part, &FileOptions::replace())?;
+async fn make<P: Place>(place: &P, part: &Path, notes: &Path, facts: &PointFacts) -> Result<Done> {
+    place.remove(notes)?;
+    let storage = place.open(part, OpenAs::NewImage)?;
     let backing = facts.stands_on.as_ref().map(|below| BackingName {
         name: format!("{}.qcow2", below.point),
         format: Some("qcow2".into()),
@@ -121,32 +129,43 @@ async fn make(part: &Path, notes: &Path, facts: &PointFacts) -> Result<Done> {
         .await?;
     drop(storage);
     let done = Done::default();
-    write_done(notes, done)?;
+    write_done(place, notes, done).await?;
     Ok(done)
 }
 
-fn write_done(notes: &Path, done: Done) -> Result<()> {
+async fn write_done<P: Place>(place: &P, notes: &Path, done: Done) -> Result<()> {
     let (bytes, _) = sealed::encode(&done)?;
-    durable::replace(notes, &bytes)
+    durable::replace(place, notes, &bytes).await
 }
 
 /// Opens the image of a point with those below.
-pub(crate) async fn open_disk(path: &Path, access: Access) -> Result<Disk<FileStorage>> {
+pub(crate) async fn open_disk<P: Place>(
+    place: &P,
+    path: &Path,
+    access: Access,
+) -> Result<Disk<P::Storage>> {
     let options =
         ChainOptions { backing: Allow::Named, ..ChainOptions::new(Format::Qcow2, access) };
-    let chain = chain::open(&FileOpener::new(FileOptions::default()), path, &options).await?;
+    let chain = chain::open(&place.opener(), path, &options).await?;
     Ok(chain.into_disk())
 }
 
 /// Returns length and checksum of a file.
-pub(crate) fn checksum_of(path: &Path) -> Result<(u64, Checksum)> {
-    let read = || {
-        let file = std::fs::File::open(path)?;
-        let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(&file)?;
-        Ok((hasher.count(), Checksum::finished(&hasher)))
-    };
-    read().map_err(|error| failed(error, "Reading", path))
+pub(crate) async fn checksum_of<P: Place>(place: &P, path: &Path) -> Result<(u64, Checksum)> {
+    let storage = place.open(path, OpenAs::Unchanging)?;
+    let (len, mut hasher, mut at) = (storage.len().await?, blake3::Hasher::new(), 0);
+    while at < len {
+        let piece = Buffer::new((len - at).min(PIECE_BYTES) as usize);
+        let (read, bytes) = storage.read_at(HostOffset(at), piece).await;
+        read?;
+        at += bytes.len() as u64;
+        hasher = compute(move || {
+            hasher.update(&bytes);
+            hasher
+        })
+        .await;
+    }
+    Ok((len, Checksum::finished(&hasher)))
 }
 
 /// A piece of a disk.
@@ -155,7 +174,7 @@ pub(crate) enum Packed {
     Zeros(GuestRange),
 }
 
-impl Keeper for ImageKeeper {
+impl<P: Place> Keeper for ImageKeeper<P> {
     type Packed = Packed;
 
     fn pack(start: GuestOffset, bytes: Buffer, _: CopyOptions) -> Result<Packed> {

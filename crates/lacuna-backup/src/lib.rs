@@ -10,6 +10,7 @@
 //!   segments.rs, image.rs       as compressed segments, or as a qcow2 image on that below
 //!
 //!   folder.rs     which points there are, and on which others they stand
+//!   place.rs      where files are
 //!   disk.rs       a point in segments as a disk; verify.rs reads and checks everything
 //! ```
 //!
@@ -31,6 +32,7 @@ mod folder;
 pub mod fuzzing;
 mod image;
 mod name;
+mod place;
 mod point;
 mod sealed;
 mod segment;
@@ -43,8 +45,8 @@ pub use checksum::Checksum;
 pub use copy::CopyOptions;
 pub use disk::PointDisk;
 pub use folder::{Folder, Point, Points};
-
 pub use name::PointName;
+pub use place::{Host, OpenAs, Place};
 pub use point::{
     Basis, Content, Form, Manifest, PointFacts, PointRef, SegmentFacts, SnapshotFacts,
 };

@@ -8,7 +8,6 @@
 //!   around them is compared byte by byte.
 //! * Never: more is read than [`MAX_BYTES`].
 
-use std::io::Read;
 use std::path::Path;
 
 use lacuna::{Error, Result};
@@ -16,6 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::checksum::Checksum;
+use crate::place::Place;
 
 /// Longest document that is read: manifests of 64 TiB of data that cannot be compressed are
 /// shorter.
@@ -77,14 +77,7 @@ pub(crate) fn decode<T: Sealed>(bytes: &[u8]) -> Result<(T, Checksum)> {
 ///
 /// # Errors
 /// `NotFound`; `Corrupt`; else what reading gives.
-pub(crate) fn read<T: Sealed>(path: &Path) -> Result<(T, Checksum)> {
-    let failed = |error| Error::io(error, format!("Reading {}", path.display()));
-    let file = std::fs::File::open(path).map_err(failed)?;
-    let mut bytes = Vec::new();
-    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > MAX_BYTES {
-        let text = format!("{} is longer than {MAX_BYTES} bytes", path.display());
-        return Err(Error::corrupt(text));
-    }
+pub(crate) fn read<T: Sealed>(place: &impl Place, path: &Path) -> Result<(T, Checksum)> {
+    let bytes = place.read(path, MAX_BYTES)?;
     decode(&bytes).map_err(|error| error.context(path.display()))
 }

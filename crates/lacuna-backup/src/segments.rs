@@ -1,53 +1,55 @@
 //! A point in segments: kept one after the other, each whole before the next begins.
 
 use lacuna::buffer::Buffer;
-use lacuna::storage::{Claim, Create, FileOptions, FileStorage, Locking};
 use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{ErrorKind, Result};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::checksum::Checksum;
 use crate::copy::{CopyOptions, Keeper};
-use crate::durable;
+use crate::durable::{self, part};
 use crate::folder::Folder;
 use crate::name::PointName;
+use crate::place::{OpenAs, Place};
 use crate::point::{Content, SegmentFacts, Totals};
 use crate::segment::{Frame, Kind, Segment, SegmentWriter};
 
 /// Keeps frames in segments.
-pub(crate) struct SegmentKeeper {
-    place: Place,
+pub(crate) struct SegmentKeeper<P: Place> {
+    files: Files<P>,
     known: GuestOffset,
     seal: Checksum,
     segments: Vec<SegmentFacts>,
-    open: Option<SegmentWriter<FileStorage>>,
+    open: Option<SegmentWriter<P::Storage>>,
     totals: Totals,
 }
 
 /// Where the segments of a point lie.
-struct Place {
+struct Files<P> {
+    place: P,
     folder: PathBuf,
     point: PointName,
 }
 
-impl Place {
+impl<P> Files<P> {
     fn segment(&self, number: usize) -> PathBuf {
         self.folder.join(format!("{}.{number:06}.seg", self.point))
     }
 }
 
-impl SegmentKeeper {
+impl<P: Place> SegmentKeeper<P> {
     /// Finds the segments that were ended before a cut; those of another try are none of ours, and
     /// are replaced.
     pub(crate) async fn open(
-        folder: &Folder,
+        folder: &Folder<P>,
         point: &PointName,
         known: GuestOffset,
         seal: Checksum,
     ) -> Result<Self> {
-        let place = Place { folder: folder.path().to_owned(), point: point.clone() };
+        let place = folder.place().clone();
+        let files = Files { place, folder: folder.path().to_owned(), point: point.clone() };
         let (segments, open, totals) = (Vec::new(), None, Totals::default());
-        let mut keeper = Self { place, known, seal, segments, open, totals };
+        let mut keeper = Self { files, known, seal, segments, open, totals };
         while let Some(segment) = keeper.next_there().await? {
             keeper.take(&segment);
         }
@@ -55,8 +57,9 @@ impl SegmentKeeper {
     }
 
     /// Opens the next segment where it is there, and a part of this try.
-    async fn next_there(&self) -> Result<Option<Segment<FileStorage>>> {
-        let storage = match open_to_read(&self.place.segment(self.segments.len())) {
+    async fn next_there(&self) -> Result<Option<Segment<P::Storage>>> {
+        let path = self.files.segment(self.segments.len());
+        let storage = match self.files.place.open(&path, OpenAs::Unchanging) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             storage => storage?,
         };
@@ -69,7 +72,7 @@ impl SegmentKeeper {
         Ok(is_ours.then_some(segment))
     }
 
-    fn take(&mut self, segment: &Segment<FileStorage>) {
+    fn take(&mut self, segment: &Segment<P::Storage>) {
         for entry in &segment.index.entries {
             self.count(entry.range, entry.kind == Kind::Zero);
         }
@@ -99,12 +102,10 @@ impl SegmentKeeper {
         GuestOffset(self.segments.last().map_or(0, |segment| segment.end))
     }
 
-    async fn writer(&mut self) -> Result<&mut SegmentWriter<FileStorage>> {
+    async fn writer(&mut self) -> Result<&mut SegmentWriter<P::Storage>> {
         if self.open.is_none() {
-            let part = part(&self.place.segment(self.segments.len()));
-            let (create, claim, locking) = (Create::Replace, Some(Claim::NONE), Locking::Off);
-            let options = FileOptions { create, claim, locking, ..FileOptions::read_write() };
-            let storage = FileStorage::open(&part, &options)?;
+            let part = part(&self.files.segment(self.segments.len()));
+            let storage = self.files.place.open(&part, OpenAs::New)?;
             let writer = SegmentWriter::begin(storage, self.seal, self.position()).await?;
             self.open = Some(writer);
         }
@@ -115,8 +116,8 @@ impl SegmentKeeper {
     async fn end(&mut self, to: GuestOffset) -> Result<()> {
         let Some(writer) = self.open.take() else { return Ok(()) };
         let facts = writer.finish(to).await?;
-        let path = self.place.segment(self.segments.len());
-        durable::rename(&part(&path), &path)?;
+        let path = self.files.segment(self.segments.len());
+        durable::rename(&self.files.place, &part(&path), &path)?;
         self.push(facts);
         Ok(())
     }
@@ -128,18 +129,7 @@ impl SegmentKeeper {
     }
 }
 
-fn part(path: &Path) -> PathBuf {
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    part.into()
-}
-
-/// Opens a file that nobody changes.
-pub(crate) fn open_to_read(path: &Path) -> Result<FileStorage> {
-    FileStorage::open(path, &FileOptions { locking: Locking::Off, ..FileOptions::read_only() })
-}
-
-impl Keeper for SegmentKeeper {
+impl<P: Place> Keeper for SegmentKeeper<P> {
     type Packed = Frame;
 
     fn pack(start: GuestOffset, bytes: Buffer, options: CopyOptions) -> Result<Frame> {

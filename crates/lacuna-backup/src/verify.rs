@@ -7,13 +7,13 @@ use std::pin::pin;
 
 use futures_util::{StreamExt, stream};
 use lacuna::block::BoxFuture;
-use lacuna::job::compute;
 use lacuna::qcow2::Access;
 use lacuna::{Error, Result};
 
 use crate::disk::open_segment;
 use crate::folder::{Folder, Point};
 use crate::image::{changed, checksum_of, open_disk};
+use crate::place::Place;
 use crate::point::{Content, SegmentFacts};
 use crate::segment::Kind;
 
@@ -51,8 +51,8 @@ pub struct Damage {
 /// }
 /// # Ok::<_, lacuna::Error>(())
 /// ```
-pub async fn verify(
-    folder: &Folder,
+pub async fn verify<P: Place>(
+    folder: &Folder<P>,
     point: &Point,
     progress: &mut (dyn FnMut(u64) + Send),
 ) -> Vec<Damage> {
@@ -63,7 +63,7 @@ pub async fn verify(
             for (number, facts) in segments.iter().enumerate() {
                 let path = folder.segment_path(point.name(), number);
                 let mut report = |done| progress(before + done);
-                if let Err(error) = segment(&path, facts, &mut report).await {
+                if let Err(error) = segment(folder.place(), &path, facts, &mut report).await {
                     found.push(Damage { path, error });
                 }
                 before += facts.bytes;
@@ -72,7 +72,7 @@ pub async fn verify(
         }
         Content::Qcow2 { bytes, checksum } => {
             let path = folder.image_path(point.name());
-            if let Err(error) = image(&path, (*bytes, *checksum)).await {
+            if let Err(error) = image(folder.place(), &path, (*bytes, *checksum)).await {
                 found.push(Damage { path, error });
             }
             progress(*bytes);
@@ -81,12 +81,13 @@ pub async fn verify(
     found
 }
 
-async fn segment(
+async fn segment<P: Place>(
+    place: &P,
     path: &std::path::Path,
     facts: &SegmentFacts,
     progress: &mut (dyn FnMut(u64) + Send),
 ) -> Result<()> {
-    let segment = open_segment(path, facts).await?;
+    let segment = open_segment(place, path, facts).await?;
     let frames = segment.index.entries.iter().filter(|entry| entry.kind != Kind::Zero);
     let checks = frames.map(|entry| {
         let segment = &segment;
@@ -103,11 +104,14 @@ async fn segment(
     Ok(())
 }
 
-async fn image(path: &std::path::Path, expected: (u64, crate::Checksum)) -> Result<()> {
-    let file = path.to_owned();
-    if compute(move || checksum_of(&file)).await? != expected {
+async fn image<P: Place>(
+    place: &P,
+    path: &std::path::Path,
+    expected: (u64, crate::Checksum),
+) -> Result<()> {
+    if checksum_of(place, path).await? != expected {
         return Err(changed(path));
     }
     // The chain is there, and fits together.
-    open_disk(path, Access::ReadOnly).await?.close().await
+    open_disk(place, path, Access::ReadOnly).await?.close().await
 }

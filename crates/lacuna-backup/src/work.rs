@@ -17,6 +17,7 @@ use crate::durable;
 use crate::folder::{Folder, Point, Points};
 use crate::image::ImageKeeper;
 use crate::name::PointName;
+use crate::place::{Host, Place};
 use crate::point::{Begun, Form, Manifest, PointFacts};
 use crate::sealed;
 use crate::segments::SegmentKeeper;
@@ -51,28 +52,28 @@ pub enum Start {
 /// A point that is being made. Others are kept from adding points until it is dropped.
 ///
 /// See [`Folder`](crate::Folder) for an example.
-pub struct Work<'a> {
-    folder: &'a Folder,
+pub struct Work<'a, P: Place = Host> {
+    folder: &'a Folder<P>,
     facts: PointFacts,
     start: Start,
     /// Where the disk of the point below ends: what lies behind that was nowhere.
     known: GuestOffset,
-    kept: Kept,
+    kept: Kept<P>,
 }
 
-enum Kept {
-    Segments(Box<SegmentKeeper>),
-    Image(Box<ImageKeeper>),
+enum Kept<P: Place> {
+    Segments(Box<SegmentKeeper<P>>),
+    Image(Box<ImageKeeper<P>>),
 }
 
-impl Folder {
+impl<P: Place> Folder<P> {
     /// Begins a point, or goes on with one that was begun as the same and cut off. What else was
     /// begun and does not count is removed.
     ///
     /// # Errors
     /// `Busy` where somebody else makes one; `InvalidRequest` for a name that is taken; what
     /// [`Points::chain`] gives for the point below; else what writing gives.
-    pub async fn begin(&self, mut facts: PointFacts, go_on: GoOn) -> Result<Work<'_>> {
+    pub async fn begin(&self, mut facts: PointFacts, go_on: GoOn) -> Result<Work<'_, P>> {
         self.lock()?;
         let points = self.points()?;
         let known = GuestOffset(self.size_below(&points, &facts)?);
@@ -91,7 +92,7 @@ impl Folder {
         }
         let begun = Begun::new(facts);
         let (bytes, seal) = sealed::encode(&begun)?;
-        durable::replace(&self.file(&begun.facts.point, "begun"), &bytes)?;
+        durable::replace(self.place(), &self.file(&begun.facts.point, "begun"), &bytes).await?;
         let kept = self.keeper(&begun.facts, known, seal).await?;
         Ok(Work { folder: self, facts: begun.facts, start, known, kept })
     }
@@ -117,11 +118,11 @@ impl Folder {
         let (mut found, mut start) = (None, Start::New);
         for (name, ending) in self.names()? {
             let ("begun", Ok(name)) = (ending.as_str(), PointName::new(name)) else { continue };
-            if self.file(&name, "json").exists() {
+            if self.place().has(&self.file(&name, "json")) {
                 // It counts; only tidying up was cut off.
                 continue;
             }
-            let begun = sealed::read::<Begun>(&self.file(&name, "begun")).ok();
+            let begun = sealed::read::<Begun>(self.place(), &self.file(&name, "begun")).ok();
             match begun.filter(|(begun, _)| found.is_none() && goes_on(begun, &name, facts, go_on))
             {
                 Some(begun) => found = Some(begun),
@@ -137,20 +138,25 @@ impl Folder {
     fn tidy_up(&self, kept: Option<&PointName>) -> Result<()> {
         for (name, ending) in self.names()? {
             let Ok(name) = PointName::new(name) else { continue };
-            let counts = self.file(&name, "json").exists();
+            let counts = self.place().has(&self.file(&name, "json"));
             let is_needed = match Role::of(&ending) {
                 None => true,
                 Some(Role::Content) => counts,
                 Some(Role::Making) => false,
             };
             if !is_needed && kept != Some(&name) {
-                durable::remove(&self.file(&name, &ending))?;
+                self.place().remove(&self.file(&name, &ending))?;
             }
         }
         Ok(())
     }
 
-    async fn keeper(&self, facts: &PointFacts, known: GuestOffset, seal: Checksum) -> Result<Kept> {
+    async fn keeper(
+        &self,
+        facts: &PointFacts,
+        known: GuestOffset,
+        seal: Checksum,
+    ) -> Result<Kept<P>> {
         Ok(match self.form() {
             Form::Segments => Kept::Segments(Box::new(
                 SegmentKeeper::open(self, &facts.point, known, seal).await?,
@@ -192,7 +198,7 @@ fn goes_on(begun: &Begun, name: &PointName, wanted: &PointFacts, go_on: GoOn) ->
     begun.facts.point == *name && is_it && begun.facts.goes_on_as(wanted, go_on.is_unchanged)
 }
 
-impl Kept {
+impl<P: Place> Kept<P> {
     fn position(&self) -> GuestOffset {
         match self {
             Self::Segments(keeper) => keeper.position(),
@@ -201,7 +207,7 @@ impl Kept {
     }
 }
 
-impl Work<'_> {
+impl<P: Place> Work<'_, P> {
     /// Returns what the point was begun as: that of the copy that goes on, where one does.
     #[must_use]
     pub const fn facts(&self) -> &PointFacts {
@@ -264,10 +270,11 @@ impl Work<'_> {
         let (bytes, checksum) = sealed::encode(&manifest)?;
         let name = &manifest.facts.point;
         // Names of files before the one that makes them count.
-        durable::sync_folder(&self.folder.file(name, "json"))?;
-        durable::replace(&self.folder.file(name, "json"), &bytes)?;
-        durable::remove(&self.folder.file(name, "done"))?;
-        durable::remove(&self.folder.file(name, "begun"))?;
+        let place = self.folder.place();
+        place.sync_folder(self.folder.path())?;
+        durable::replace(place, &self.folder.file(name, "json"), &bytes).await?;
+        place.remove(&self.folder.file(name, "done"))?;
+        place.remove(&self.folder.file(name, "begun"))?;
         Ok(Point { manifest, checksum })
     }
 }
