@@ -4,17 +4,20 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use lacuna::block::Layer;
 use lacuna::qcow2::Image;
-use lacuna_export::{Export, ExportOptions, Exports, Plain, ServerOptions, serve_stream};
+use lacuna_export::{Export, ExportOptions, Exports, ServerOptions, serve_stream};
 use testkit::Executor;
 use testkit::sim::SimStorage;
+use tokio::time::Instant;
 
-use crate::front::Disk;
+use crate::front::{Disk, Served};
 use crate::guest::{Truth, by_library};
 use crate::jobs::{self, Album};
-use crate::nbd::by_nbd;
-use crate::scenario::{Guest, NbdForm, Phase, Request, Way};
-use crate::wire::wire;
+use crate::nbd::{by_nbd, resize_by_nbd, silent};
+use crate::points::point;
+use crate::scenario::{Guest, Job, NbdForm, Phase, Request, Way};
+use crate::wire::{End, wire};
 
 /// What actors have in common.
 pub(crate) struct Cast {
@@ -22,7 +25,7 @@ pub(crate) struct Cast {
     image: Image<SimStorage>,
     truth: Truth,
     album: Album,
-    exports: Arc<Exports<Plain<Disk>>>,
+    exports: Arc<Exports<Served>>,
     first_error: Rc<RefCell<Option<String>>>,
 }
 
@@ -34,7 +37,9 @@ impl Cast {
         album: &Album,
     ) -> Self {
         let exports = Arc::new(Exports::default());
-        let export = Export::new("disk", Plain(disk.clone()), ExportOptions::default());
+        let served = Served::new(disk.clone(), image.clone());
+        let options = ExportOptions { resize: true, ..ExportOptions::default() };
+        let export = Export::new("disk", served, options);
         let added = export.map(|export| exports.add(export));
         assert!(matches!(added, Ok(Ok(_))), "the only export has a name of its own");
         Self {
@@ -54,8 +59,10 @@ impl Cast {
 
     /// Starts all guests and jobs of a phase.
     pub(crate) fn enter(&self, executor: &mut Executor<'_>, phase: &Phase) {
-        for (number, guest) in (0..).zip(phase.guests.iter().cloned()) {
-            let Guest { way, bursts } = guest;
+        let sizes = phase.jobs.iter().filter_map(Job::size_bytes);
+        let size_bytes = sizes.fold(self.disk.size_bytes(), u64::min);
+        for (number, guest) in (0..).zip(&phase.guests) {
+            let (way, bursts) = (guest.way, within(guest, size_bytes));
             match way {
                 Way::Library => self.library(executor, bursts),
                 Way::Nbd { form, cut_after } => {
@@ -63,9 +70,27 @@ impl Cast {
                 }
             }
         }
-        for job in phase.jobs.iter().copied() {
-            let (image, truth) = (self.image.clone(), self.truth.clone());
-            self.spawn(executor, jobs::work(job, image, truth, Rc::clone(&self.album)));
+        phase.jobs.iter().for_each(|job| self.job(executor, phase.order, *job));
+    }
+
+    fn job(&self, executor: &mut Executor<'_>, seed: u64, job: Job) {
+        let (image, truth) = (self.image.clone(), self.truth.clone());
+        match job {
+            Job::Resize { size_bytes, by: Some(form) } => {
+                let end = self.connect(executor, seed ^ size_bytes);
+                self.spawn(executor, resize_by_nbd(end, form, size_bytes, truth));
+            }
+            Job::Silent { words } => {
+                let end = self.connect(executor, !seed);
+                self.spawn(executor, silent(end, words));
+            }
+            Job::Point { options, reads } => {
+                self.spawn(executor, point(self.disk.clone(), options, reads, truth));
+            }
+            job => {
+                let (disk, album) = (self.disk.clone(), Rc::clone(&self.album));
+                self.spawn(executor, jobs::work(job, disk, image, truth, album));
+            }
         }
     }
 
@@ -94,13 +119,8 @@ impl Cast {
         });
     }
 
-    fn nbd(
-        &self,
-        executor: &mut Executor<'_>,
-        seed: u64,
-        (form, cut_after): (NbdForm, Option<usize>),
-        bursts: Vec<Vec<Request>>,
-    ) {
+    /// Lays a wire to the server; returns the end of a client, and when that was.
+    fn connect(&self, executor: &mut Executor<'_>, seed: u64) -> (End, Instant) {
         let (wire, near, far) = wire(seed);
         executor.attach(wire);
         let served = serve_stream(far, Arc::clone(&self.exports), ServerOptions::default());
@@ -109,6 +129,26 @@ impl Cast {
             drop(served.await);
             Ok(())
         });
+        (near, Instant::now())
+    }
+
+    fn nbd(
+        &self,
+        executor: &mut Executor<'_>,
+        seed: u64,
+        (form, cut_after): (NbdForm, Option<usize>),
+        bursts: Vec<Vec<Request>>,
+    ) {
+        let near = self.connect(executor, seed);
         self.spawn(executor, by_nbd(near, form, cut_after, bursts, self.truth.clone()));
     }
+}
+
+/// Returns what a guest asks, without what a disk of that size has no place for: it may be smaller
+/// than it was to be.
+fn within(guest: &Guest, size_bytes: u64) -> Vec<Vec<Request>> {
+    let within = |burst: &Vec<Request>| {
+        burst.iter().filter_map(|request| request.within(size_bytes)).collect()
+    };
+    guest.bursts.iter().map(within).collect()
 }

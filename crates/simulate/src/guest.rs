@@ -6,10 +6,11 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::task::Poll;
 
+use lacuna::ErrorKind;
 use lacuna::block::{DiscardMode, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::Image;
-use lacuna::units::{GuestOffset, GuestRange};
+use lacuna::units::GuestRange;
 use testkit::sim::{SimHost, SimStorage};
 
 use crate::front::Disk;
@@ -41,12 +42,8 @@ pub(crate) struct Answer {
     pub(crate) bytes: Vec<u8>,
     /// Ranges that were said to be zeros.
     pub(crate) zeros: Vec<GuestRange>,
-}
-
-impl Request {
-    pub(crate) const fn range(&self) -> GuestRange {
-        GuestRange::new(GuestOffset(self.start), self.len)
-    }
+    /// Whether zeroing was declined, as it would not have been fast.
+    pub(crate) is_refused: bool,
 }
 
 impl Truth {
@@ -101,8 +98,17 @@ impl Truth {
                 history.flushed(at);
                 Ok(())
             }
-            (What::Write { fua, .. } | What::Zero { fua, .. }, Some(change)) => {
+            (What::Write { fua, .. }, Some(change)) => {
                 history.acknowledge(change, fua);
+                Ok(())
+            }
+            // Nothing was done where that would not have been fast.
+            (What::Zero { .. }, Some(change)) if answer.is_refused => {
+                history.forget(change);
+                Ok(())
+            }
+            (What::Zero { flags }, Some(change)) => {
+                history.acknowledge(change, flags.contains(ZeroFlags::FUA));
                 Ok(())
             }
             (What::Compress { .. }, Some(change)) => {
@@ -148,13 +154,16 @@ async fn perform(
             let flags = if fua { WriteFlags::FUA } else { WriteFlags::empty() };
             disk.write(range.start, Buffer::from(&fill.bytes(range)[..]), flags).await.0?;
         }
-        What::Compress { fill } => compress(image, range, fill).await?,
-        What::Zero { may_unmap, fua } => {
-            let mut flags = ZeroFlags::empty();
-            flags.set(ZeroFlags::MAY_UNMAP, may_unmap);
-            flags.set(ZeroFlags::FUA, fua);
-            disk.write_zeroes(range, flags).await?;
+        What::Compress { fill } => {
+            let _change = disk.before_change(range).await;
+            compress(image, range, fill).await?;
         }
+        What::Zero { flags } => match disk.write_zeroes(range, flags).await {
+            Err(error) if flags.contains(ZeroFlags::FAST) && is_refusal(&error) => {
+                answer.is_refused = true;
+            }
+            done => done?,
+        },
         What::Discard => disk.discard(range, DiscardMode::Guest).await?,
         What::Flush => disk.flush().await?,
         What::Extents => {
@@ -166,11 +175,16 @@ async fn perform(
     Ok(answer)
 }
 
+fn is_refusal(error: &lacuna::Error) -> bool {
+    error.kind() == ErrorKind::Unsupported
+}
+
 /// Compresses what is a whole cluster, and writes anything else as it is.
 async fn compress(image: &Image<SimStorage>, range: GuestRange, fill: Fill) -> lacuna::Result<()> {
     let cluster = image.geometry().cluster_bytes();
     let bytes = Buffer::from(&fill.bytes(range)[..]);
-    match range.start.0.is_multiple_of(cluster) && range.len == cluster {
+    let is_whole = range.start.0.is_multiple_of(cluster) && range.len == cluster;
+    match is_whole && !image.header().has_external_data_file() {
         true => image.write_compressed(range.start, bytes).await.0,
         false => image.write(range.start, bytes, WriteFlags::empty()).await.0,
     }

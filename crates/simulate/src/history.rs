@@ -4,6 +4,8 @@
 //!   an order; a read may overlap with anything.
 //! * A change that failed, was dropped, or is a discard may have happened or not.
 //! * A flush makes durable what was acknowledged before it was asked for, whoever wrote it.
+//! * Another size is durable once it is acknowledged. What it cuts off may be anything until then, and
+//!   zeros when it comes back.
 
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::content;
@@ -15,6 +17,8 @@ pub(crate) type Tick = u64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fill {
     Zeros,
+    /// Zeros in the end, and anything before that: nobody wants to know any more.
+    Cut,
     /// Bytes that follow from the seed and the place within a cluster: equal clusters come to be.
     Pattern {
         seed: u64,
@@ -41,6 +45,10 @@ impl Fill {
     fn byte(self, at: u64) -> u8 {
         self.bytes(GuestRange::new(GuestOffset(at), 1))[0]
     }
+
+    fn may_be(self, at: u64, value: u8) -> bool {
+        self == Self::Cut || self.byte(at) == value
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -52,6 +60,18 @@ struct Change {
     done: Option<Tick>,
     is_durable: bool,
 }
+
+/// A size that the disk was to get.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    bytes: u64,
+    begun: Tick,
+    done: Option<Tick>,
+}
+
+/// A change of the size that was begun.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SizeId(usize, ChangeId);
 
 /// A change that was begun.
 #[derive(Clone, Copy, Debug)]
@@ -66,25 +86,36 @@ pub(crate) enum Eyes {
     AfterCrash(Tick),
 }
 
+impl Eyes {
+    /// The last moment that they can have seen.
+    const fn last(self) -> Tick {
+        match self {
+            Self::Reader(_, last) | Self::AfterCrash(last) => last,
+        }
+    }
+}
+
 /// All that happened to a disk since somebody looked at all of it.
 #[derive(Clone, Debug)]
 pub(crate) struct History {
+    /// As long as the disk was to be at most since.
     base: Vec<u8>,
+    /// How large it was then.
+    size_bytes: u64,
+    sizes: Vec<Size>,
     changes: Vec<Change>,
     now: Tick,
 }
 
 impl History {
     pub(crate) const fn new(base: Vec<u8>) -> Self {
-        Self { base, changes: Vec::new(), now: 0 }
+        let size_bytes = base.len() as u64;
+        Self { base, size_bytes, sizes: Vec::new(), changes: Vec::new(), now: 0 }
     }
 
-    pub(crate) const fn size_bytes(&self) -> u64 {
-        self.base.len() as u64
-    }
-
-    pub(crate) const fn whole(&self) -> GuestRange {
-        GuestRange::new(GuestOffset(0), self.size_bytes())
+    /// Returns what there was when somebody looked at all of it.
+    pub(crate) fn settled(&self) -> &[u8] {
+        &self.base
     }
 
     /// Returns the moment it is: another one at each call.
@@ -95,7 +126,38 @@ impl History {
 
     /// Takes over what was found: nothing else is possible any more.
     pub(crate) fn settle(&mut self, content: Vec<u8>) {
+        (self.size_bytes, self.sizes) = (content.len() as u64, Vec::new());
         (self.base, self.changes) = (content, Vec::new());
+    }
+
+    /// Says whether something may have happened or not.
+    pub(crate) fn is_open(&self) -> bool {
+        self.changes.iter().any(|change| change.done.is_none() && change.range.len > 0)
+    }
+
+    /// Notes that the disk is to have another size.
+    pub(crate) fn begin_resize(&mut self, bytes: u64) -> SizeId {
+        let before = self.sizes.last().map_or(self.size_bytes, |size| size.bytes);
+        let (start, end) = (before.min(bytes), before.max(bytes));
+        if end > self.base.len() as u64 {
+            self.base.resize(end as usize, 0);
+        }
+        let fill = if bytes < before { Fill::Cut } else { Fill::Zeros };
+        let change = self.begin(GuestRange::new(GuestOffset(start), end - start), fill);
+        self.sizes.push(Size { bytes, begun: self.now, done: None });
+        SizeId(self.sizes.len() - 1, change)
+    }
+
+    /// Notes that the disk has the size, durably.
+    pub(crate) fn resized(&mut self, id: SizeId) {
+        self.acknowledge(id.1, true);
+        self.sizes[id.0].done = Some(self.now);
+    }
+
+    /// Notes that the size was refused, and nothing done. Only for the last one.
+    pub(crate) fn keep_size(&mut self, id: SizeId) {
+        self.forget(id.1);
+        self.sizes.truncate(id.0);
     }
 
     pub(crate) fn begin(&mut self, range: GuestRange, fill: Fill) -> ChangeId {
@@ -111,10 +173,45 @@ impl History {
         (change.done, change.is_durable) = (Some(now), is_durable);
     }
 
+    /// Notes that a change was declined, and nothing done.
+    pub(crate) fn forget(&mut self, id: ChangeId) {
+        self.changes[id.0].range.len = 0;
+    }
+
     /// Notes that a flush went well that was asked for at that moment.
     pub(crate) fn flushed(&mut self, asked: Tick) {
         let is_covered = |change: &&mut Change| change.done.is_some_and(|done| done < asked);
         self.changes.iter_mut().filter(is_covered).for_each(|change| change.is_durable = true);
+    }
+
+    /// Judges a whole disk, and the size it has.
+    ///
+    /// # Errors
+    /// What cannot be, in words.
+    pub(crate) fn judge_all(&self, seen: &[u8], eyes: Eyes) -> Result<(), String> {
+        let size_bytes = seen.len() as u64;
+        if !self.may_have(size_bytes, eyes) {
+            let (first, sizes) = (self.size_bytes, &self.sizes);
+            return Err(format!("{size_bytes:#x} bytes; it had {first:#x}, then {sizes:x?}"));
+        }
+        self.judge(GuestRange::new(GuestOffset(0), size_bytes), seen, eyes)
+    }
+
+    fn may_have(&self, bytes: u64, eyes: Eyes) -> bool {
+        for size in self.sizes.iter().rev() {
+            if size.begun <= eyes.last() && size.bytes == bytes {
+                return true;
+            }
+            let is_settled = match (size.done, eyes) {
+                (None, _) => false,
+                (Some(done), Eyes::Reader(asked, _)) => done <= asked,
+                (Some(_), Eyes::AfterCrash(_)) => true,
+            };
+            if is_settled {
+                return false;
+            }
+        }
+        self.size_bytes == bytes
     }
 
     /// Judges the bytes of a range.
@@ -140,7 +237,7 @@ impl History {
 
     /// Returns the bytes if nothing is there that may be there or not.
     fn expected(&self, range: GuestRange, eyes: Eyes) -> Vec<u8> {
-        let end = range.end().0.min(self.size_bytes());
+        let end = range.end().0.min(self.base.len() as u64);
         let mut bytes = self.base[range.start.0 as usize..end as usize].to_vec();
         for change in self.changes.iter().filter(|change| change.is_settled(eyes)) {
             let start = change.range.start.0.max(range.start.0);
@@ -156,15 +253,12 @@ impl History {
 
     /// Says whether a byte may be that, though it is not what is expected.
     fn may_be(&self, at: u64, value: u8, eyes: Eyes) -> bool {
-        let last = match eyes {
-            Eyes::Reader(_, last) | Eyes::AfterCrash(last) => last,
-        };
         for change in self.at(at).rev() {
-            if change.begun <= last && change.fill.byte(at) == value {
-                return true;
-            }
             if change.is_settled(eyes) {
-                return false;
+                return change.fill.byte(at) == value;
+            }
+            if change.begun <= eyes.last() && change.fill.may_be(at, value) {
+                return true;
             }
         }
         self.base[at as usize] == value
@@ -243,6 +337,35 @@ mod tests {
             history.judge(range(0, 512), &pattern(seed).bytes(range(0, 512)), eyes).unwrap();
         }
         history.judge(range(0, 512), &[0; 512], eyes).unwrap_err();
+    }
+
+    #[test]
+    fn another_size_may_be_there_or_not_until_it_is_acknowledged() {
+        let mut history = History::new(vec![9; 1024]);
+        let now = |history: &mut History| Eyes::AfterCrash(history.tick());
+        let cut = history.begin_resize(512);
+        let eyes = now(&mut history);
+        for seen in [vec![9; 512], vec![9; 1024], [[9; 512], [3; 512]].concat()] {
+            history.judge_all(&seen, eyes).unwrap();
+        }
+        history.judge_all(&[9; 600], eyes).unwrap_err();
+        history.resized(cut);
+        let grown = history.begin_resize(2048);
+        let eyes = now(&mut history);
+        history.judge_all(&[9; 512], eyes).unwrap();
+        history.judge_all(&[9; 1024], eyes).unwrap_err();
+        let larger = [&[9; 512][..], &[0; 1536]].concat();
+        history.judge_all(&larger, eyes).unwrap();
+        history.resized(grown);
+        let eyes = now(&mut history);
+        history.judge_all(&[9; 512], eyes).unwrap_err();
+        history.judge_all(&[9; 2048], eyes).unwrap_err();
+        history.judge_all(&larger, eyes).unwrap();
+        let refused = history.begin_resize(512);
+        history.keep_size(refused);
+        let eyes = now(&mut history);
+        history.judge_all(&larger, eyes).unwrap();
+        history.judge_all(&[9; 512], eyes).unwrap_err();
     }
 
     #[test]

@@ -4,13 +4,13 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, UNIX_EPOCH};
 
-use lacuna::block::Layer;
-use lacuna::buffer::Buffer;
+use lacuna::ErrorKind;
 use lacuna::job::{Dedup, DedupOptions, sweep};
 use lacuna::qcow2::{Image, LiveCompactOptions, LiveCompaction, SnapshotChoice};
-use lacuna::units::GuestOffset;
 use testkit::sim::SimStorage;
 
+use crate::files::whole;
+use crate::front::Disk;
 use crate::guest::Truth;
 use crate::history::{Eyes, History};
 use crate::scenario::Job;
@@ -43,6 +43,7 @@ pub(crate) type Album = Rc<RefCell<Vec<Kept>>>;
 /// Does a job to its end; what it cannot do with this image it leaves.
 pub(crate) async fn work(
     job: Job,
+    disk: Disk,
     image: Image<SimStorage>,
     truth: Truth,
     album: Album,
@@ -52,6 +53,8 @@ pub(crate) async fn work(
         Job::Dedup => dedup(&image).await,
         Job::DropSnapshot => drop_snapshot(&image, &album).await,
         Job::DropUnusedPins => image.drop_unused_pins().await.map(drop),
+        Job::Resize { size_bytes, .. } => resize(&disk, &image, size_bytes, &truth).await,
+        Job::Point { .. } | Job::Silent { .. } => Ok(()),
         Job::Snapshot => snapshot(&image, &truth, &album).await,
         Job::Sweep => sweep(&image, &mut |_| {}).await.map(drop),
     };
@@ -72,6 +75,25 @@ async fn compact(image: &Image<SimStorage>) -> lacuna::Result<()> {
     Ok(())
 }
 
+async fn resize(
+    disk: &Disk,
+    image: &Image<SimStorage>,
+    size_bytes: u64,
+    truth: &Truth,
+) -> lacuna::Result<()> {
+    let begun = truth.history.borrow_mut().begin_resize(size_bytes);
+    let done = disk.resize(image, size_bytes).await;
+    match done {
+        Ok(()) => truth.history.borrow_mut().resized(begun),
+        // Version 2 with snapshots.
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            truth.history.borrow_mut().keep_size(begun);
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(())
+}
+
 async fn dedup(image: &Image<SimStorage>) -> lacuna::Result<()> {
     if image.why_not_share().is_some() {
         return Ok(());
@@ -84,8 +106,9 @@ async fn dedup(image: &Image<SimStorage>) -> lacuna::Result<()> {
 // ---- snapshots -----------------------------------------------------------------------------
 
 async fn snapshot(image: &Image<SimStorage>, truth: &Truth, album: &Album) -> lacuna::Result<()> {
-    // With one bit no cluster can have two references.
-    if image.geometry().refcount_bits() < 2 || album.borrow().len() >= MOST_SNAPSHOTS {
+    // With one bit no cluster can have two references; a data file keeps nothing.
+    let can_have = image.geometry().refcount_bits() > 1 && !image.header().has_external_data_file();
+    if !can_have || album.borrow().len() >= MOST_SNAPSHOTS {
         return Ok(());
     }
     let begun = truth.history.borrow_mut().tick();
@@ -99,7 +122,7 @@ async fn snapshot(image: &Image<SimStorage>, truth: &Truth, album: &Album) -> la
         kept.is_sure = result.is_ok();
     }
     match result {
-        // Two bits count three references.
+        // Two bits count three references, four of them fifteen.
         Err(_) if image.geometry().refcount_bits() < 8 => Ok(()),
         result => result.map(drop),
     }
@@ -159,7 +182,7 @@ impl Kept {
 
     fn judge(&mut self, seen: &[u8]) -> Result<(), String> {
         match &self.content {
-            Content::Of(history, eyes) => history.judge(history.whole(), seen, *eyes),
+            Content::Of(history, eyes) => history.judge_all(seen, *eyes),
             Content::Seen(before) if before == seen => Ok(()),
             Content::Seen(before) => {
                 let at = before.iter().zip(seen).position(|(before, seen)| before != seen);
@@ -168,11 +191,4 @@ impl Kept {
             Content::Since(_) => Err("it is still being made".into()),
         }
     }
-}
-
-/// Reads a whole disk.
-pub(crate) async fn whole(layer: &impl Layer) -> lacuna::Result<Vec<u8>> {
-    let len = layer.size_bytes() as usize;
-    let (result, bytes) = layer.read(GuestOffset(0), Buffer::new(len)).await;
-    result.map(|()| bytes.to_vec())
 }

@@ -1,27 +1,34 @@
-//! Whole scenarios of lacuna, on storage, sockets and order that are simulated, each from a seed.
+//! Whole scenarios of lacuna, on storage, sockets, time and order that are simulated, each from a seed.
 //!
-//! A scenario is an image of some kind and a few phases. In each, guests write through the library and
+//! A scenario is an image of some kind, on its own or on others, and a few phases. In each, guests write through the library and
 //! through the NBD server, jobs compact, deduplicate, sweep and take snapshots, storage calls end in any
 //! order and some fail; then all is flushed and compared, or the power goes. The seed decides everything,
 //! so that a failure can be had again, and made smaller.
 //!
-//! * `scenario.rs`: what happens, made before anything runs
-//! * `world.rs`, `scene.rs`: phases, rests and crashes
-//! * `cast.rs`: who acts: `guest.rs`, `nbd.rs` over `wire.rs`, `jobs.rs`; on what, `front.rs`
+//! * `scenario`: what happens, made before anything runs
+//! * `world`, `scene.rs`: phases, rests and crashes; on what, `files.rs`
+//! * `workplace.rs`: work between phases: commit, rebase, stream, resize, amend, compact
+//! * `cast.rs`: who acts: `guest.rs`, `nbd.rs` over `wire.rs`, `jobs.rs`, `points.rs`; on what, `front.rs`; `clock.rs`
+//! * `backup`: instead of all that, restore points in a folder
 //! * `history.rs`: what may be seen
 //! * `minimise.rs`: the smallest run that fails
 
+mod backup;
 mod cast;
+mod clock;
+mod files;
 mod front;
 mod guest;
 mod history;
 mod jobs;
 mod minimise;
 mod nbd;
+mod points;
 mod qemu;
 mod scenario;
 mod scene;
 mod wire;
+mod workplace;
 mod world;
 
 use std::fmt;
@@ -29,6 +36,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use clock::Clock;
 use scenario::Scenario;
 use world::World;
 
@@ -46,6 +54,10 @@ pub struct Tally {
     pub requests: u64,
     /// Calls that storage got while guests and jobs were at work.
     pub calls: u64,
+    /// Pieces of work between phases that were not cut off,
+    pub chores: u64,
+    /// and those of them that were not for such an image.
+    pub declined: u64,
     /// Crashes.
     pub crashes: u64,
     /// States of the medium after crashes that were opened and compared.
@@ -59,6 +71,8 @@ impl std::ops::AddAssign for Tally {
         self.runs += other.runs;
         self.requests += other.requests;
         self.calls += other.calls;
+        self.chores += other.chores;
+        self.declined += other.declined;
         self.crashes += other.crashes;
         self.states += other.states;
         self.by_qemu += other.by_qemu;
@@ -193,11 +207,13 @@ pub fn shrink(failure: Failure, looks: &Looks) -> Failure {
 }
 
 fn run(scenario: &Scenario, looks: &Looks) -> Result<Tally, String> {
-    // Timeouts of the server need a clock; nobody turns it, so that none ever runs out.
-    let clock = tokio::runtime::Builder::new_current_thread().enable_time().build();
-    let clock = clock.map_err(|error| format!("no clock: {error}"))?;
-    let _entered = clock.enter();
-    let caught = catch_unwind(AssertUnwindSafe(|| World::new(scenario, looks)?.run()));
+    let clock = Clock::new().map_err(|error| format!("no clock: {error}"))?;
+    let _entered = clock.runtime().enter();
+    let world = || match &scenario.backups {
+        Some(backups) => backup::run(backups, looks),
+        None => World::new(scenario, looks, clock.clone())?.run(),
+    };
+    let caught = catch_unwind(AssertUnwindSafe(world));
     caught.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied());

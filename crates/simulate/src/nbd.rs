@@ -4,14 +4,17 @@ use std::collections::HashMap;
 use std::io;
 use std::pin::pin;
 
+use lacuna::block::ZeroFlags;
 use lacuna::units::{GuestOffset, GuestRange};
+use lacuna_export::Limits;
 use lacuna_nbd::client::{
-    Ask, Event, Handshake, Headers, TlsWish, Transmission, TransmissionEvent, Wish,
+    Ask, Event, Failure, Handshake, Headers, TlsWish, Transmission, TransmissionEvent, Wish,
 };
 use lacuna_nbd::context::BASE_ALLOCATION;
-use lacuna_nbd::wire::{AllocationFlags, CommandFlags};
+use lacuna_nbd::wire::{AllocationFlags, CommandFlags, ErrorCode};
 use lacuna_nbd::{ByteRange, Command, Cookie, ExportName};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::Instant;
 
 use crate::guest::{Answer, Asked, Truth, within};
 use crate::scenario::{NbdForm, Request, What};
@@ -30,13 +33,13 @@ struct Session {
 
 /// Asks in bursts; leaves in order, or by cutting the wire.
 pub(crate) async fn by_nbd(
-    end: End,
+    end: (End, Instant),
     form: NbdForm,
     cut_after: Option<usize>,
     bursts: Vec<Vec<Request>>,
     truth: Truth,
 ) -> Result<(), String> {
-    let mut session = Session::connect(end, form).await?;
+    let Some(mut session) = Session::connect(end, form).await? else { return Ok(()) };
     let mut sent = 0;
     for burst in bursts {
         for request in burst {
@@ -49,12 +52,88 @@ pub(crate) async fn by_nbd(
         }
         session.receive_all(&truth).await?;
     }
-    let goodbye = session.transmission.disconnect();
-    session.end.write_all(&goodbye).await.map_err(|error| format!("Leaving: {error}"))
+    session.leave().await
+}
+
+/// Asks for another size.
+pub(crate) async fn resize_by_nbd(
+    end: (End, Instant),
+    form: NbdForm,
+    size_bytes: u64,
+    truth: Truth,
+) -> Result<(), String> {
+    let Some(mut session) = Session::connect(end, form).await? else { return Ok(()) };
+    let fail = |error: String| format!("Resizing to {size_bytes:#x}: {error}");
+    let range = ByteRange { start: size_bytes, len: 0 };
+    let asked = session.transmission.request(&Ask::new(Command::Resize, range));
+    let (_, header) = asked.map_err(|error| fail(error.to_string()))?;
+    let begun = truth.history.borrow_mut().begin_resize(size_bytes);
+    session.write_all(header.to_vec()).await.map_err(|error| fail(error.to_string()))?;
+    match session.receive_one().await.map_err(fail)? {
+        Ok(()) => truth.history.borrow_mut().resized(begun),
+        // Version 2 with snapshots.
+        Err(failure) if failure.code == ErrorCode::EINVAL => {
+            truth.history.borrow_mut().keep_size(begun);
+        }
+        Err(_) if truth.host.struck() => {}
+        Err(failure) => return Err(fail(failure.message)),
+    }
+    session.leave().await
+}
+
+/// Says some bytes of a handshake, at most all but the last, and waits to be shown out.
+pub(crate) async fn silent((mut end, begun): (End, Instant), words: usize) -> Result<(), String> {
+    // The client's flags, and options that are never complete: an option of many bytes.
+    let mut said = vec![0, 0, 0, 1];
+    said.extend(b"IHAVEOPT");
+    said.extend(7_u32.to_be_bytes());
+    said.extend(1000_u32.to_be_bytes());
+    said.resize(100, 0);
+    said.truncate(words);
+    let mut piece = [0; PIECE_BYTES];
+    // A server that has gone away takes nothing; how long that was is what counts.
+    drop(end.write_all(&said).await);
+    while end.read(&mut piece).await.is_ok_and(|len| len > 0) {}
+    match begun.elapsed() {
+        waited if waited >= Limits::default().handshake => Ok(()),
+        waited => Err(format!("A silent client was shown out after {waited:?}")),
+    }
 }
 
 impl Session {
-    async fn connect(mut end: End, form: NbdForm) -> Result<Self, String> {
+    /// Receives the answer to the only request.
+    async fn receive_one(&mut self) -> Result<Result<(), Box<Failure>>, String> {
+        loop {
+            let mut input = &self.received[..];
+            let event = self.transmission.advance(&mut input);
+            let event = event.map_err(|error| format!("The server said: {error}"))?;
+            let answer = match event {
+                TransmissionEvent::Done { result, .. } => return Ok(result),
+                TransmissionEvent::NeedInput => None,
+                other => Some(format!("The server said {other:?}")),
+            };
+            answer.map_or(Ok(()), Err)?;
+            let left = input.len();
+            self.received.drain(..self.received.len() - left);
+            more(&mut self.end, &mut self.received).await?;
+        }
+    }
+
+    async fn leave(mut self) -> Result<(), String> {
+        let goodbye = self.transmission.disconnect();
+        self.end.write_all(&goodbye).await.map_err(|error| format!("Leaving: {error}"))
+    }
+
+    /// Shakes hands; nothing where that took too long, and the server went away.
+    async fn connect((end, begun): (End, Instant), form: NbdForm) -> Result<Option<Self>, String> {
+        match Self::shake_hands(end, form).await {
+            Ok(session) => Ok(Some(session)),
+            Err(_) if begun.elapsed() >= Limits::default().handshake => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn shake_hands(mut end: End, form: NbdForm) -> Result<Self, String> {
         let headers = match form {
             NbdForm::Simple => Headers::Simple,
             NbdForm::Structured => Headers::Structured,
@@ -97,7 +176,7 @@ impl Session {
             self.transmission.request(&ask).map_err(|error| fail(error.to_string()))?;
         // From now on it may happen.
         let asked = truth.ask(request);
-        let answer = Answer { bytes: vec![0; read_len(command, range)], zeros: Vec::new() };
+        let answer = Answer { bytes: vec![0; read_len(command, range)], ..Answer::default() };
         self.waiting.insert(cookie, (asked, answer));
         let sent = self.write_all([&header[..], &bytes].concat()).await;
         sent.map_err(|error| fail(error.to_string()))
@@ -164,8 +243,17 @@ fn note(
             }
         }
         TransmissionEvent::Done { cookie, result } => {
-            let (asked, answer) = waiting.remove(&cookie).ok_or("an answer for nobody")?;
-            truth.answer(&asked, result.map(|()| answer).map_err(|failure| failure.message))?;
+            let (asked, mut answer) = waiting.remove(&cookie).ok_or("an answer for nobody")?;
+            let result = match (asked.request.what, result) {
+                (What::Zero { flags }, Err(failure))
+                    if flags.contains(ZeroFlags::FAST) && failure.code == ErrorCode::ENOTSUP =>
+                {
+                    answer.is_refused = true;
+                    Ok(())
+                }
+                (_, result) => result.map_err(|failure| failure.message),
+            };
+            truth.answer(&asked, result.map(|()| answer))?;
         }
     }
     Ok(())
@@ -184,15 +272,20 @@ fn in_words_of_nbd(
             (Command::Write, fua(is_fua), fill.bytes(request.range()))
         }
         What::Compress { fill } => (Command::Write, none, fill.bytes(request.range())),
-        What::Zero { may_unmap, fua: is_fua } => {
-            let keep = if may_unmap { none } else { CommandFlags::NO_HOLE };
-            (Command::WriteZeroes, fua(is_fua) | keep, Vec::new())
-        }
+        What::Zero { flags } => (Command::WriteZeroes, zero_flags(flags), Vec::new()),
         What::Discard => (Command::Trim, none, Vec::new()),
         What::Flush => (Command::Flush, none, Vec::new()),
         What::Extents if transmission.info().contexts.is_empty() => return None,
         What::Extents => (Command::BlockStatus, none, Vec::new()),
     })
+}
+
+fn zero_flags(flags: ZeroFlags) -> CommandFlags {
+    let mut words = CommandFlags::empty();
+    words.set(CommandFlags::NO_HOLE, !flags.contains(ZeroFlags::MAY_UNMAP));
+    words.set(CommandFlags::FUA, flags.contains(ZeroFlags::FUA));
+    words.set(CommandFlags::FAST_ZERO, flags.contains(ZeroFlags::FAST));
+    words
 }
 
 fn read_len(command: Command, range: ByteRange) -> usize {

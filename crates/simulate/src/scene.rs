@@ -1,25 +1,26 @@
 //! An image that is open on a simulated host, with the executor that decides the order.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use lacuna::block::{DynLayer, Extent, Layer};
+use lacuna::block::{Extent, Layer};
+use lacuna::chain::{self, Format};
 use lacuna::qcow2::format::Version;
-use lacuna::qcow2::{Access, Image, OnDiscard, OpenOptions, Parts, Placement, ZeroUnmap};
+use lacuna::qcow2::{
+    Access, DiscardPolicy, DiscardUnit, ExtentDetail, GuestDiscard, Image, OnDiscard, OpenOptions,
+    Placement, SharedZeroCluster, ZeroUnmap,
+};
 use lacuna::units::GuestRange;
 use testkit::sim::{Pace, SimHost, SimStorage};
-use testkit::{Executor, Random, SparseBytes};
+use testkit::{Executor, Random};
 
-use crate::jobs;
+use crate::files::{self, Files, HostOpener, NAMES, TOP, whole};
 
-/// How an image is opened, and over what.
-#[derive(Clone)]
+/// How an image is opened.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Opening {
     /// Seed of the options.
     pub(crate) ways: u64,
-    pub(crate) version: Version,
-    pub(crate) below: Option<Arc<dyn DynLayer>>,
-    /// What that holds.
-    pub(crate) below_bytes: Option<Vec<u8>>,
 }
 
 pub(crate) struct Scene<'a> {
@@ -29,7 +30,8 @@ pub(crate) struct Scene<'a> {
 }
 
 impl Opening {
-    fn options(&self) -> OpenOptions {
+    /// Returns the options for images of that version, or of a later one.
+    pub(crate) fn options(self, version: Version) -> OpenOptions {
         let random = &mut Random::new(self.ways);
         let mut options = OpenOptions::new(Access::ReadWrite);
         if random.one_in(2) {
@@ -41,26 +43,43 @@ impl Opening {
         if random.one_in(4) {
             options = options.zero_unmap(ZeroUnmap::Unallocate);
         }
-        if random.one_in(8) && self.version == Version::V3 {
+        if random.one_in(8) && version == Version::V3 {
             options = options.on_discard(OnDiscard::KeepMapping);
+        }
+        if random.one_in(6) {
+            options = options.extent_detail(ExtentDetail::Host);
+        }
+        if random.one_in(6) {
+            options = options.discard_unit(DiscardUnit::Cluster);
+        }
+        if random.one_in(3) {
+            let guest = *random.pick(&[GuestDiscard::Ignore, GuestDiscard::Unmap]);
+            let mut flag = || random.one_in(2);
+            let (request, snapshot, other) = (flag(), flag(), flag());
+            options = options.discard(DiscardPolicy { guest, request, snapshot, other });
+        }
+        if random.one_in(2) {
+            options = options.shared_zero_cluster(SharedZeroCluster::On);
         }
         options
     }
 }
 
 impl Scene<'_> {
-    /// Opens what a file holds.
+    /// Opens what files hold.
     ///
     /// # Errors
-    /// Why it cannot be opened.
-    pub(crate) fn open(opening: &Opening, file: SparseBytes, order: u64) -> Result<Self, String> {
-        let host = SimHost::new(Pace::Executor, order);
-        let storage = host.add_file(file);
-        let mut executor = Executor::new(order);
-        executor.attach(Arc::new(host.clone()));
-        let parts = Parts { storage, data: None, backing: opening.below.clone() };
-        let image = executor.block_on(Image::open(parts, opening.options()));
-        let image = image.map_err(|error| format!("Opening: {error}"))?;
+    /// Why they cannot be opened.
+    pub(crate) fn open(opening: Opening, files: &Files, order: u64) -> Result<Self, String> {
+        let version = files::header(files)?.geometry.version();
+        let (host, mut executor) = stage(files, order);
+        let options = opening.options(version);
+        let options = files::chain_options(Format::Qcow2, options, Access::ReadWrite);
+        let opener = HostOpener(host.clone());
+        let chain = executor
+            .block_on(async move { chain::open(&opener, Path::new(NAMES[TOP]), &options).await });
+        let chain = chain.map_err(|error| format!("Opening: {error}"))?;
+        let image = chain.disk().as_qcow2().cloned().ok_or("It is no qcow2 image")?;
         Ok(Self { host, executor, image })
     }
 
@@ -82,7 +101,7 @@ impl Scene<'_> {
     }
 
     pub(crate) fn content(&mut self) -> Result<Vec<u8>, String> {
-        self.run("Reading all", |image| async move { jobs::whole(&image).await })
+        self.run("Reading all", |image| async move { whole(&image).await })
     }
 
     /// Returns what the whole disk's extents call zeros.
@@ -105,17 +124,26 @@ impl Scene<'_> {
         })
     }
 
-    /// Closes the image and returns the file.
-    pub(crate) fn close(mut self) -> Result<SparseBytes, String> {
+    /// Closes the image and returns the files.
+    pub(crate) fn close(mut self) -> Result<Files, String> {
         self.run("Closing", Image::close)?;
         self.settle()?;
-        Ok(self.host.content(0))
+        Ok(files::contents(&self.host))
     }
 
     /// Runs until nothing moves.
     pub(crate) fn settle(&mut self) -> Result<(), String> {
         self.executor.settle().map_err(|stalled| stalled.to_string())
     }
+}
+
+/// Puts files on a host whose calls end when an executor says so.
+pub(crate) fn stage<'a>(files: &Files, order: u64) -> (SimHost, Executor<'a>) {
+    let host = SimHost::new(Pace::Executor, order);
+    files::put(&host, files);
+    let mut executor = Executor::new(order);
+    executor.attach(Arc::new(host.clone()));
+    (host, executor)
 }
 
 async fn extents(image: &Image<SimStorage>) -> lacuna::Result<Vec<Extent>> {

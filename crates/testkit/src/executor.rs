@@ -190,7 +190,7 @@ impl<'a> Executor<'a> {
     /// # Errors
     /// [`Stalled`] where tasks wait and nothing is left that could wake them.
     pub fn run(&mut self) -> Result<(), Stalled> {
-        while self.tasks.iter().any(Option::is_some) {
+        while !self.is_done() {
             if !self.step() {
                 let waiting = self.waiting();
                 return Err(Stalled { waiting, seed: self.seed });
@@ -215,6 +215,12 @@ impl<'a> Executor<'a> {
     /// still wait are dropped with the executor.
     pub fn run_for(&mut self, steps: usize) -> bool {
         !(0..steps).all(|_| self.step())
+    }
+
+    /// Says whether every task has returned or was dropped.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.tasks.iter().all(Option::is_none)
     }
 
     /// Runs one future (and whatever else was spawned) to its end.

@@ -50,6 +50,12 @@ impl SimStorage {
         &self.host
     }
 
+    /// Returns which file of the host it is.
+    #[must_use]
+    pub const fn index(&self) -> usize {
+        self.file
+    }
+
     async fn submit(&self, request: Request) -> Reply {
         Call { host: &self.host, file: self.file, state: State::New(request) }.await
     }
