@@ -187,15 +187,19 @@ fn bitmaps() -> Vec<Case> {
         ("bitmap-in-use", "a bitmap that was left in use stays so", 3),
     ] {
         let case = case(name, proves, section::BITMAPS, layout(flags), [write(at, 512, 20)]);
-        cases.push(case.fact(Fact::BitmapTrue { at }));
+        // Whoever does not know bitmaps clears their bit, and cannot know that their clusters are free.
+        cases.push(case.fact(Fact::BitmapTrue { at }).fact(Fact::MayLeak));
     }
-    cases.push(case(
-        "bitmap-disabled",
-        "a disabled bitmap and its clusters are left alone",
-        section::BITMAPS,
-        layout(0),
-        [write(at, 512, 20), write(8 << 16, 1 << 16, 21)],
-    ));
+    cases.push(
+        case(
+            "bitmap-disabled",
+            "a disabled bitmap and its clusters are left alone",
+            section::BITMAPS,
+            layout(0),
+            [write(at, 512, 20), write(8 << 16, 1 << 16, 21)],
+        )
+        .fact(Fact::MayLeak),
+    );
     let missing = mixed(3, 16).needing(Need::DataFile).with(|image| image.features(1 << 2, 0, 0));
     let steps = [READ, Step::Read { at: 0, len: 512 }, Step::Close];
     let proves = "an external data file that is named nowhere is refused, or reads fail";
