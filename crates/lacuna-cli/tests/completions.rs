@@ -20,7 +20,7 @@ fn offered(sandbox: &Sandbox, words: &str) -> Vec<String> {
 fn bash_completes_verbs_options_and_values() {
     let ours = Sandbox::ours();
     for (words, expected) in [
-        ("lacuna con", &["convert"][..]),
+        ("lacuna con", &["conform", "convert"][..]),
         ("lacuna com", &["commit", "compare", "completions"]),
         ("lacuna --err", &["--error-format"]),
         ("lacuna --error-format = j", &["json"]),
