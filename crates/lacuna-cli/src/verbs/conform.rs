@@ -48,7 +48,7 @@ pub(super) const VERB: Verb = Verb {
         Example { shows: "what there is", line: "--list" },
         Example {
             shows: "another one, and its faults in detail",
-            line: "--driver qemu-io=/usr/bin/qemu-io --filter 'read/v3*' --keep dir",
+            line: "--driver qemu-io --filter 'read/v3*' --keep dir",
         },
     ],
     codes: &[
