@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use testkit::foreign::{QEMU_IMG, qemu_img_check, qemu_io};
+use testkit::foreign::{qemu_img_check, qemu_img_read, qemu_io};
 
 use crate::judge::Left;
 use crate::stage::Stage;
@@ -24,9 +24,7 @@ pub(crate) fn look(stage: &Stage, allowed: &Allowed<'_>, left: &Left) -> Result<
     if !is_dirty {
         safe("as it was left")?;
     }
-    let words = ["convert", "-f", "qcow2", "-O", "raw", "image.qcow2", "seen.raw"];
-    QEMU_IMG.succeed_in(folder.path(), words);
-    let seen = std::fs::read(folder.path().join("seen.raw")).map_err(|error| error.to_string())?;
+    let seen = qemu_img_read(&path).to_vec();
     allowed.judge_disk(&seen).map_err(|error| format!("As qemu-img reads it: {error}"))?;
     // Opening for writing repairs what is dirty.
     let most = seen.len() / 512 * 512;

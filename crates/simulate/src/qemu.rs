@@ -1,9 +1,7 @@
 //! What the stock tool makes of an image.
 
-use std::fs;
-
 use lacuna::chain::Format;
-use testkit::foreign::{QEMU_IMG, qemu_img_check};
+use testkit::foreign::{qemu_img_check, qemu_img_read};
 
 use crate::files::{self, Files, NAMES, TOP, is_dirty};
 
@@ -22,7 +20,5 @@ pub(crate) fn look(left: &Files) -> Result<Vec<u8>, String> {
             return Err(format!("{}: {}", NAMES[file], found.text));
         }
     }
-    let words = ["convert", "-f", "qcow2", "-O", "raw", NAMES[TOP], "seen"];
-    QEMU_IMG.succeed_in(folder.path(), words);
-    fs::read(folder.path().join("seen")).map_err(|error| error.to_string())
+    Ok(qemu_img_read(&folder.path().join(NAMES[TOP])).to_vec())
 }

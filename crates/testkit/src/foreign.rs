@@ -7,6 +7,8 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use crate::SparseBytes;
+
 /// A foreign program and the package that has it.
 ///
 /// ```
@@ -189,6 +191,21 @@ pub fn qemu_img_check(path: &Path) -> QemuCheck {
         code: finished.code,
         text,
     }
+}
+
+/// Returns what `qemu-img convert` reads in a qcow2 file.
+///
+/// # Panics
+/// If the tool is not installed, or failed.
+#[must_use]
+pub fn qemu_img_read(path: &Path) -> SparseBytes {
+    let path = &whole_path(path);
+    let folder = tempfile::tempdir().expect("a folder for what is read");
+    let raw = folder.path().join("seen.raw");
+    let words = ["convert", "-f", "qcow2", "-O", "raw"].map(OsStr::new);
+    let words = words.into_iter().chain([path.as_os_str(), raw.as_os_str()]);
+    QEMU_IMG.succeed_in(folder_of(path), words);
+    SparseBytes::load(&raw)
 }
 
 /// Runs `qemu-io` commands on a qcow2 file and returns what it printed.

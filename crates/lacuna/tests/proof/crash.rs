@@ -58,6 +58,15 @@ impl Recorded {
         Self { case: case.clone(), host, snapshots, durable, regrow: false, places: None }
     }
 
+    /// Records from now on; what the disk holds is durable.
+    pub(crate) fn from_now(case: &Case, host: SimHost, model: &ModelDisk) -> Self {
+        host.start_record();
+        let mut recorded = Self::start(case, host);
+        recorded.see(model);
+        recorded.acknowledge();
+        recorded
+    }
+
     /// Does `prepare` and closes the image, then records `script` on it.
     pub(crate) async fn of(
         case: &Case,

@@ -36,10 +36,7 @@ async fn crashed(case: &Case, seed: u64) -> Result<usize, String> {
     let files = case.on(&host);
     let mut model = case.model();
     let mut random = Random::new(seed + 5);
-    host.start_record();
-    let mut recorded = Recorded::start(case, host);
-    recorded.see(&model);
-    recorded.acknowledge();
+    let mut recorded = Recorded::from_now(case, host, &model);
     let cluster = case.kind.cluster_bytes();
     let image = files.open().await.map_err(fail)?;
     let options = DedupWritesOptions { batch_bytes: 4 * cluster, ..Default::default() };

@@ -90,6 +90,19 @@ pub(crate) async fn adopt(image: &Image<SimStorage>, model: &mut ModelDisk, _: u
     model.adopt(GuestRange::new(GuestOffset(0), content.len()), &content.to_vec());
 }
 
+/// An image that is open and recorded from now on, with what its disk holds.
+pub(crate) async fn in_use(
+    case: &Case,
+    seed: u64,
+) -> lacuna::Result<(Image<SimStorage>, ModelDisk, Recorded)> {
+    let host = SimHost::new(Pace::AtOnce, seed);
+    let mut model = case.model();
+    let image = case.on(&host).open().await?;
+    adopt(&image, &mut model, 0).await;
+    let recorded = Recorded::from_now(case, host, &model);
+    Ok((image, model, recorded))
+}
+
 /// Something that a guest does to one place.
 pub(crate) fn change(random: &mut Random, kind: &Kind, place: u64) -> Operation {
     let cluster = kind.cluster_bytes();
@@ -169,15 +182,7 @@ fn a_live_compaction_dropped_at_any_await_changes_no_byte_and_leaks_nothing() {
 
 async fn crashed(case: &Case, seed: u64) -> Result<usize, String> {
     let fail = |error: lacuna::Error| error.to_string();
-    let host = SimHost::new(Pace::AtOnce, seed);
-    let files = case.on(&host);
-    let mut model = case.model();
-    let image = files.open().await.map_err(fail)?;
-    adopt(&image, &mut model, 0).await;
-    host.start_record();
-    let mut recorded = Recorded::start(case, host);
-    recorded.see(&model);
-    recorded.acknowledge();
+    let (image, mut model, mut recorded) = in_use(case, seed).await.map_err(fail)?;
     let mut random = Random::new(seed);
     let clusters = case.kind.size_bytes() / case.kind.cluster_bytes();
     let mut compaction = LiveCompaction::new(&image, options(&case.kind)).map_err(fail)?;

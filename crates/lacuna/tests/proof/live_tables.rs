@@ -14,7 +14,7 @@ use crate::case::{Case, Kind};
 use crate::compacting::{View, assert_short, assert_sound, by_qemu, img, refcounts, view};
 use crate::crash::Recorded;
 use crate::drive::{assert_safe, is_dirty, perform, whole_content};
-use crate::live_compacting::{adopt, change, compact, compacted, options};
+use crate::live_compacting::{adopt, change, compact, compacted, in_use, options};
 use crate::scene::Scene;
 
 /// What is at the end of the file.
@@ -182,15 +182,7 @@ impl Known {
 /// Compacts while a guest writes; returns the record, and how often it was flushed.
 async fn recorded(case: &Case, seed: u64) -> Result<Recorded, String> {
     let fail = |error: lacuna::Error| error.to_string();
-    let host = SimHost::new(Pace::AtOnce, seed);
-    let files = case.on(&host);
-    let mut model = case.model();
-    let image = files.open().await.map_err(fail)?;
-    adopt(&image, &mut model, 0).await;
-    host.start_record();
-    let mut recorded = Recorded::start(case, host);
-    recorded.see(&model);
-    recorded.acknowledge();
+    let (image, mut model, mut recorded) = in_use(case, seed).await.map_err(fail)?;
     let mut random = Random::new(seed);
     let clusters = case.kind.size_bytes() / case.kind.cluster_bytes();
     let options = options(&case.kind);

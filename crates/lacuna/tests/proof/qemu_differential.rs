@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use lacuna::block::{DiscardMode, ZeroFlags};
-use testkit::foreign::{qemu_img_check, qemu_io};
+use testkit::foreign::{qemu_img_check, qemu_img_read, qemu_io};
 use testkit::{ModelDisk, Operation, Operations, SparseBytes, content, seeds};
 
 use crate::case::{Case, Kind};
@@ -63,12 +63,8 @@ fn by_qemu(case: &Case, model: &mut ModelDisk, todo: &[Operation]) -> Case {
             continue;
         }
         qemu_io(&path, commands.drain(..));
-        let raw = folder.path().join("seen.raw");
-        let words = ["convert", "-f", "qcow2", "-O", "raw"].map(std::ffi::OsStr::new);
-        let words = words.into_iter().chain([path.as_os_str(), raw.as_os_str()]);
-        testkit::foreign::QEMU_IMG.succeed_in(folder.path(), words);
         let range = operation.range().unwrap();
-        let seen = SparseBytes::load(&raw).read_vec(range.start.0, range.len as usize);
+        let seen = qemu_img_read(&path).read_vec(range.start.0, range.len as usize);
         model.settle_discard(range, DiscardMode::Guest, &seen).unwrap();
         model.apply(operation);
     }

@@ -80,10 +80,7 @@ async fn crashed(case: &Case, seed: u64) -> Result<usize, String> {
     let image = files.open().await.map_err(fail)?;
     fill(&image, &mut model, case.kind.cluster_bytes()).await;
     image.close().await.map_err(fail)?;
-    host.start_record();
-    let mut recorded = Recorded::start(case, host);
-    recorded.see(&model);
-    recorded.acknowledge();
+    let mut recorded = Recorded::from_now(case, host, &model);
     let image = files.open().await.map_err(fail)?;
     let shared = image.share(&groups()).await.map_err(fail)?;
     assert!(shared.shared > 5 && shared.freed_bytes > 0, "{shared:?}");
@@ -140,10 +137,7 @@ async fn crashed_without_pins(case: &Case, seed: u64, gone: bool) -> Result<usiz
         true => image.unpin().await.map_err(fail)?,
         false => image.close().await.map_err(fail)?,
     }
-    host.start_record();
-    let mut recorded = Recorded::start(case, host);
-    recorded.see(&model);
-    recorded.acknowledge();
+    let recorded = Recorded::from_now(case, host, &model);
     let image = files.open().await.map_err(fail)?;
     match gone {
         true => assert!(image.repin().await.map_err(fail)? > 0),

@@ -9,7 +9,7 @@ use lacuna::qcow2::{Access, Image, OpenOptions, Parts, Shrink};
 use lacuna::storage::{FileOptions, FileStorage};
 use lacuna::units::{GuestCluster, GuestOffset, GuestRange};
 use pollster::block_on;
-use testkit::foreign::{QEMU_IMG, QEMU_IO, qemu_img_check};
+use testkit::foreign::{QEMU_IMG, QEMU_IO, qemu_img_check, qemu_img_read};
 use testkit::{Random, seeds};
 
 use crate::drive::{perform, read};
@@ -292,9 +292,7 @@ impl Stock {
         let same = self.seen() == self.guest;
         assert!(same, "{:#?}: the content is wrong", self.log);
         if self.random.one_in(8) {
-            let raw = ["convert", "-f", "qcow2", "-O", "raw", "disk", "raw"];
-            QEMU_IMG.succeed_in(self.folder.path(), raw);
-            let raw = std::fs::read(self.folder.path().join("raw")).unwrap();
+            let raw = qemu_img_read(&self.path()).to_vec();
             assert!(raw == self.guest, "{:#?}: QEMU reads something else", self.log);
         }
     }

@@ -36,10 +36,7 @@ async fn crashed(case: &Case, seed: u64) -> Result<usize, String> {
     let image = files.open().await.map_err(fail)?;
     fill(&image, &mut model, case.kind.cluster_bytes()).await;
     image.close().await.map_err(fail)?;
-    host.start_record();
-    let mut recorded = Recorded::start(case, host);
-    recorded.see(&model);
-    recorded.acknowledge();
+    let mut recorded = Recorded::from_now(case, host, &model);
     let image = files.open().await.map_err(fail)?;
     let report = sweep(&image, &mut |_| {}).await.map_err(fail)?;
     assert!(report.zeroed_bytes > 0, "{report:?}");
