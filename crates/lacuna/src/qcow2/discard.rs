@@ -56,15 +56,12 @@ impl<S: Storage> Image<S> {
         intent: Intent,
         hold: Hold,
     ) -> Result<()> {
-        let can_punch = self.data_storage().capabilities().punch_hole != Capability::Unsupported;
-        if !self.0.discard.request || !can_punch {
+        if !self.0.discard.request || !self.can_punch_data_file() {
             return Ok(());
         }
-        let end = units.end().0.min(self.size());
-        let host = HostRange::new(HostOffset(units.start.0), end - units.start.0);
         self.plan(|meta| meta.before_change(units)).await?;
         let (hold, riding) = hold.shared();
-        self.data_storage().punch_hole_at(host, riding).await?;
+        self.punch_data_file(units, riding).await?;
         self.clear_units(units, intent, hold).await.map(drop)
     }
 
@@ -88,11 +85,19 @@ impl<S: Storage> Image<S> {
             return Ok(());
         }
         self.flush_all().await?;
+        match self.can_punch_data_file() {
+            true => self.punch_data_file(range, hold).await,
+            false => Ok(()),
+        }
+    }
+
+    fn can_punch_data_file(&self) -> bool {
+        self.data_storage().capabilities().punch_hole != Capability::Unsupported
+    }
+
+    async fn punch_data_file(&self, range: GuestRange, hold: Hold) -> Result<()> {
         let end = range.end().0.min(self.size());
         let host = HostRange::new(HostOffset(range.start.0), end - range.start.0);
-        match self.data_storage().capabilities().punch_hole {
-            Capability::Unsupported => Ok(()),
-            _ => self.data_storage().punch_hole_at(host, hold).await,
-        }
+        self.data_storage().punch_hole_at(host, hold).await
     }
 }

@@ -15,7 +15,7 @@
 
 use std::collections::BTreeSet;
 
-use super::format::{Header, L1Entry, L1Location, RefcountTableLocation};
+use super::format::{Header, L1Entry, L1Location};
 use super::meta::{L1Table, Meta};
 use super::overlap::Structure;
 use super::quarantine::{Freed, FreedBy};
@@ -183,10 +183,9 @@ fn table_pieces(meta: &mut Meta, structure: Structure) -> Result<Vec<Piece>> {
 /// Adds a moved table to the first phase. Returns what makes readers see it, or the entries.
 fn refcount_table(meta: &mut Meta, first: &mut Vec<Piece>) -> Vec<Piece> {
     match meta.refcounts.take_unstored() {
-        TableUpdate::Whole(offset, bytes) => {
-            first.push(Piece { offset, bytes });
-            let clusters = meta.refcounts.table_clusters() as u32;
-            vec![piece(RefcountTableLocation { offset, clusters }.header_update())]
+        TableUpdate::Whole(location, bytes) => {
+            first.push(Piece { offset: location.offset, bytes });
+            vec![piece(location.header_update())]
         }
         TableUpdate::Entries(sectors) => {
             sectors.into_iter().map(|(offset, bytes)| Piece { offset, bytes }).collect()

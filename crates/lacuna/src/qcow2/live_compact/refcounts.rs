@@ -40,9 +40,7 @@ impl<S: Storage> Image<S> {
         }
         Ok(clusters)
     }
-}
 
-impl<S: Storage> Image<S> {
     /// Moves the active L1 table and the refcount table, where their ends lie behind the goal; durably. Later,
     /// what has one cluster has filled the holes. Returns how many clusters.
     pub(super) async fn move_runs(&self, goal: u64) -> Result<u64> {

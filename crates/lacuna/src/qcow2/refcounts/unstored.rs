@@ -34,7 +34,7 @@ pub(in crate::qcow2) enum TableUpdate {
     /// Sectors of it.
     Entries(Vec<(HostOffset, Vec<u8>)>),
     /// All of it, at a new place that the header does not name.
-    Whole(HostOffset, Vec<u8>),
+    Whole(RefcountTableLocation, Vec<u8>),
 }
 
 /// What storage has learnt.
@@ -52,7 +52,7 @@ impl Refcounts {
         self.on_its_way = std::mem::take(&mut self.unstored);
         let bytes = |entries: &[u64]| entries.iter().flat_map(|it| it.to_be_bytes()).collect();
         if self.on_its_way.is_moved {
-            return TableUpdate::Whole(self.table_offset, bytes(&self.table));
+            return TableUpdate::Whole(self.location(), bytes(&self.table));
         }
         let dirty = self.on_its_way.entries.iter();
         let sectors: BTreeSet<usize> = dirty.map(|index| index / SECTOR_ENTRIES).collect();
@@ -67,11 +67,12 @@ impl Refcounts {
     /// Storage has what was handed out.
     pub(in crate::qcow2) fn stored(&mut self) -> Stored {
         let done = std::mem::take(&mut self.on_its_way);
-        let location = done.is_moved.then_some(RefcountTableLocation {
-            offset: self.table_offset,
-            clusters: self.table_clusters as u32,
-        });
-        Stored { location, replaced: done.replaced }
+        Stored { location: done.is_moved.then(|| self.location()), replaced: done.replaced }
+    }
+
+    const fn location(&self) -> RefcountTableLocation {
+        let clusters = self.table_clusters as u32;
+        RefcountTableLocation { offset: self.table_offset, clusters }
     }
 
     /// What was handed out may not have reached storage: it is to be handed out again.
