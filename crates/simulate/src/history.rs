@@ -7,6 +7,9 @@
 //! * Another size is durable once it is acknowledged. What it cuts off may be anything until then, and
 //!   zeros when it comes back.
 
+use std::ops::Range;
+use std::rc::Rc;
+
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::content;
 
@@ -44,10 +47,6 @@ impl Fill {
 
     fn byte(self, at: u64) -> u8 {
         self.bytes(GuestRange::new(GuestOffset(at), 1))[0]
-    }
-
-    fn may_be(self, at: u64, value: u8) -> bool {
-        self == Self::Cut || self.byte(at) == value
     }
 }
 
@@ -99,7 +98,7 @@ impl Eyes {
 #[derive(Clone, Debug)]
 pub(crate) struct History {
     /// As long as the disk was to be at most since.
-    base: Vec<u8>,
+    base: Rc<Vec<u8>>,
     /// How large it was then.
     size_bytes: u64,
     sizes: Vec<Size>,
@@ -108,9 +107,9 @@ pub(crate) struct History {
 }
 
 impl History {
-    pub(crate) const fn new(base: Vec<u8>) -> Self {
+    pub(crate) fn new(base: Vec<u8>) -> Self {
         let size_bytes = base.len() as u64;
-        Self { base, size_bytes, sizes: Vec::new(), changes: Vec::new(), now: 0 }
+        Self { base: Rc::new(base), size_bytes, sizes: Vec::new(), changes: Vec::new(), now: 0 }
     }
 
     /// Returns what there was when somebody looked at all of it.
@@ -127,7 +126,7 @@ impl History {
     /// Takes over what was found: nothing else is possible any more.
     pub(crate) fn settle(&mut self, content: Vec<u8>) {
         (self.size_bytes, self.sizes) = (content.len() as u64, Vec::new());
-        (self.base, self.changes) = (content, Vec::new());
+        (self.base, self.changes) = (Rc::new(content), Vec::new());
     }
 
     /// Says whether something may have happened or not.
@@ -140,7 +139,7 @@ impl History {
         let before = self.sizes.last().map_or(self.size_bytes, |size| size.bytes);
         let (start, end) = (before.min(bytes), before.max(bytes));
         if end > self.base.len() as u64 {
-            self.base.resize(end as usize, 0);
+            Rc::make_mut(&mut self.base).resize(end as usize, 0);
         }
         let fill = if bytes < before { Fill::Cut } else { Fill::Zeros };
         let change = self.begin(GuestRange::new(GuestOffset(start), end - start), fill);
@@ -220,14 +219,15 @@ impl History {
     /// The first byte that cannot be, in words.
     pub(crate) fn judge(&self, range: GuestRange, seen: &[u8], eyes: Eyes) -> Result<(), String> {
         let expected = self.expected(range, eyes);
-        for (index, (seen, expected)) in seen.iter().zip(&expected).enumerate() {
+        if seen == expected {
+            return Ok(());
+        }
+        if let Some(index) = self.first_wrong(range, seen, &expected, eyes) {
             let at = range.start.0 + index as u64;
-            if seen != expected && !self.may_be(at, *seen, eyes) {
-                let story = self.story(at);
-                return Err(format!(
-                    "byte {at:#x} is {seen:#04x}, expected {expected:#04x} ({eyes:?}); changes there:{story}"
-                ));
-            }
+            let (seen, expected, story) = (seen[index], expected[index], self.story(at));
+            return Err(format!(
+                "byte {at:#x} is {seen:#04x}, expected {expected:#04x} ({eyes:?}); changes there:{story}"
+            ));
         }
         match seen.len() == expected.len() {
             true => Ok(()),
@@ -238,30 +238,40 @@ impl History {
     /// Returns the bytes if nothing is there that may be there or not.
     fn expected(&self, range: GuestRange, eyes: Eyes) -> Vec<u8> {
         let end = range.end().0.min(self.base.len() as u64);
+        let range = GuestRange::new(range.start, end - range.start.0);
         let mut bytes = self.base[range.start.0 as usize..end as usize].to_vec();
         for change in self.changes.iter().filter(|change| change.is_settled(eyes)) {
-            let start = change.range.start.0.max(range.start.0);
-            let end = change.range.end().0.min(end);
-            if start < end {
-                let piece = GuestRange::new(GuestOffset(start), end - start);
-                let at = (start - range.start.0) as usize;
-                bytes[at..at + piece.len as usize].copy_from_slice(&change.fill.bytes(piece));
+            if let Some((place, piece)) = change.within(range) {
+                bytes[place].copy_from_slice(&change.fill.bytes(piece));
             }
         }
         bytes
     }
 
-    /// Says whether a byte may be that, though it is not what is expected.
-    fn may_be(&self, at: u64, value: u8, eyes: Eyes) -> bool {
-        for change in self.at(at).rev() {
+    /// Returns the index of the first byte that is neither what is expected nor what something that may
+    /// be there or not can have left since.
+    fn first_wrong(
+        &self,
+        range: GuestRange,
+        seen: &[u8],
+        expected: &[u8],
+        eyes: Eyes,
+    ) -> Option<usize> {
+        let mut is_wrong: Vec<bool> =
+            seen.iter().zip(expected).map(|(seen, expected)| seen != expected).collect();
+        let range = GuestRange::new(range.start, is_wrong.len() as u64);
+        // Where a settled change hides those before it.
+        let mut is_hidden = vec![false; is_wrong.len()];
+        for change in self.changes.iter().rev() {
+            let Some((place, piece)) = change.within(range) else { continue };
             if change.is_settled(eyes) {
-                return change.fill.byte(at) == value;
-            }
-            if change.begun <= eyes.last() && change.fill.may_be(at, value) {
-                return true;
+                is_hidden[place].fill(true);
+            } else if change.begun <= eyes.last() && is_wrong[place.clone()].contains(&true) {
+                let hidden = &is_hidden[place.clone()];
+                change.explain(piece, &mut is_wrong[place.clone()], hidden, &seen[place]);
             }
         }
-        self.base[at as usize] == value
+        is_wrong.iter().position(|is_wrong| *is_wrong)
     }
 
     fn at(&self, at: u64) -> impl DoubleEndedIterator<Item = &Change> {
@@ -282,6 +292,29 @@ impl History {
 }
 
 impl Change {
+    /// Returns which part of a range it changes: as indices within the range, and as a range.
+    fn within(&self, range: GuestRange) -> Option<(Range<usize>, GuestRange)> {
+        let start = self.range.start.max(range.start);
+        let end = self.range.end().min(range.end());
+        let len = end.0.checked_sub(start.0).filter(|len| *len > 0)?;
+        let index = (start.0 - range.start.0) as usize;
+        Some((index..index + len as usize, GuestRange::new(start, len)))
+    }
+
+    /// Takes the bytes that it can have left, and that nothing hides, off those that are wrong.
+    fn explain(&self, piece: GuestRange, is_wrong: &mut [bool], is_hidden: &[bool], seen: &[u8]) {
+        if self.fill == Fill::Cut {
+            is_wrong.iter_mut().zip(is_hidden).for_each(|(wrong, hidden)| *wrong &= *hidden);
+            return;
+        }
+        let left = self.fill.bytes(piece);
+        for (((wrong, hidden), seen), left) in
+            is_wrong.iter_mut().zip(is_hidden).zip(seen).zip(&left)
+        {
+            *wrong &= *hidden | (seen != left);
+        }
+    }
+
     /// Says whether it must be seen, unless something later hides it.
     const fn is_settled(&self, eyes: Eyes) -> bool {
         match (self.done, eyes) {

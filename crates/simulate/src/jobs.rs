@@ -32,7 +32,7 @@ enum Content {
     /// The disk as it was between two moments.
     Of(History, Eyes),
     /// It was seen, and must stay.
-    Seen(Vec<u8>),
+    Seen(Rc<[u8]>),
     /// It is being made since that moment.
     Since(crate::history::Tick),
 }
@@ -160,7 +160,7 @@ pub(crate) async fn verify(image: &Image<SimStorage>, album: &Album) -> Result<(
                 let layer = image.snapshot(&choice).await.map_err(fail)?;
                 let seen = whole(&layer).await.map_err(fail)?;
                 kept.judge(&seen).map_err(|error| format!("Snapshot {}: {error}", kept.name))?;
-                left.push(Kept { content: Content::Seen(seen), is_sure: true, ..kept });
+                left.push(Kept { content: Content::Seen(seen.into()), is_sure: true, ..kept });
             }
         }
     }
@@ -183,7 +183,7 @@ impl Kept {
     fn judge(&mut self, seen: &[u8]) -> Result<(), String> {
         match &self.content {
             Content::Of(history, eyes) => history.judge_all(seen, *eyes),
-            Content::Seen(before) if before == seen => Ok(()),
+            Content::Seen(before) if **before == *seen => Ok(()),
             Content::Seen(before) => {
                 let at = before.iter().zip(seen).position(|(before, seen)| before != seen);
                 Err(format!("it has changed, first at {at:x?}"))

@@ -39,11 +39,21 @@ impl Pipe {
             len => {
                 let most = if random.one_in(4) { len.min(7) } else { len };
                 let count = 1 + random.index(most);
-                self.arrived.extend(self.in_transit.drain(..count));
+                let (first, rest) = slices(&self.in_transit, count);
+                self.arrived.extend(first);
+                self.arrived.extend(rest);
+                self.in_transit.drain(..count);
             }
         }
         self.reader.take()
     }
+}
+
+/// Returns the first bytes of a queue, in two pieces.
+fn slices(bytes: &VecDeque<u8>, count: usize) -> (&[u8], &[u8]) {
+    let (first, rest) = bytes.as_slices();
+    let len = count.min(first.len());
+    (&first[..len], &rest[..count - len])
 }
 
 type Shared = Arc<Mutex<Pipe>>;
@@ -103,8 +113,10 @@ impl AsyncRead for End {
             pipe.reader = Some(cx.waker().clone());
             return Poll::Pending;
         }
-        let bytes: Vec<u8> = pipe.arrived.drain(..count).collect();
-        buffer.put_slice(&bytes);
+        let (first, rest) = slices(&pipe.arrived, count);
+        buffer.put_slice(first);
+        buffer.put_slice(rest);
+        pipe.arrived.drain(..count);
         let writer = pipe.writer.take();
         drop(pipe);
         if let Some(writer) = writer {

@@ -89,6 +89,8 @@ pub struct Executor<'a> {
     /// One in this many steps completes a device call although a task could be polled.
     patience: u64,
     tasks: Vec<Option<Slot<'a>>>,
+    /// How many of them have not ended.
+    running: usize,
     woken: Arc<Woken>,
     devices: Vec<Arc<dyn Device + 'a>>,
 }
@@ -145,6 +147,7 @@ impl<'a> Executor<'a> {
             patience: *random.pick(&[2, 2, 4, 16]),
             random,
             tasks: Vec::new(),
+            running: 0,
             woken: Arc::default(),
             devices: Vec::new(),
         }
@@ -181,6 +184,7 @@ impl<'a> Executor<'a> {
             drop_point,
             waker: Waker::from(Arc::new(TaskWaker { task, woken: Arc::clone(&self.woken) })),
         }));
+        self.running += 1;
         self.woken.add(task);
         Task(ending)
     }
@@ -219,8 +223,8 @@ impl<'a> Executor<'a> {
 
     /// Says whether every task has returned or was dropped.
     #[must_use]
-    pub fn is_done(&self) -> bool {
-        self.tasks.iter().all(Option::is_none)
+    pub const fn is_done(&self) -> bool {
+        self.running == 0
     }
 
     /// Runs one future (and whatever else was spawned) to its end.
@@ -267,16 +271,20 @@ impl<'a> Executor<'a> {
 
     fn poll(&mut self, task: usize) {
         let Some(mut slot) = self.tasks[task].take() else { return };
+        self.running -= 1;
         if slot.drop_point == DropPoint::InsteadOfPoll(slot.polls + 1) {
             return drop_unfinished(slot);
         }
         slot.polls += 1;
-        match slot.future.as_mut().poll(&mut Context::from_waker(&slot.waker.clone())) {
+        match slot.future.as_mut().poll(&mut Context::from_waker(&slot.waker)) {
             Poll::Ready(()) => {}
             Poll::Pending if slot.drop_point == DropPoint::AfterPoll(slot.polls) => {
                 drop_unfinished(slot);
             }
-            Poll::Pending => self.tasks[task] = Some(slot),
+            Poll::Pending => {
+                self.tasks[task] = Some(slot);
+                self.running += 1;
+            }
         }
     }
 

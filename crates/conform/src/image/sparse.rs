@@ -26,7 +26,8 @@ static UNWRITTEN: LazyLock<Page> = LazyLock::new(|| Arc::new([0; PAGE as usize])
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SparseBytes {
     len: u64,
-    pages: BTreeMap<u64, Page>,
+    /// Shared by copies until one of them changes.
+    pages: Arc<BTreeMap<u64, Page>>,
 }
 
 impl From<&[u8]> for SparseBytes {
@@ -96,15 +97,17 @@ impl SparseBytes {
     pub fn write(&mut self, offset: u64, bytes: &[u8]) {
         let mut rest = bytes;
         let end = offset + rest.len() as u64;
+        if bytes.is_empty() {
+            return;
+        }
+        let pages = Arc::make_mut(&mut self.pages);
         for (page, within) in pieces(offset, end) {
             let (part, tail) = rest.split_at(within.len());
-            let page = self.pages.entry(page).or_insert_with(|| Arc::clone(&UNWRITTEN));
+            let page = pages.entry(page).or_insert_with(|| Arc::clone(&UNWRITTEN));
             Arc::make_mut(page)[within].copy_from_slice(part);
             rest = tail;
         }
-        if !bytes.is_empty() {
-            self.len = self.len.max(end);
-        }
+        self.len = self.len.max(end);
     }
 
     /// Makes `start..end` a hole as far as it covers whole pages, and zeros; the length stays.
@@ -120,16 +123,21 @@ impl SparseBytes {
 
     fn clear(&mut self, start: u64, end: u64, whole: Option<&Page>) {
         let inner = start.div_ceil(PAGE)..(end / PAGE).max(start.div_ceil(PAGE));
-        let present: Vec<u64> = self.pages.range(inner.clone()).map(|(page, _)| *page).collect();
+        let touched = start / PAGE..end.div_ceil(PAGE).max(start / PAGE);
+        if whole.is_none() && self.pages.range(touched).next().is_none() {
+            return;
+        }
+        let pages = Arc::make_mut(&mut self.pages);
+        let present: Vec<u64> = pages.range(inner.clone()).map(|(page, _)| *page).collect();
         for page in present {
-            self.pages.remove(&page);
+            pages.remove(&page);
         }
         if let Some(unwritten) = whole {
-            self.pages.extend(inner.map(|page| (page, Arc::clone(unwritten))));
+            pages.extend(inner.map(|page| (page, Arc::clone(unwritten))));
         }
         for edge in [start / PAGE, end / PAGE] {
             let (from, to) = (start.max(edge * PAGE), end.min((edge + 1) * PAGE));
-            if let (true, Some(page)) = (from < to, self.pages.get_mut(&edge)) {
+            if let (true, Some(page)) = (from < to, pages.get_mut(&edge)) {
                 let within = (from - edge * PAGE) as usize..(to - edge * PAGE) as usize;
                 if page[within.clone()].iter().any(|byte| *byte != 0) {
                     Arc::make_mut(page)[within].fill(0);
@@ -140,8 +148,9 @@ impl SparseBytes {
 
     /// Reserves space for `start..end` without a change of its content.
     pub fn allocate(&mut self, start: u64, end: u64) {
+        let pages = Arc::make_mut(&mut self.pages);
         for (page, _) in pieces(start, end) {
-            self.pages.entry(page).or_insert_with(|| Arc::clone(&UNWRITTEN));
+            pages.entry(page).or_insert_with(|| Arc::clone(&UNWRITTEN));
         }
         self.len = self.len.max(end);
     }
@@ -189,7 +198,7 @@ impl SparseBytes {
     /// What the host says.
     pub fn write_to(&self, path: &Path) -> std::io::Result<()> {
         let mut file = std::fs::File::create(path)?;
-        for (page, bytes) in &self.pages {
+        for (page, bytes) in self.pages.iter() {
             let at = page * PAGE;
             let len = (self.len.saturating_sub(at)).min(PAGE) as usize;
             file.seek(SeekFrom::Start(at))?;

@@ -165,19 +165,19 @@ impl Archive<'_> {
         random: &mut Random,
     ) -> std::result::Result<(), String> {
         self.tally.crashes += 1;
-        let points = crash::points(folder.host());
+        let points = crash::points_len(folder.host());
         // After the end all that was acknowledged must be there.
         let is_over = was_made && random.one_in(6);
-        let index = if is_over { points.len() - 1 } else { random.index(points.len()) };
-        let crash = &points[index];
+        let index = if is_over { points - 1 } else { random.index(points) };
+        let crash = crash::point(folder.host(), index);
         let most = self.looks.states.max(STATES);
-        let mut states: Vec<_> = crash.states(random.next(), most).collect();
-        let last = states.swap_remove(random.index(states.len()));
+        let mut remnants = crash.remnants(random.next(), most);
+        let last = remnants.swap_remove(random.index(remnants.len()));
         let sure = is_over.then(|| maybe.clone());
-        let others = states.iter().take(self.looks.states.saturating_sub(1));
-        for state in others.chain([&last]) {
+        let others = remnants.iter().take(self.looks.states.saturating_sub(1));
+        for remnant in others.chain([&last]) {
             self.tally.states += 1;
-            let left = folder.left(crash, state, random);
+            let left = folder.left(&crash, remnant, random);
             let told = |error| {
                 let names: Vec<_> = left.iter().map(|(name, _)| name.as_str()).collect();
                 format!("{error}\n  at change {index}, of the folder there is: {names:?}")
@@ -189,7 +189,7 @@ impl Archive<'_> {
                 return Err(told(format!("Point {} is gone", sure.name)));
             }
             self.files = left;
-            if std::ptr::eq(state, &last) {
+            if std::ptr::eq(remnant, &last) {
                 self.known = found;
             }
         }

@@ -12,7 +12,7 @@ use lacuna::storage::{Claim, Storage};
 use lacuna::{Error, ErrorKind, Result};
 use lacuna_backup::{OpenAs, Place};
 use pollster::block_on;
-use testkit::sim::crash::{Crash, CrashState};
+use testkit::sim::crash::{Crash, Remnant};
 use testkit::sim::{Pace, SimHost, SimStorage};
 use testkit::{Random, SparseBytes};
 
@@ -84,7 +84,7 @@ impl SimFolder {
     pub(super) fn left(
         &self,
         crash: &Crash,
-        state: &CrashState,
+        remnant: &Remnant,
         random: &mut Random,
     ) -> Vec<(String, SparseBytes)> {
         let names = self.state();
@@ -101,7 +101,8 @@ impl SimFolder {
                 change.apply(&mut left);
             }
         }
-        let content = |file: usize| state.files.get(file).cloned().unwrap_or_default();
+        let files = crash.files_left(remnant);
+        let content = |file: usize| files.get(file).cloned().unwrap_or_default();
         left.into_iter().map(|(name, file)| (name, content(file))).collect()
     }
 

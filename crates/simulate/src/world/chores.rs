@@ -61,7 +61,7 @@ impl World {
         self.leaks = if struck { Leaks::Expected } else { Leaks::Wrong };
         self.files = left;
         self.assert_below_sound(self.leaks)?;
-        files::assert_sound(&mut self.files[files::TOP], self.leaks)?;
+        self.sound.assert(&mut self.files[files::TOP], self.leaks)?;
         let mut scene = Scene::open(self.opening, &self.files, self.scenario.seed)?;
         self.look(&mut scene, self.after_crash_now())?;
         self.files = scene.close()?;

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use lacuna::chain::Format;
 use testkit::Random;
 use testkit::sim::SimHost;
-use testkit::sim::crash::{self, CrashState};
+use testkit::sim::crash::{self, Crash, Remnant};
 
 use super::World;
 use crate::files::{self, Files, Leaks, NAMES, TOP, is_dirty};
@@ -27,36 +27,47 @@ impl World {
     ) -> Result<(), String> {
         self.tally.crashes += 1;
         let most = self.looks.states.max(STATES);
-        let mut states: Vec<_> = crash::now(host).states(seed, most).collect();
-        let last = states.swap_remove(Random::new(seed).index(states.len()));
-        for state in states.into_iter().take(self.looks.states.saturating_sub(1)) {
+        let crash = crash::now(host);
+        let mut remnants = crash.remnants(seed, most);
+        let last = remnants.swap_remove(Random::new(seed).index(remnants.len()));
+        for remnant in remnants.iter().take(self.looks.states.saturating_sub(1)) {
             let mut apart = self.apart();
-            apart.left_by_crash(state, eyes)?;
+            apart.left_by_crash(&crash, remnant, eyes)?;
             self.tally += apart.tally;
+            self.sound = apart.sound;
         }
-        self.left_by_crash(last, eyes)
+        self.left_by_crash(&crash, &last, eyes)
     }
 
-    fn left_by_crash(&mut self, mut state: CrashState, eyes: Eyes) -> Result<(), String> {
+    fn left_by_crash(
+        &mut self,
+        crash: &Crash,
+        remnant: &Remnant,
+        eyes: Eyes,
+    ) -> Result<(), String> {
+        let mut files = crash.files_left(remnant);
         // What points saved to is of no use any more.
-        state.files.truncate(NAMES.len());
+        files.truncate(NAMES.len());
         self.tally.states += 1;
-        let survivors = state.survivors.join("\n    ");
-        let told = |error| format!("{error}\n  of what was not flushed there is:\n    {survivors}");
+        let told = |error| {
+            let survivors = crash.survivors(remnant).join("\n    ");
+            format!("{error}\n  of what was not flushed there is:\n    {survivors}")
+        };
         if self.looks.is_for_qemu() {
             self.tally.by_qemu += 1;
-            self.shown_to_qemu(&state.files, eyes).map_err(told)?;
+            self.shown_to_qemu(&files, eyes).map_err(told)?;
         }
-        self.judge_data_file(&state.files, eyes).map_err(told)?;
+        self.judge_data_file(&files, eyes).map_err(told)?;
         self.raw_differs = true;
-        self.opened_again(state.files, eyes).map_err(told)
+        self.opened_again(files, eyes).map_err(told)
     }
 
     /// Returns a world to try something in.
     fn apart(&self) -> Self {
         Self {
-            scenario: self.scenario.clone(),
+            scenario: Rc::clone(&self.scenario),
             files: Files::default(),
+            sound: self.sound.clone(),
             history: Rc::new(RefCell::new(self.history.borrow().clone())),
             album: Rc::new(RefCell::new(self.album.borrow().clone())),
             bitmaps: self.bitmaps.clone(),
@@ -79,7 +90,7 @@ impl World {
         self.files = left;
         self.assert_below_sound(Leaks::Expected)?;
         if !is_dirty(&self.files[TOP])? {
-            files::assert_sound(&mut self.files[TOP], Leaks::Expected)?;
+            self.sound.assert(&mut self.files[TOP], Leaks::Expected)?;
         }
         let mut scene = Scene::open(self.opening, &self.files, self.scenario.seed)?;
         self.look(&mut scene, eyes)?;
@@ -96,7 +107,7 @@ impl World {
         if leaks == Leaks::Expected && is_dirty(&self.files[file])? {
             self.files = files::repaired_by_opening(&self.files, file)?;
         }
-        let sound = files::assert_sound(&mut self.files[file], leaks);
+        let sound = self.sound.assert(&mut self.files[file], leaks);
         sound.map_err(|error| format!("what it stands on: {error}"))
     }
 }

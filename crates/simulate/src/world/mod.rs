@@ -24,7 +24,7 @@ use testkit::sim::{Fault, OperationKind, SimHost};
 
 use crate::cast::Cast;
 use crate::clock::Clock;
-use crate::files::{self, BELOW, DATA, Files, Leaks, NAMES, TOP};
+use crate::files::{self, BELOW, DATA, Files, Leaks, NAMES, Sound, TOP};
 use crate::front::Disk;
 use crate::guest::Truth;
 use crate::history::{Eyes, History};
@@ -44,14 +44,15 @@ const CACHE_BYTES: u64 = 32 << 20;
 #[derive(Clone)]
 struct Marked {
     name: String,
-    since: Vec<u8>,
+    since: Rc<Vec<u8>>,
 }
 
 /// The image, and what is known of it.
 pub(crate) struct World {
-    scenario: Scenario,
+    scenario: Rc<Scenario>,
     opening: Opening,
     files: Files,
+    sound: Sound,
     history: Rc<RefCell<History>>,
     album: Album,
     bitmaps: Vec<Marked>,
@@ -86,9 +87,10 @@ impl World {
         });
         let content = made.map_err(|error: lacuna::Error| format!("Creating: {error}"))?;
         Ok(Self {
-            scenario: scenario.clone(),
+            scenario: Rc::new(scenario.clone()),
             opening: Opening { ways: spec.opening },
             files: files::contents(&host),
+            sound: Sound::default(),
             history: Rc::new(RefCell::new(History::new(content))),
             album: Album::default(),
             bitmaps: Vec::new(),
@@ -106,8 +108,9 @@ impl World {
     /// # Errors
     /// What must not be, and in which phase.
     pub(crate) fn run(mut self) -> Result<Tally, String> {
-        for (number, phase) in self.scenario.phases.clone().into_iter().enumerate() {
-            self.phase(&phase).map_err(|error| {
+        let scenario = Rc::clone(&self.scenario);
+        for (number, phase) in scenario.phases.iter().enumerate() {
+            self.phase(phase).map_err(|error| {
                 format!("phase {number}, which ends by {:?}: {error}", phase.end)
             })?;
             if let Some(chore) = &phase.chore {
@@ -182,7 +185,7 @@ impl World {
         let name = format!("changed-{}", self.history.borrow_mut().tick());
         let new = NewBitmap { granularity_bytes: Some(512), ..NewBitmap::new(name.as_str()) };
         scene.run("Adding a bitmap", |image| async move { image.add_bitmap(&new).await })?;
-        let since = scene.content()?;
+        let since = Rc::new(scene.content()?);
         self.bitmaps.push(Marked { name, since });
         Ok(())
     }
@@ -233,7 +236,7 @@ impl World {
         scene.executor.block_on(async move { jobs::verify(&image, &album).await })?;
         for range in scene.zeros()? {
             let bytes = &content[range.start.0 as usize..range.end().0 as usize];
-            if bytes.iter().any(|byte| *byte != 0) {
+            if !is_zero(bytes) {
                 return Err(format!("Extent {range:x?} is said to be zeros and is not"));
             }
         }
@@ -255,7 +258,9 @@ impl World {
     fn look_at_bitmaps(&mut self, scene: &mut Scene<'_>, content: &[u8]) -> Result<(), String> {
         for mut marked in std::mem::take(&mut self.bitmaps) {
             // Of what another size cut off, and added, nothing is compared.
-            marked.since.resize(content.len(), 0);
+            if marked.since.len() != content.len() {
+                Rc::make_mut(&mut marked.since).resize(content.len(), 0);
+            }
             match scene.dirty(&marked.name) {
                 Ok(dirty) => marked.judge(content, &dirty)?,
                 Err(_) if self.has_struck => continue,
@@ -268,7 +273,7 @@ impl World {
 
     /// Checks the image, and repairs leaks where they are no surprise. A raw data file is the disk.
     fn assert_sound(&mut self) -> Result<(), String> {
-        files::assert_sound(&mut self.files[TOP], self.leaks)?;
+        self.sound.assert(&mut self.files[TOP], self.leaks)?;
         self.leaks = Leaks::Wrong;
         self.judge_data_file(&self.files, self.after_crash_now())
     }
@@ -286,6 +291,9 @@ impl World {
 impl Marked {
     /// What is other bytes than when it was made must be named.
     fn judge(&self, content: &[u8], dirty: &[GuestRange]) -> Result<(), String> {
+        if content == *self.since {
+            return Ok(());
+        }
         let mut named = vec![false; content.len()];
         for range in dirty {
             let end = range.end().0.min(content.len() as u64);
@@ -308,8 +316,16 @@ pub(crate) fn fault_of(lie: Lie, seed: u64) -> Fault {
     }
 }
 
+/// Says whether there are zeros only.
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.split_first().is_none_or(|(first, rest)| *first == 0 && *rest == bytes[..rest.len()])
+}
+
 /// Returns the first byte that differs.
 fn difference(seen: &[u8], wanted: &[u8]) -> Option<usize> {
+    if seen == wanted {
+        return None;
+    }
     let len = seen.len().min(wanted.len());
     let differs = (0..len).find(|at| seen[*at] != wanted[*at]);
     differs.or_else(|| (seen.len() != wanted.len()).then_some(len))

@@ -25,10 +25,17 @@ struct Unflushed {
 #[derive(Clone, Debug)]
 struct Medium {
     stable: Vec<SparseBytes>,
+    /// Those that took effect, in that order, and then those in flight.
     unflushed: Vec<Unflushed>,
+    /// How many took effect.
+    applied: usize,
 }
 
 impl Medium {
+    const fn new(stable: Vec<SparseBytes>) -> Self {
+        Self { stable, unflushed: Vec::new(), applied: 0 }
+    }
+
     fn play(&mut self, index: usize, event: &Event) {
         match event {
             Event::Issued { call, file, effect } => self.unflushed.push(Unflushed {
@@ -54,34 +61,36 @@ impl Medium {
 
     /// Moves the call behind all that took effect before it.
     fn apply(&mut self, call: u64, index: usize) {
-        if let Some(at) = self.unflushed.iter().position(|change| change.call == call) {
-            let change = self.unflushed.remove(at);
-            let end = self.applied_len();
-            self.unflushed.insert(end, Unflushed { applied: Some(index), ..change });
+        if let Some(at) = self.in_flight(call) {
+            self.unflushed[at].applied = Some(index);
+            self.unflushed[self.applied..=at].rotate_right(1);
+            self.applied += 1;
         }
     }
 
     fn fail(&mut self, call: u64, index: usize, remains: &[Effect]) {
-        let Some(at) = self.unflushed.iter().position(|change| change.call == call) else {
-            return;
-        };
+        let Some(at) = self.in_flight(call) else { return };
         let Unflushed { file, .. } = self.unflushed.remove(at);
-        let end = self.applied_len();
-        let applied = Some(index);
+        let (end, applied) = (self.applied, Some(index));
         let parts = remains.iter().map(|effect| (call, effect.clone()));
         let parts = parts.map(|(call, effect)| Unflushed { call, file, effect, applied });
         self.unflushed.splice(end..end, parts);
+        self.applied += remains.len();
     }
 
-    fn applied_len(&self) -> usize {
-        self.unflushed.iter().take_while(|change| change.applied.is_some()).count()
+    fn in_flight(&self, call: u64) -> Option<usize> {
+        let mut waiting = self.unflushed[self.applied..].iter();
+        waiting.position(|change| change.call == call).map(|at| self.applied + at)
     }
 
     fn take_covered(&mut self, file: usize, since: usize) -> Vec<Effect> {
         let covered = |change: &mut Unflushed| {
             change.file == file && change.applied.is_some_and(|applied| applied < since)
         };
-        self.unflushed.extract_if(.., covered).map(|change| change.effect).collect()
+        let taken = self.unflushed.extract_if(..self.applied, covered);
+        let taken: Vec<_> = taken.map(|change| change.effect).collect();
+        self.applied -= taken.len();
+        taken
     }
 }
 
@@ -92,7 +101,7 @@ pub(super) fn unflushed(events: &[Event], file: usize, since: usize) -> Vec<Effe
         _ => None,
     });
     let count = files.max().unwrap_or(0).max(file + 1);
-    let mut medium = Medium { stable: vec![SparseBytes::default(); count], unflushed: Vec::new() };
+    let mut medium = Medium::new(vec![SparseBytes::default(); count]);
     events.iter().enumerate().for_each(|(index, event)| medium.play(index, event));
     medium.take_covered(file, since)
 }
@@ -178,7 +187,7 @@ pub fn points_without_flushes(host: &SimHost) -> Vec<Crash> {
 /// ```
 pub fn at(host: &SimHost, moments: &[usize], without_flushes: bool) -> impl Iterator<Item = Crash> {
     let (initial, events) = host.record();
-    let mut medium = Medium { stable: initial, unflushed: Vec::new() };
+    let mut medium = Medium::new(initial);
     let (mut next, mut mark) = (0, None);
     moments.iter().map(move |moment| {
         while next <= *moment {
@@ -189,27 +198,84 @@ pub fn at(host: &SimHost, moments: &[usize], without_flushes: bool) -> impl Iter
             }
             next += 1;
         }
-        Crash::new(*moment, mark, &medium, None)
+        Crash::new(*moment, mark, medium.clone(), None)
     })
 }
 
+/// Returns how many moments [`points`] returns.
+///
+/// ```
+/// use testkit::sim::{Pace, SimHost, crash};
+/// let host = SimHost::new(Pace::AtOnce, 1);
+/// host.mark(7);
+/// assert_eq!(crash::points_len(&host), crash::points(&host).len());
+/// ```
+#[must_use]
+pub fn points_len(host: &SimHost) -> usize {
+    host.with_record(|_, events| 1 + events.iter().filter(|event| is_point(event)).count())
+}
+
+/// Returns one of the moments that [`points`] returns, without the others.
+///
+/// ```
+/// use testkit::sim::{Pace, SimHost, crash};
+/// let host = SimHost::new(Pace::AtOnce, 1);
+/// host.mark(7);
+/// assert_eq!(crash::point(&host, 1).mark, crash::points(&host)[1].mark);
+/// ```
+///
+/// # Panics
+/// If there are not so many.
+#[must_use]
+pub fn point(host: &SimHost, number: usize) -> Crash {
+    host.with_record(|initial, events| {
+        let mut medium = Medium::new(initial.to_vec());
+        let Some(before) = number.checked_sub(1) else {
+            return Crash::new(0, None, medium, None);
+        };
+        let mut points = (0..events.len()).filter(|index| is_point(&events[*index]));
+        let at = points.nth(before).expect("there are so many moments");
+        let mut mark = None;
+        for (index, event) in events[..=at].iter().enumerate() {
+            medium.play(index, event);
+            mark = event.mark().or(mark);
+        }
+        Crash::new(at, mark, medium, events[at].issued())
+    })
+}
+
+/// Says whether a crash after an event can leave something new.
+const fn is_point(event: &Event) -> bool {
+    !matches!(event, Event::Applied { .. } | Event::Failed { .. })
+}
+
+impl Event {
+    const fn mark(&self) -> Option<u64> {
+        match self {
+            Self::Mark(label) => Some(*label),
+            _ => None,
+        }
+    }
+
+    const fn issued(&self) -> Option<u64> {
+        match self {
+            Self::Issued { call, .. } => Some(*call),
+            _ => None,
+        }
+    }
+}
+
 fn points_of(initial: Vec<SparseBytes>, events: &[Event]) -> Vec<Crash> {
-    let mut medium = Medium { stable: initial, unflushed: Vec::new() };
+    let mut medium = Medium::new(initial);
     let mut mark = None;
-    let start = Crash::new(0, None, &medium, None);
+    let start = Crash::new(0, None, medium.clone(), None);
     let mut crashes = vec![start];
     for (index, event) in events.iter().enumerate() {
         medium.play(index, event);
-        let newest = match event {
-            Event::Issued { call, .. } => Some(*call),
-            Event::Mark(label) => {
-                mark = Some(*label);
-                None
-            }
-            Event::Flushed { .. } | Event::FlushFailed { .. } => None,
-            Event::Applied { .. } | Event::Failed { .. } => continue,
-        };
-        crashes.push(Crash::new(index, mark, &medium, newest));
+        mark = event.mark().or(mark);
+        if is_point(event) {
+            crashes.push(Crash::new(index, mark, medium.clone(), event.issued()));
+        }
     }
     crashes
 }
@@ -225,10 +291,11 @@ fn points_of(initial: Vec<SparseBytes>, events: &[Event]) -> Vec<Crash> {
 /// ```
 #[must_use]
 pub fn now(host: &SimHost) -> Crash {
-    let (initial, events) = host.record();
-    let mut medium = Medium { stable: initial, unflushed: Vec::new() };
-    events.iter().enumerate().for_each(|(index, event)| medium.play(index, event));
-    Crash::new(events.len(), None, &medium, None)
+    host.with_record(|initial, events| {
+        let mut medium = Medium::new(initial.to_vec());
+        events.iter().enumerate().for_each(|(index, event)| medium.play(index, event));
+        Crash::new(events.len(), None, medium, None)
+    })
 }
 
 /// What may be found after a crash.
@@ -240,24 +307,74 @@ pub struct CrashState {
     pub survivors: Vec<String>,
 }
 
+/// Which unflushed changes got through: enough to make a [`CrashState`] of.
+#[derive(Clone, Debug)]
+pub struct Remnant {
+    chosen: Vec<usize>,
+    /// Says which of their sectors, if not all.
+    torn: Option<Random>,
+}
+
 impl Crash {
-    fn new(event: usize, mark: Option<u64>, medium: &Medium, newest: Option<u64>) -> Self {
-        let Medium { stable, unflushed } = medium.clone();
+    fn new(event: usize, mark: Option<u64>, medium: Medium, newest: Option<u64>) -> Self {
+        let Medium { stable, unflushed, .. } = medium;
         Self { event, mark, stable, unflushed, newest }
     }
 
     /// Returns the states to look at: all subsets (whole, and once torn) of a short list, else
     /// about `limit`: none, all, each one alone, each one missing, and random ones.
     pub fn states(&self, seed: u64, limit: usize) -> impl Iterator<Item = CrashState> {
+        self.remnants(seed, limit).into_iter().map(|remnant| CrashState {
+            files: self.files_left(&remnant),
+            survivors: self.survivors(&remnant),
+        })
+    }
+
+    /// Returns what [`states`](Self::states) makes its states of, for those that look at a few.
+    ///
+    /// ```
+    /// use testkit::sim::{Pace, SimHost, crash};
+    /// let host = SimHost::new(Pace::AtOnce, 1);
+    /// host.add_file(b"old"[..].into());
+    /// let crash = crash::now(&host);
+    /// let remnants = crash.remnants(1, 10);
+    /// assert_eq!(crash.files_left(&remnants[0])[0].to_vec(), b"old");
+    /// assert!(crash.survivors(&remnants[0]).is_empty());
+    /// ```
+    #[must_use]
+    pub fn remnants(&self, seed: u64, limit: usize) -> Vec<Remnant> {
         let mut random = Random::new(seed ^ (self.event as u64) << 20);
         let mut choices = self.choices(&mut random, limit);
         choices.dedup();
-        choices.into_iter().flat_map(move |chosen| {
-            let torn = chosen.iter().any(|index| self.unflushed[*index].effect.sectors() > 1);
-            let whole = self.state(&chosen, None);
-            let torn = torn.then(|| self.state(&chosen, Some(&mut random.split())));
-            [Some(whole), torn].into_iter().flatten()
-        })
+        let mut remnants = Vec::new();
+        for chosen in choices {
+            let can_tear = chosen.iter().any(|index| self.unflushed[*index].effect.sectors() > 1);
+            let torn = can_tear.then(|| random.split());
+            remnants.push(Remnant { chosen, torn: None });
+            if torn.is_some() {
+                let chosen = remnants[remnants.len() - 1].chosen.clone();
+                remnants.push(Remnant { chosen, torn });
+            }
+        }
+        remnants
+    }
+
+    /// Returns the content of each file.
+    #[must_use]
+    pub fn files_left(&self, remnant: &Remnant) -> Vec<SparseBytes> {
+        let mut files = self.stable.clone();
+        self.each_part(remnant, |change, part| part.apply(&mut files[change.file]));
+        files
+    }
+
+    /// Returns which unflushed changes got through, for the message of a failing test.
+    #[must_use]
+    pub fn survivors(&self, remnant: &Remnant) -> Vec<String> {
+        let mut survivors = Vec::new();
+        self.each_part(remnant, |Unflushed { call, file, .. }, part| {
+            survivors.push(format!("call {call} file {file}: {}", describe(part)));
+        });
+        survivors
     }
 
     /// Returns how many changes a crash here may undo.
@@ -312,21 +429,16 @@ impl Crash {
         choices
     }
 
-    fn state(&self, chosen: &[usize], mut torn: Option<&mut Random>) -> CrashState {
-        let mut files = self.stable.clone();
-        let mut survivors = Vec::new();
-        for index in chosen {
-            let Unflushed { file, effect, call, .. } = &self.unflushed[*index];
-            let parts = match &mut torn {
-                Some(random) => tear(effect, random),
-                None => vec![effect.clone()],
-            };
-            for part in parts {
-                part.apply(&mut files[*file]);
-                survivors.push(format!("call {call} file {file}: {}", describe(&part)));
+    fn each_part(&self, remnant: &Remnant, mut visit: impl FnMut(&Unflushed, &Effect)) {
+        let mut torn = remnant.torn.clone();
+        for change in remnant.chosen.iter().map(|index| &self.unflushed[*index]) {
+            match &mut torn {
+                Some(random) => {
+                    tear(&change.effect, random).iter().for_each(|part| visit(change, part));
+                }
+                None => visit(change, &change.effect),
             }
         }
-        CrashState { files, survivors }
     }
 }
 

@@ -375,17 +375,19 @@ impl SimHost {
 
     /// Notes `label` in the record; a crash at the note happens after all before it.
     pub fn mark(&self, label: u64) {
-        let mut files = self.files();
-        if self.0.recording {
-            files.events.push(Event::Mark(label));
-        }
+        self.note(&mut self.files(), Some(Event::Mark(label)));
     }
 
     /// Returns what was durable at the start of the record and all that has happened since.
     #[must_use]
     pub fn record(&self) -> (Vec<SparseBytes>, Vec<Event>) {
+        self.with_record(|initial, events| (initial.to_vec(), events.to_vec()))
+    }
+
+    /// Looks at what [`record`](Self::record) returns, where it lies.
+    pub(super) fn with_record<T>(&self, look: impl FnOnce(&[SparseBytes], &[Event]) -> T) -> T {
         let files = self.files();
-        (files.initial.clone(), files.events.clone())
+        look(&files.initial, &files.events)
     }
 
     /// Forgets the record: what reads see now counts as durable from here on.
