@@ -10,7 +10,7 @@
 //! * `figures/` — what a benchmark run reached, as a table
 //! * `guest.rs` — a guest that lives on a disk of ours
 //! * `power/` — a guest whose disk loses power
-//! * `fuzz.rs` — coverage-guided fuzzing, which needs a tool of its own
+//! * `fuzz/` — coverage-guided fuzzing, which needs a tool of its own
 //! * `real/` — real file systems before and after space is given back
 //! * `torture.rs`, `random.rs` — commands killed at random moments
 //! * `dedup/` — a benchmark of our own: what finding and sharing equal clusters costs
@@ -88,7 +88,8 @@ usage: cargo xtask VERB [ARGUMENTS]
            fail (--seed N --parts N,...); --states: states of the medium looked at after a crash
   crash-explore [--seeds N] [--from N] [--path NAME] [--qemu-every N] [--exhaustive N]   what a power
            loss may leave of short runs of each way to write an image; a failure names its seed
-  fuzz     [--seconds N] [TARGET...]        cargo-fuzz on all targets, or on some
+  fuzz     [--seconds N] [--fast] [TARGET...]   cargo-fuzz on all targets, or on some; --fast: without
+           the address sanitizer; --coverage: lines that the tests of the corpus reach, by module
 
 LACUNA_HARNESS stands in for --harness.";
 

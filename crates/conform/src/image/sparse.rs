@@ -87,6 +87,39 @@ impl SparseBytes {
         bytes
     }
 
+    /// Says whether `bytes` are what is there from `offset` on; zeros past the end.
+    ///
+    /// ```
+    /// let mut file = lacuna_conform::image::SparseBytes::default();
+    /// file.write(5000, b"lacuna");
+    /// assert!(file.holds(4998, b"\0\0lacuna\0"));
+    /// assert!(!file.holds(5000, b"Lacuna"));
+    /// ```
+    #[must_use]
+    pub fn holds(&self, offset: u64, bytes: &[u8]) -> bool {
+        let mut rest = bytes;
+        pieces(offset, offset + bytes.len() as u64).all(|(page, within)| {
+            let (part, tail) = rest.split_at(within.len());
+            rest = tail;
+            part == &self.page(page)[within]
+        })
+    }
+
+    /// Says whether `start..end` is zeros.
+    #[must_use]
+    pub fn reads_zero(&self, start: u64, end: u64) -> bool {
+        let pages = start / PAGE..end.div_ceil(PAGE).max(start / PAGE);
+        self.pages.range(pages).all(|(page, bytes)| {
+            let (from, to) = (start.max(page * PAGE), end.min((page + 1) * PAGE));
+            let within = (from - page * PAGE) as usize..(to - page * PAGE) as usize;
+            from >= to || bytes[within.clone()] == UNWRITTEN[within]
+        })
+    }
+
+    fn page(&self, index: u64) -> &[u8; PAGE as usize] {
+        self.pages.get(&index).unwrap_or(&UNWRITTEN)
+    }
+
     /// Returns everything.
     #[must_use]
     pub fn to_vec(&self) -> Vec<u8> {

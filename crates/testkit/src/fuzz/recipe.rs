@@ -18,8 +18,10 @@ pub(super) struct Recipe {
     pub(super) size_bytes: u64,
 }
 
-/// Clusters of a disk at most.
+/// Clusters of a disk at most: those of 512 bytes have two L2 tables.
 const CLUSTERS: u64 = 96;
+/// Clusters of a disk at most where they are of 16 KiB.
+const LARGE_CLUSTERS: u64 = 64;
 /// Clusters that hold something at most.
 const FILLED: u64 = 12;
 
@@ -30,7 +32,7 @@ impl Recipe {
         let extended = version == 3 && choices.one_in(4);
         let cluster_bits = if extended { 14 } else { *choices.pick(&[9, 9, 9, 10, 12]) };
         let cluster_bytes = 1 << cluster_bits;
-        let clusters = 1 + choices.below(CLUSTERS);
+        let clusters = if extended { few(choices) } else { 1 + choices.below(CLUSTERS) };
         let size_bytes = clusters * cluster_bytes - 512 * choices.below(cluster_bytes / 512);
         let mut image = ImageBuilder::new(version, cluster_bits, size_bytes);
         let order = if version == 3 { *choices.pick(&[4, 4, 0, 1, 2, 3, 5, 6]) } else { 4 };
@@ -152,7 +154,7 @@ impl Fill {
         let (cluster, len) = (self.cluster, self.cluster_bytes as usize);
         let at = cluster * self.cluster_bytes;
         let byte = choices.byte();
-        let bytes: Vec<u8> = (0..len).map(|index| byte.wrapping_add((index / 40) as u8)).collect();
+        let bytes = steps(byte, len);
         let mut read = |bytes: &[u8]| guest.write(at, bytes);
         match choices.byte() % 5 {
             2 if self.version == 3 => {
@@ -198,6 +200,27 @@ impl Fill {
     }
 }
 
+/// Chooses up to 16 clusters three times of four, for what costs time is their bytes.
+fn few(choices: &mut Choices<'_>) -> u64 {
+    let clusters = choices.below(LARGE_CLUSTERS);
+    1 + if clusters % 4 == 3 { clusters } else { clusters % 16 }
+}
+
+/// Sectors that a disk is resized to at most.
+const fn sectors(cluster_bytes: u64) -> u64 {
+    let clusters = if cluster_bytes > 4096 { LARGE_CLUSTERS / 2 } else { CLUSTERS };
+    clusters * cluster_bytes / 512
+}
+
+/// Bytes that go up by one every 40.
+fn steps(first: u8, len: usize) -> Vec<u8> {
+    let mut bytes = vec![first; len];
+    for (index, step) in bytes.chunks_mut(40).enumerate() {
+        step.fill(first.wrapping_add(index as u8));
+    }
+    bytes
+}
+
 /// Chooses something that a guest may ask of a disk of this size.
 pub(super) fn operation(choices: &mut Choices<'_>, size_bytes: u64, cluster: u64) -> Operation {
     let unit = *choices.pick(&[cluster, 512, 1]);
@@ -218,7 +241,7 @@ pub(super) fn operation(choices: &mut Choices<'_>, size_bytes: u64, cluster: u64
         }
         5 => Operation::Flush,
         6 => Operation::Reopen,
-        7 => Operation::Resize { size_bytes: 512 * (1 + choices.below(CLUSTERS * cluster / 512)) },
+        7 => Operation::Resize { size_bytes: 512 * (1 + choices.below(sectors(cluster))) },
         _ => Operation::Write { range, seed, flags: WriteFlags::empty() },
     }
 }
