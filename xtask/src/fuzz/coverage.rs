@@ -23,8 +23,9 @@ const NOT_FUZZED: [&str; 2] = ["testkit", "conform"];
 /// they are in `target/coverage/files.md`.
 pub(super) fn report() -> Outcome {
     let tools = Tools::find()?;
-    fs::remove_dir_all(profiles()).ok();
     let programs = executables(&output(tests(&["--no-run", "--message-format=json"]))?);
+    // Counts of earlier runs, and of build scripts.
+    fs::remove_dir_all(profiles()).ok();
     run(tests(&[]))?;
     let lines = lines_by_file(&json(&output(tools.export(&programs)?)?)?);
     let path = workspace().join(FOLDER).join("files.md");
