@@ -1,11 +1,12 @@
 //! Looks at what a power loss left: it is sound, reads as it may, and can be used.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use lacuna::block::{DynLayer, Layer, WriteFlags};
 use lacuna::buffer::Buffer;
-use lacuna::qcow2::check::{CheckOptions, check};
-use lacuna::qcow2::format::{Header, IncompatibleFeatures};
+use lacuna::qcow2::check::{CheckOptions, Repair, check};
+use lacuna::qcow2::format::{Header, IncompatibleFeatures, StoredName};
 use lacuna::qcow2::{Access, Image, OpenOptions, Parts, Shrink, SnapshotChoice};
 use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
@@ -13,14 +14,15 @@ use testkit::SparseBytes;
 use testkit::sim::{Pace, SimHost, SimStorage};
 
 use crate::stage::Stage;
-use crate::truth::Allowed;
+use crate::truth::{Allowed, Kept, Life, Marked};
 
 /// One in so many states is opened once more after it was written to.
 const AGAIN: u64 = 8;
 
 /// The files that a power loss left.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug)]
 pub(crate) struct Left {
+    header: OnceCell<Header>,
     pub(crate) image: SparseBytes,
     pub(crate) data: Option<SparseBytes>,
     pub(crate) base: Option<SparseBytes>,
@@ -30,12 +32,20 @@ impl Left {
     pub(crate) fn of(stage: &Stage, mut files: Vec<SparseBytes>) -> Self {
         let base = if stage.has_base { files.pop() } else { None };
         let data = if stage.case.data.is_some() { files.pop() } else { None };
-        Self { image: files.pop().expect("the image is the first file"), data, base }
+        Self::new(files.pop().expect("the image is the first file"), data, base)
     }
 
-    pub(crate) fn header(&self) -> Result<Header, String> {
+    const fn new(image: SparseBytes, data: Option<SparseBytes>, base: Option<SparseBytes>) -> Self {
+        Self { header: OnceCell::new(), image, data, base }
+    }
+
+    pub(crate) fn header(&self) -> Result<&Header, String> {
+        if let Some(header) = self.header.get() {
+            return Ok(header);
+        }
         let first = self.image.read_vec(0, self.image.len().min(4096) as usize);
-        Header::decode(&first).map_err(|error| format!("The header: {error}"))
+        let header = Header::decode(&first).map_err(|error| format!("The header: {error}"))?;
+        Ok(self.header.get_or_init(|| header))
     }
 
     /// Says whether refcounts are not to be believed before a repair.
@@ -46,7 +56,7 @@ impl Left {
 
     /// Returns what the image names as what it stands on.
     fn below(&self, stage: &Stage) -> Result<Option<Arc<dyn DynLayer>>, String> {
-        let Some(name) = self.header()?.backing_name else { return Ok(None) };
+        let Some(name) = &self.header()?.backing_name else { return Ok(None) };
         let name = name.to_string();
         if let Some(base) = &self.base {
             let file = host().add_file(base.clone());
@@ -77,7 +87,7 @@ impl Left {
     /// What there is on a host that it was opened on.
     fn again(&self, host: &SimHost) -> Self {
         let data = self.data.as_ref().map(|_| host.content(1));
-        Self { image: host.content(0), data, base: self.base.clone() }
+        Self::new(host.content(0), data, self.base.clone())
     }
 }
 
@@ -95,6 +105,14 @@ pub(crate) fn judge(
     left: &Left,
     number: u64,
 ) -> Result<(), String> {
+    if allowed.moment < stage.made && left.header().is_err() {
+        return Ok(());
+    }
+    if allowed.moment < stage.sound_from {
+        let (image, moment) = (repaired(&left.image)?, stage.sound_from);
+        let left = Left::new(image, left.data.clone(), left.base.clone());
+        return judge(stage, &allowed.as_if_at(moment), &left, number);
+    }
     if !left.is_dirty()? {
         sound(&left.image).map_err(|error| format!("As it was left: {error}"))?;
     }
@@ -119,7 +137,7 @@ pub(crate) fn judge(
 
 /// Looks at an image alone, which may be large.
 pub(crate) fn sound_unless_dirty(image: &SparseBytes) -> Result<(), String> {
-    let left = Left { image: image.clone(), data: None, base: None };
+    let left = Left::new(image.clone(), None, None);
     if left.is_dirty()? { Ok(()) } else { sound(image) }
 }
 
@@ -130,6 +148,15 @@ fn options_for(stage: &Stage, left: &Left) -> Result<OpenOptions, String> {
         true => stage.options.clone(),
         false => OpenOptions::new(Access::ReadWrite),
     })
+}
+
+/// What the repair of a state leaves.
+fn repaired(file: &SparseBytes) -> Result<SparseBytes, String> {
+    let host = host();
+    let options = CheckOptions { repair: Repair::All };
+    let done = block_on(check(&host.add_file(file.clone()), &options, &mut |_| {}));
+    done.map_err(|error| format!("Repairing once more: {error}"))?;
+    Ok(host.content(0))
 }
 
 /// Leaks at worst.
@@ -144,20 +171,20 @@ fn sound(file: &SparseBytes) -> Result<(), String> {
 }
 
 /// Compares all that can be read with what may be; returns what the disk reads as.
-fn look(image: &Image<SimStorage>, allowed: &Allowed<'_>) -> Result<Vec<u8>, String> {
+fn look(image: &Image<SimStorage>, allowed: &Allowed<'_>) -> Result<Buffer, String> {
     let seen = whole(image)?;
-    allowed.judge_disk(&seen)?;
+    allowed.disk.judge(&seen)?;
     assert_zeros(image, &seen)?;
+    look_at_machine(image, allowed)?;
     look_at_snapshots(image, allowed)?;
     look_at_bitmaps(image, allowed, &seen)?;
     Ok(seen)
 }
 
-fn whole(layer: &impl Layer) -> Result<Vec<u8>, String> {
+fn whole(layer: &impl Layer) -> Result<Buffer, String> {
     let buffer = Buffer::new(layer.size_bytes() as usize);
     let (result, bytes) = block_on(layer.read(GuestOffset(0), buffer));
-    result.map_err(|error| format!("Reading: {error}"))?;
-    Ok(bytes.to_vec())
+    result.map(|()| bytes).map_err(|error| format!("Reading: {error}"))
 }
 
 /// What is said to be zeros is.
@@ -184,6 +211,16 @@ fn are_zeros(bytes: &[u8]) -> bool {
     bytes.chunks(ZEROS.len()).all(|piece| *piece == ZEROS[..piece.len()])
 }
 
+/// The state of a virtual machine, in images that may have one.
+fn look_at_machine(image: &Image<SimStorage>, allowed: &Allowed<'_>) -> Result<(), String> {
+    if allowed.machine.len() == 0 {
+        return Ok(());
+    }
+    let (result, bytes) = block_on(image.read_vm_state(0, Buffer::new(allowed.machine.len())));
+    result.map_err(|error| format!("The state of the machine: {error}"))?;
+    allowed.machine.judge(&bytes).map_err(|error| format!("The state of the machine: {error}"))
+}
+
 fn look_at_snapshots(image: &Image<SimStorage>, allowed: &Allowed<'_>) -> Result<(), String> {
     let fail = |error: lacuna::Error| format!("Snapshots: {error}");
     let there = block_on(image.snapshots()).map_err(fail)?;
@@ -197,7 +234,7 @@ fn look_at_snapshots(image: &Image<SimStorage>, allowed: &Allowed<'_>) -> Result
         }
         let choice = SnapshotChoice::Name(kept.name.as_str().into());
         let layer = block_on(image.snapshot(&choice)).map_err(fail)?;
-        if whole(&layer)? != **kept.disk {
+        if whole(&layer)?[..] != kept.disk[..] {
             return Err(format!("Snapshot {} reads otherwise", kept.name));
         }
     }
@@ -225,15 +262,7 @@ fn look_at_bitmaps(
             }
         };
         found += 1;
-        let named = block_on(async {
-            let mut ranges = image.bitmap(&facts.name).await?.ranges();
-            let mut named = Vec::new();
-            while let Some(range) = ranges.next().await? {
-                named.push(range);
-            }
-            Ok(named)
-        });
-        allowed.judge_bitmap(marked, &named.map_err(fail)?, seen)?;
+        allowed.judge_bitmap(marked, &named(image, &facts.name)?, seen)?;
     }
     match there.len() == found {
         true => Ok(()),
@@ -241,21 +270,69 @@ fn look_at_bitmaps(
     }
 }
 
+/// Returns the ranges that a bitmap names.
+fn named(image: &Image<SimStorage>, name: &StoredName) -> Result<Vec<GuestRange>, String> {
+    let named = block_on(async {
+        let mut ranges = image.bitmap(name).await?.ranges();
+        let mut named = Vec::new();
+        while let Some(range) = ranges.next().await? {
+            named.push(range);
+        }
+        Ok(named)
+    });
+    named.map_err(|error: lacuna::Error| format!("Bitmaps: {error}"))
+}
+
+/// What a loss left, for those who go on from there.
+pub(crate) struct Found {
+    pub(crate) disk: SparseBytes,
+    pub(crate) snapshots: Vec<Kept>,
+    pub(crate) bitmaps: Vec<Marked>,
+}
+
+/// Looks at a state for what it is, which must be what it may.
+///
+/// # Errors
+/// What must not be.
+pub(crate) fn find(stage: &Stage, moment: usize, files: &[SparseBytes]) -> Result<Found, String> {
+    let (allowed, left) = (stage.truth.at(moment), Left::of(stage, files.to_vec()));
+    let host = host();
+    let image = left.open(stage, &host, options_for(stage, &left)?)?;
+    let seen = look(&image, &allowed)?;
+    let fail = |error: lacuna::Error| format!("Finding: {error}");
+    let there = block_on(image.snapshots()).map_err(fail)?;
+    let there: Vec<String> = there.iter().map(|snapshot| snapshot.name.to_string()).collect();
+    let alive = |kept: &Kept| Kept { life: Life::since(0), ..kept.clone() };
+    let snapshots = allowed.snapshots().filter(|(kept, _)| there.contains(&kept.name));
+    let snapshots = snapshots.map(|(kept, _)| alive(kept)).collect();
+    let there = block_on(image.bitmaps()).map_err(fail)?;
+    let mut bitmaps = Vec::new();
+    for (marked, _) in allowed.bitmaps() {
+        if let Some(facts) = there.iter().find(|facts| facts.name.to_string() == marked.name) {
+            let ranges = named(&image, &facts.name)?;
+            let claims = vec![allowed.judge_bitmap(marked, &ranges, &seen)?.clone()];
+            let (name, life) = (marked.name.clone(), Life::since(0));
+            bitmaps.push(Marked { name, life, claims });
+        }
+    }
+    Ok(Found { disk: SparseBytes::from(&seen[..]), snapshots, bitmaps })
+}
+
 /// Writes to the image, or makes it larger; returns what is to be read then.
 fn go_on(
     image: &Image<SimStorage>,
     stage: &Stage,
-    mut seen: Vec<u8>,
+    mut seen: Buffer,
     number: u64,
-) -> Result<Vec<u8>, String> {
+) -> Result<Buffer, String> {
     let cluster = stage.cluster();
     if stage.regrows {
         let old = seen.len();
         let size_bytes = (old as u64).next_multiple_of(512) + 40 * cluster;
         let grown = block_on(image.resize(size_bytes, Shrink::Refuse));
         grown.map_err(|error| format!("Growing: {error}"))?;
-        seen.resize(size_bytes as usize, 0);
-        if whole(image)? != seen {
+        let before = std::mem::replace(&mut seen, whole(image)?);
+        if seen[..old] != before[..] || !are_zeros(&seen[old..]) {
             return Err("Growing brought back what had been cut off".into());
         }
     }
@@ -271,7 +348,7 @@ fn go_on(
 
 fn opened_again(stage: &Stage, after: &Left, wanted: &[u8]) -> Result<(), String> {
     let image = after.open(stage, &host(), OpenOptions::new(Access::ReadOnly))?;
-    match whole(&image)? == wanted {
+    match whole(&image)?[..] == *wanted {
         true => Ok(()),
         false => Err("What was written after the loss reads otherwise".into()),
     }

@@ -7,29 +7,30 @@
 //!
 //! * `paths/`: the ways to write
 //! * `stage.rs`: an image that is written and recorded
-//! * `truth.rs`: what may be seen
+//! * `truth.rs`, `versions.rs`: what may be seen
 //! * `judge.rs`, `qemu.rs`: looking at a state
 //! * `guest.rs`: the same of a disk that a guest writes, for which another boot looks at the states
 
+mod fingerprint;
 mod guest;
 mod judge;
 mod paths;
 mod qemu;
 mod stage;
 mod truth;
+mod versions;
 
 use std::collections::HashSet;
 use std::fmt;
-use std::hash::{Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use testkit::sim::{Bounds, Choice, crash};
-use twox_hash::XxHash3_64;
-
+use fingerprint::Fingerprints;
 pub use guest::{Recording, record};
 use judge::Left;
 pub use paths::{PATHS, Path};
 use stage::Stage;
+use testkit::sim::crash::{self, Crash};
+use testkit::sim::{Bounds, Choice};
 
 /// What was looked at.
 ///
@@ -77,8 +78,24 @@ pub struct Looks {
     pub bounds: Bounds,
     /// One in so many states is shown to stock tools; none, if nothing is said.
     pub qemu_every: Option<u64>,
-    /// Flushes do nothing, to see whether that is noticed.
-    pub without_flushes: bool,
+    /// Flushes that do nothing, to see whether that is noticed.
+    pub ignored: Ignored,
+}
+
+/// Flushes that a medium ignores.
+///
+/// ```
+/// assert_eq!(powerloss::Ignored::default(), powerloss::Ignored::None);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ignored {
+    /// None of them.
+    #[default]
+    None,
+    /// All of them.
+    All,
+    /// The last one of each write with FUA.
+    OfFua,
 }
 
 /// A state that must not be.
@@ -133,26 +150,26 @@ pub fn explore(path: &Path, seed: u64, looks: &Looks) -> Result<Tally, Failure> 
 
 fn look(stage: &Stage, seed: u64, looks: &Looks) -> Result<Tally, String> {
     let mut tally = Tally { runs: 1, ..Tally::default() };
-    let mut known = HashSet::new();
-    let points = match looks.without_flushes {
-        true => crash::points_without_flushes(&stage.host),
-        false => crash::points(&stage.host),
-    };
-    for point in points {
+    let (mut known, mut fingerprints) = (HashSet::new(), Fingerprints::default());
+    for point in points(stage, looks.ignored) {
         let allowed = stage.truth.at(point.event);
+        fingerprints.stand_on(point.flushed());
         tally.moments += 1;
         tally.exhausted += u64::from(point.unflushed_len() <= looks.bounds.exhaustive);
         for choice in point.all_choices(seed, looks.bounds) {
             tally.states += 1;
-            let left = Left::of(stage, point.files_with(&choice));
-            if !known.insert((allowed.epoch, fingerprint(&left))) {
+            let files = point.files_with(&choice);
+            if !known.insert((allowed.epoch, fingerprints.of(&files))) {
                 continue;
             }
+            let left = Left::of(stage, files);
             let number = seed.wrapping_mul(1009).wrapping_add(tally.opened);
             tally.opened += 1;
             judge::judge(stage, &allowed, &left, number)
                 .map_err(|error| told(&error, &point, &choice))?;
-            if looks.qemu_every.is_some_and(|every| number.is_multiple_of(every.max(1))) {
+            let is_sound = point.event >= stage.sound_from.max(stage.made);
+            if is_sound && looks.qemu_every.is_some_and(|every| number.is_multiple_of(every.max(1)))
+            {
                 tally.by_qemu += 1;
                 qemu::look(stage, &allowed, &left)
                     .map_err(|error| told(&error, &point, &choice))?;
@@ -162,13 +179,16 @@ fn look(stage: &Stage, seed: u64, looks: &Looks) -> Result<Tally, String> {
     Ok(tally)
 }
 
-fn fingerprint(left: &Left) -> u64 {
-    let mut hasher = XxHash3_64::new();
-    left.hash(&mut hasher);
-    hasher.finish()
+fn points(stage: &Stage, ignored: Ignored) -> Vec<Crash> {
+    let host = &stage.host;
+    match ignored {
+        Ignored::None => crash::points(host),
+        Ignored::All => crash::points_without_flushes(host, |_| true),
+        Ignored::OfFua => crash::points_without_flushes(host, |at| stage.fua_flushes.contains(&at)),
+    }
 }
 
-fn told(error: &str, point: &crash::Crash, choice: &Choice) -> String {
+fn told(error: &str, point: &Crash, choice: &Choice) -> String {
     let story = point.story_of(choice).join("\n    ");
     let (event, count) = (point.event, point.unflushed_len());
     format!("{error}\n  after event {event}, of {count} unflushed changes there is:\n    {story}")

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use powerloss::{Failure, Looks, PATHS, Path, Recording, Tally, explore, record};
+use powerloss::{Failure, Ignored, Looks, PATHS, Path, Recording, Tally, explore, record};
 
 /// How often progress is told.
 const EVERY: Duration = Duration::from_secs(30);
@@ -14,6 +14,7 @@ const EVERY: Duration = Duration::from_secs(30);
 const USAGE: &str = "\
 usage: cargo xtask crash-explore [--seeds N] [--from N] [--path NAME] [--qemu-every N]
        [--exhaustive N] [--sampled N] [--threads N] [--failures N] [--seconds N]
+       [--ignore flushes|fua]
        cargo xtask crash-explore --path NAME --seed N";
 
 fn main() -> ExitCode {
@@ -98,6 +99,14 @@ impl Asked {
         if flag == "--path" {
             let path = Path::named(value).ok_or_else(|| format!("no path {value}: {}", names()))?;
             self.paths = vec![path];
+            return Ok(());
+        }
+        if flag == "--ignore" {
+            self.looks.ignored = match value {
+                "flushes" => Ignored::All,
+                "fua" => Ignored::OfFua,
+                _ => return Err(format!("{flag} takes flushes or fua, not {value}")),
+            };
             return Ok(());
         }
         let number: u64 = value.parse().map_err(|_| format!("{flag} takes a number"))?;

@@ -25,7 +25,7 @@ pub(crate) fn look(stage: &Stage, allowed: &Allowed<'_>, left: &Left) -> Result<
         safe("as it was left")?;
     }
     let seen = qemu_img_read(&path).to_vec();
-    allowed.judge_disk(&seen).map_err(|error| format!("As qemu-img reads it: {error}"))?;
+    allowed.disk.judge(&seen).map_err(|error| format!("As qemu-img reads it: {error}"))?;
     // Opening for writing repairs what is dirty.
     let most = seen.len() / 512 * 512;
     let len = most.min(3 << 9);

@@ -5,14 +5,18 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use lacuna::Result;
 use lacuna::block::{DiscardMode, DynLayer, WriteFlags, ZeroFlags};
+use lacuna::buffer::Buffer;
 use lacuna::qcow2::{FrozenBitmaps, Image, NewBitmap, OpenOptions, Parts, SnapshotChoice};
 use lacuna::units::{GuestOffset, GuestRange};
 use testkit::case::{Case, Kind};
 use testkit::drive::{Candidates, perform, settle};
-use testkit::sim::{Pace, SimHost, SimStorage};
-use testkit::{ModelDisk, Operation, Random, SparseBytes};
+use testkit::sim::crash::Crash;
+use testkit::sim::{Choice, Event, Pace, SimHost, SimStorage};
+use testkit::{ModelDisk, Operation, Random, SparseBytes, content};
 
-use crate::truth::{Claim, Disk, Kept, Life, Marked, Truth};
+use crate::judge;
+use crate::truth::{Claim, Kept, Life, Marked, Truth};
+use crate::versions::Disk;
 
 /// A file that an image may name as what it stands on, and the layer that it is.
 pub(crate) struct Beside {
@@ -36,6 +40,14 @@ pub(crate) struct Stage {
     pub(crate) has_base: bool,
     /// Whether a larger disk must show zeros where a smaller one was cut.
     pub(crate) regrows: bool,
+    /// From which moment on there is an image.
+    pub(crate) made: usize,
+    /// From which moment on a check finds leaks at worst; before that a repair has work to do.
+    pub(crate) sound_from: usize,
+    /// The state of a virtual machine, in images that keep one.
+    pub(crate) machine: Vec<u8>,
+    /// Which events are the flushes that made writes with FUA durable.
+    pub(crate) fua_flushes: Vec<usize>,
     /// Whether losses are looked at by now.
     has_begun: bool,
 }
@@ -64,9 +76,29 @@ impl Stage {
             beside: beside.into_iter().collect(),
             has_base: false,
             regrows: false,
+            made: 0,
+            sound_from: 0,
+            machine: Vec::new(),
+            fua_flushes: Vec::new(),
             has_begun: false,
             case,
         }
+    }
+
+    /// What a loss left of another run is all that there is.
+    pub(crate) fn after(
+        first: Self,
+        point: &Crash,
+        choice: &Choice,
+        seed: u64,
+    ) -> std::result::Result<Self, String> {
+        let files = point.files_with(choice);
+        let found = judge::find(&first, point.event, &files)?;
+        let case = first.case.with_content(files);
+        let (options, model) = (first.options, case.model_of(&found.disk));
+        let truth =
+            Truth { snapshots: found.snapshots, bitmaps: found.bitmaps, ..Truth::default() };
+        Ok(Self { options, model, truth, ..Self::of(case, seed, Pace::AtOnce) })
     }
 
     pub(crate) const fn kind(&self) -> &Kind {
@@ -91,8 +123,9 @@ impl Stage {
     /// From here on losses are looked at; what is there counts as durable.
     pub(crate) fn begin(&mut self) {
         self.has_begun = true;
+        self.fua_flushes.clear();
         self.host.start_record();
-        self.truth.restart(self.model.content().to_vec());
+        self.truth.restart(self.model.content().to_vec(), self.machine.clone());
     }
 
     // ---- guests ----------------------------------------------------------------------------
@@ -116,7 +149,7 @@ impl Stage {
         }
         let moment = self.moment();
         for content in Candidates::foresee(&self.model, operation, &self.case).0 {
-            self.truth.see(moment, content.to_vec(), false);
+            self.truth.disk.see(moment, content.to_vec(), false);
         }
     }
 
@@ -128,6 +161,7 @@ impl Stage {
         settle(image, &mut self.model, operation).await?;
         if operation.changes_bytes() {
             self.seen();
+            self.kept(operation);
         }
         if *operation == Operation::Flush {
             self.flushed();
@@ -135,12 +169,30 @@ impl Stage {
         Ok(())
     }
 
+    /// A request was answered: with FUA that is the flush of its own bytes.
+    pub(crate) fn kept(&mut self, operation: &Operation) {
+        let range = match operation {
+            Operation::Write { range, flags, .. } if flags.contains(WriteFlags::FUA) => range,
+            Operation::WriteZeroes { range, flags } if flags.contains(ZeroFlags::FUA) => range,
+            _ => return,
+        };
+        if !self.has_begun {
+            return;
+        }
+        let moment = self.moment();
+        self.truth.disk.kept(moment, range.start.0 as usize..range.end().0 as usize);
+        let (_, events) = self.host.record();
+        let last = events.iter().rposition(|event| matches!(event, Event::Flushed { .. }));
+        self.fua_flushes.extend(last);
+        self.host.mark(moment as u64);
+    }
+
     /// The disk may look as the model does.
     pub(crate) fn seen(&mut self) {
         if !self.has_begun {
             return;
         }
-        self.truth.see(self.moment(), self.model.content().to_vec(), false);
+        self.truth.disk.see(self.moment(), self.model.content().to_vec(), false);
     }
 
     /// A flush was answered, or what does as much.
@@ -148,8 +200,9 @@ impl Stage {
         if !self.has_begun {
             return;
         }
-        self.truth.flushed(self.moment());
         let moment = self.moment();
+        self.truth.disk.flushed(moment);
+        self.truth.machine.flushed(moment);
         let lives = self.truth.bitmaps.iter_mut().map(|marked| &mut marked.life);
         for life in lives {
             life.made = life.made.or(Some(moment));
@@ -173,41 +226,66 @@ impl Stage {
         Ok(())
     }
 
+    /// Writes a part of the state of the machine.
+    pub(crate) async fn save_state(&mut self, image: &Image<SimStorage>) -> Result<()> {
+        let start = self.random.below(self.machine.len() as u64);
+        let len = 1 + self.random.below(self.machine.len() as u64 - start);
+        let bytes = content(self.random.next(), GuestRange::new(GuestOffset(start), len));
+        self.machine[start as usize..][..bytes.len()].copy_from_slice(&bytes);
+        self.truth.machine.see(self.moment(), self.machine.clone(), false);
+        image.write_vm_state(start, Buffer::from(&bytes[..])).await.0
+    }
+
+    /// With another size of the disk there is no such state.
+    pub(crate) fn end_state(&mut self) {
+        self.machine.fill(0);
+        self.truth.machine.see(self.moment(), self.machine.clone(), false);
+    }
+
     // ---- snapshots -------------------------------------------------------------------------
 
     pub(crate) async fn snapshot(&mut self, image: &Image<SimStorage>, name: &str) -> Result<()> {
         let life = Life::since(self.moment());
-        let disk = Arc::new(self.model.content().to_vec());
-        self.truth.snapshots.push(Kept { name: name.to_owned(), disk, life });
+        let (disk, machine) = (self.now(), self.machine.clone());
+        self.truth.snapshots.push(Kept { name: name.to_owned(), disk, machine, life });
         let made = UNIX_EPOCH + Duration::from_secs(1_700_000_000);
         image.create_snapshot(&name.into(), made).await?;
         let moment = self.moment();
-        self.kept(name).life.made = Some(moment);
+        self.album(name).life.made = Some(moment);
         self.flushed();
         Ok(())
     }
 
     pub(crate) async fn delete(&mut self, image: &Image<SimStorage>, name: &str) -> Result<()> {
         let moment = self.moment();
-        self.kept(name).life.going = Some(moment);
+        self.album(name).life.going = Some(moment);
         image.delete_snapshot(&SnapshotChoice::Name(name.into())).await?;
         let moment = self.moment();
-        self.kept(name).life.gone = Some(moment);
+        self.album(name).life.gone = Some(moment);
         self.flushed();
         Ok(())
     }
 
     /// What was not flushed is gone or not; the disk changes as a whole.
     pub(crate) async fn apply(&mut self, image: &Image<SimStorage>, name: &str) -> Result<()> {
-        let disk = self.kept(name).disk.to_vec();
-        self.truth.see(self.moment(), disk.clone(), true);
+        let kept = self.album(name);
+        let (disk, machine) = (kept.disk.to_vec(), kept.machine.clone());
+        let moment = self.moment();
+        self.truth.disk.see(moment, disk.clone(), true);
+        self.truth.machine.see(moment, machine.clone(), true);
         image.apply_snapshot(&SnapshotChoice::Name(name.into())).await?;
         self.model.adopt(GuestRange::new(GuestOffset(0), disk.len() as u64), &disk);
+        self.machine = machine;
         self.flushed();
         Ok(())
     }
 
-    fn kept(&mut self, name: &str) -> &mut Kept {
+    /// Says whether the image can have snapshots.
+    pub(crate) const fn can_keep(&self) -> bool {
+        !self.kind().has_data_file() && self.kind().refcount_order > 2
+    }
+
+    fn album(&mut self, name: &str) -> &mut Kept {
         let kept = self.truth.snapshots.iter_mut().find(|kept| kept.name == name);
         kept.expect("a snapshot that was made")
     }

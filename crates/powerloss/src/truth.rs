@@ -5,31 +5,18 @@
 //! * What is being done may have happened or not; what a flush (or a change that is durable when it returns)
 //!   covered has.
 
-use std::sync::Arc;
-
 use lacuna::units::GuestRange;
 
-/// Bytes of a whole disk.
-pub(crate) type Disk = Arc<Vec<u8>>;
-
-/// Sectors are compared whole before bytes are looked at.
-const SECTOR: usize = 512;
+use crate::versions::{Disk, SECTOR, Seen, Versions};
 
 /// The record of what was asked and answered.
 #[derive(Default)]
 pub(crate) struct Truth {
-    versions: Vec<Version>,
-    /// From which moment on no version before which one can be seen.
-    durable: Vec<(usize, usize)>,
+    pub(crate) disk: Versions,
+    /// The state of a virtual machine.
+    pub(crate) machine: Versions,
     pub(crate) snapshots: Vec<Kept>,
     pub(crate) bitmaps: Vec<Marked>,
-}
-
-struct Version {
-    from: usize,
-    disk: Disk,
-    /// Whether this or another version is seen as a whole, never a mixture.
-    is_whole: bool,
 }
 
 /// From when to when something may be there, and must.
@@ -62,9 +49,11 @@ impl Life {
 }
 
 /// An internal snapshot.
+#[derive(Clone)]
 pub(crate) struct Kept {
     pub(crate) name: String,
     pub(crate) disk: Disk,
+    pub(crate) machine: Vec<u8>,
     pub(crate) life: Life,
 }
 
@@ -85,18 +74,19 @@ pub(crate) struct Claim {
 }
 
 /// What may be seen at one moment.
+#[derive(Clone)]
 pub(crate) struct Allowed<'a> {
     truth: &'a Truth,
-    moment: usize,
-    versions: Vec<&'a Disk>,
-    is_whole: bool,
+    pub(crate) moment: usize,
+    pub(crate) disk: Seen<'a>,
+    pub(crate) machine: Seen<'a>,
     /// Grows with each promise: what was right at a moment is right until the next one.
     pub(crate) epoch: usize,
 }
 
 impl Truth {
     /// Begins anew with a disk that is durable, and what was made for it so far.
-    pub(crate) fn restart(&mut self, disk: Vec<u8>) {
+    pub(crate) fn restart(&mut self, disk: Vec<u8>, machine: Vec<u8>) {
         let there = Life { made: Some(0), ..Life::since(0) };
         self.snapshots.retain(|kept| kept.life.going.is_none());
         self.snapshots.iter_mut().for_each(|kept| kept.life = there);
@@ -106,74 +96,26 @@ impl Truth {
             marked.claims = last.map(|claim| Claim { from: 0, ..claim }).into_iter().collect();
             marked.life = there;
         }
-        self.versions.clear();
-        self.see(0, disk, false);
-        self.durable = vec![(0, 0)];
-    }
-
-    /// The disk may look so from a moment on.
-    pub(crate) fn see(&mut self, from: usize, disk: Vec<u8>, is_whole: bool) {
-        let disk = match self.versions.last() {
-            Some(last) if *last.disk == disk => Arc::clone(&last.disk),
-            _ => Arc::new(disk),
-        };
-        self.versions.push(Version { from, disk, is_whole });
-    }
-
-    /// From a moment on nothing older than the last version is seen.
-    pub(crate) fn flushed(&mut self, moment: usize) {
-        self.durable.push((moment, self.versions.len() - 1));
+        self.disk.restart(disk);
+        self.machine.restart(machine);
     }
 
     pub(crate) fn at(&self, moment: usize) -> Allowed<'_> {
-        let durable = self.durable.iter().take_while(|(from, _)| *from <= moment);
-        let (first, flushes) = durable.fold((0, 0), |(_, count), (_, at)| (*at, count + 1));
-        let later = self.versions[first + 1..].iter().take_while(|it| it.from <= moment);
-        let seen: Vec<&Version> = std::iter::once(&self.versions[first]).chain(later).collect();
-        let is_whole = seen[1..].iter().all(|version| version.is_whole);
-        let mut versions: Vec<&Disk> = seen.iter().rev().map(|version| &version.disk).collect();
-        versions.dedup_by(|one, other| Arc::ptr_eq(one, other));
+        let (disk, machine) = (self.disk.at(moment), self.machine.at(moment));
         let lives = self.snapshots.iter().map(|kept| &kept.life);
         let lives = lives.chain(self.bitmaps.iter().map(|marked| &marked.life));
         let promises: usize = lives.map(|life| life.promises(moment)).sum();
         let over = |claim: &&Claim| claim.until.is_some_and(|until| until <= moment);
         let claims = self.bitmaps.iter().flat_map(|marked| &marked.claims).filter(over).count();
-        Allowed { truth: self, moment, versions, is_whole, epoch: flushes + promises + claims }
+        let epoch = disk.promises + machine.promises + promises + claims;
+        Allowed { truth: self, moment, disk, machine, epoch }
     }
 }
 
 impl Allowed<'_> {
-    /// Compares what a disk reads as.
-    pub(crate) fn judge_disk(&self, seen: &[u8]) -> Result<(), String> {
-        if self.versions.iter().any(|version| ***version == seen) {
-            return Ok(());
-        }
-        let sizes: Vec<usize> = self.versions.iter().map(|version| version.len()).collect();
-        if !sizes.contains(&seen.len()) {
-            return Err(format!("The disk has {:#x} bytes, not {sizes:x?}", seen.len()));
-        }
-        if self.is_whole {
-            return Err("The disk is a mixture of what it was and what it was to be".into());
-        }
-        (0..seen.len()).step_by(SECTOR).try_for_each(|at| self.judge_sector(seen, at))
-    }
-
-    fn judge_sector(&self, seen: &[u8], at: usize) -> Result<(), String> {
-        let end = (at + SECTOR).min(seen.len());
-        let same = |version: &&&Disk| version.get(at..end) == Some(&seen[at..end]);
-        if self.versions.iter().any(|version| same(&version)) {
-            return Ok(());
-        }
-        let byte = |version: &Disk, at: usize| version.get(at).copied().unwrap_or(0);
-        let wrong = (at..end)
-            .find(|at| !self.versions.iter().any(|version| byte(version, *at) == seen[*at]));
-        match wrong {
-            None => Ok(()),
-            Some(at) => {
-                let right: Vec<u8> = self.versions.iter().map(|it| byte(it, at)).collect();
-                Err(format!("Byte {at:#x} is {:#x}, allowed are {right:x?}", seen[at]))
-            }
-        }
+    /// The same disk at another moment.
+    pub(crate) fn as_if_at(&self, moment: usize) -> Self {
+        Self { moment, ..self.clone() }
     }
 
     /// Says by which names there may be snapshots, with what they hold, and whether each must be there.
@@ -188,20 +130,20 @@ impl Allowed<'_> {
         there.map(|marked| (marked, marked.life.must_be(self.moment)))
     }
 
-    /// Whether a bitmap names what it has to.
-    pub(crate) fn judge_bitmap(
+    /// Returns what a bitmap has to name, and does.
+    pub(crate) fn judge_bitmap<'m>(
         &self,
-        marked: &Marked,
+        marked: &'m Marked,
         named: &[GuestRange],
         seen: &[u8],
-    ) -> Result<(), String> {
+    ) -> Result<&'m Claim, String> {
         let holds = |claim: &&Claim| {
             claim.from <= self.moment && claim.until.is_none_or(|until| self.moment < until)
         };
         let mut missed = None;
         for claim in marked.claims.iter().filter(holds) {
             match claim.missed(named, seen) {
-                None => return Ok(()),
+                None => return Ok(claim),
                 Some(at) => missed = missed.or(Some(at)),
             }
         }

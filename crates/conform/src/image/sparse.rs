@@ -219,6 +219,29 @@ impl SparseBytes {
         }
     }
 
+    /// Returns the pages that are no holes, which differ from those of `other`, and those of `other` that they
+    /// stand for. Pages that two files share are known to be equal without a look at their bytes.
+    pub fn pages_beside<'a>(
+        &'a self,
+        other: &'a Self,
+    ) -> impl Iterator<Item = (u64, Option<&'a [u8]>, Option<&'a [u8]>)> {
+        let mut pages = self.pages.iter().peekable();
+        let mut others = other.pages.iter().peekable();
+        std::iter::from_fn(move || {
+            loop {
+                let next = pages.peek().map(|(index, _)| **index);
+                let other = others.peek().map(|(index, _)| **index);
+                let index = next.into_iter().chain(other).min()?;
+                let page = pages.next_if(|(at, _)| **at == index).map(|(_, page)| page);
+                let other = others.next_if(|(at, _)| **at == index).map(|(_, page)| page);
+                let is_shared = |page: &Page| other.is_some_and(|other| Arc::ptr_eq(page, other));
+                if !page.is_some_and(is_shared) {
+                    return Some((index, page.map(|it| &it[..]), other.map(|it| &it[..])));
+                }
+            }
+        })
+    }
+
     /// Returns how many bytes are not holes, in whole pages.
     #[must_use]
     pub fn allocated_bytes(&self) -> u64 {

@@ -7,10 +7,8 @@ use testkit::case::Kind;
 use testkit::sim::SimStorage;
 use testkit::{Operation, Operations};
 
-use super::{stage, told};
+use super::{Ran, stage, told};
 use crate::stage::Stage;
-
-type Ran = Result<Stage, String>;
 
 /// Clusters at the start of the disk that most requests go to.
 const FIRST: u64 = 14;

@@ -2,9 +2,17 @@
 //!
 //! * `guest.rs`: what guests ask
 //! * `whole.rs`: what is done to the image as a whole
+//! * `layers.rs`: layers and jobs that lie on it
+//! * `below.rs`: what it stands on
+//! * `machine.rs`: the state of a virtual machine
+//! * `recover.rs`: what comes after a loss or a damage
 //! * `together.rs`: requests in flight together
 
+mod below;
 mod guest;
+mod layers;
+mod machine;
+mod recover;
 mod together;
 mod whole;
 
@@ -14,7 +22,8 @@ use testkit::sim::Pace;
 
 use crate::stage::Stage;
 
-type Run<'a> = std::pin::Pin<Box<dyn Future<Output = Result<Stage, String>> + 'a>>;
+type Ran = Result<Stage, String>;
+type Run<'a> = std::pin::Pin<Box<dyn Future<Output = Ran> + 'a>>;
 
 /// A way in which an image is written.
 ///
@@ -36,7 +45,7 @@ macro_rules! path {
 }
 
 /// All of them.
-pub const PATHS: [Path; 32] = [
+pub const PATHS: [Path; 47] = [
     path!("write", any, guest::write),
     path!("overwrite", any, guest::overwrite),
     path!("write-partial", stands, guest::partial),
@@ -68,6 +77,21 @@ pub const PATHS: [Path; 32] = [
     path!("amend-refcounts", three, whole::amend_refcounts),
     path!("rebase", rebases, whole::rebase_it),
     path!("commit", commits, whole::commit_it),
+    path!("amend-features", three, whole::amend_features),
+    path!("repin", shares, whole::repin),
+    path!("point", any, layers::point),
+    path!("detect-zeroes", any, layers::detect_zeroes),
+    path!("make-zero", any, layers::make_zero),
+    path!("convert", any, layers::convert_onto),
+    path!("dedup", shares, layers::dedup),
+    path!("rename-backing", rebases, below::rename),
+    path!("empty", stands, below::empty),
+    path!("vm-state", own_data, machine::vm_state),
+    path!("vm-state-ends", resizes, machine::vm_state_ends),
+    path!("after-loss", any, recover::after_loss),
+    path!("repair-loss", any, recover::repair_loss),
+    path!("repair-bitmaps", bitmaps, recover::repair_lost_bitmaps),
+    path!("repair-damage", counts_16, recover::repair_damage),
     path!("in-flight", any, together::in_flight),
 ];
 
@@ -162,6 +186,11 @@ fn wide(kind: &Kind) -> bool {
     grows(kind) && kind.refcount_order == 6 && own_data(kind)
 }
 
+/// Images of which another size is known to be possible whatever they hold.
+fn resizes(kind: &Kind) -> bool {
+    own_data(kind) && !kind.shared_zero
+}
+
 fn snapshots(kind: &Kind) -> bool {
     own_data(kind) && kind.refcount_order > 2
 }
@@ -172,6 +201,10 @@ fn bitmaps(kind: &Kind) -> bool {
 
 fn shares(kind: &Kind) -> bool {
     own_data(kind) && kind.refcount_order > 2
+}
+
+fn counts_16(kind: &Kind) -> bool {
+    kind.refcount_order == 4
 }
 
 fn rebases(kind: &Kind) -> bool {

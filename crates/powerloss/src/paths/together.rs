@@ -84,6 +84,7 @@ fn round(
             testkit::drive::settle(&image, &mut model, &request).await.map(|()| model)
         })?;
         stage.seen();
+        stage.kept(&request);
     }
     if stage.random.one_in(2) {
         let flushed = image.clone();

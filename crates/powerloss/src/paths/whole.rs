@@ -17,45 +17,44 @@ use lacuna::qcow2::{
 };
 use lacuna::raw::Raw;
 use lacuna::units::{GuestCluster, GuestOffset, GuestRange};
-use testkit::case::{Backing, Kind};
+use testkit::case::{Backing, Kind, Store};
 use testkit::sim::{HostOpener, Pace, SimHost, SimStorage};
 use testkit::{Operation, SparseBytes, content};
 
 use super::guest::filled;
-use super::{stage, told};
+use super::{Ran, stage, told};
 use crate::stage::{Beside, Stage};
-
-type Ran = Result<Stage, String>;
 
 /// Clusters that are filled, and groups of which are alike.
 const FILLED: u64 = 14;
 const GROUPS: u64 = 3;
 
 /// Writes here and there.
-async fn scribble(stage: &mut Stage, image: &Image<SimStorage>, count: u64) -> Result<(), String> {
+pub(super) async fn scribble(
+    stage: &mut Stage,
+    image: &Image<SimStorage>,
+    count: u64,
+) -> Result<(), String> {
     for _ in 0..count {
-        let operation = match stage.random.below(6) {
-            0 => {
-                let range = stage.clusters(2, FILLED);
-                stage.discard(range)
-            }
-            1 => stage.compressed(FILLED),
-            2 => {
-                let range = stage.part(FILLED);
-                stage.zero(range)
-            }
-            3 => {
-                let range = stage.clusters(2, FILLED);
-                stage.write(range)
-            }
-            _ => {
-                let range = stage.part(FILLED);
-                stage.write(range)
-            }
-        };
+        let operation = scribbled(stage);
         stage.guest(image, operation).await?;
     }
     Ok(())
+}
+
+/// A change of some clusters or parts of them.
+pub(super) fn scribbled(stage: &mut Stage) -> Operation {
+    let kind = stage.random.below(6);
+    let range = match kind {
+        0 | 3 => stage.clusters(2, FILLED),
+        _ => stage.part(FILLED),
+    };
+    match kind {
+        0 => stage.discard(range),
+        1 => stage.compressed(FILLED),
+        2 => stage.zero(range),
+        _ => stage.write(range),
+    }
 }
 
 // ---- snapshots -----------------------------------------------------------------------------
@@ -126,7 +125,7 @@ pub(super) async fn snapshot_delete(kind: &Kind, seed: u64) -> Ran {
 // ---- bitmaps -------------------------------------------------------------------------------
 
 /// Two bitmaps that name something.
-async fn with_bitmaps(stage: &mut Stage) -> Result<Image<SimStorage>, String> {
+pub(super) async fn with_bitmaps(stage: &mut Stage) -> Result<Image<SimStorage>, String> {
     let image = stage.open().await.map_err(told("Opening"))?;
     for name in ["a", "b"] {
         stage.add_bitmap(&image, name).await.map_err(told("Bitmap"))?;
@@ -220,7 +219,7 @@ async fn with_holes(stage: &mut Stage) -> Result<Image<SimStorage>, String> {
 }
 
 /// Discards that keep places are for another day: what moves is moved.
-fn movable(kind: &Kind, seed: u64) -> Stage {
+pub(super) fn movable(kind: &Kind, seed: u64) -> Stage {
     let mut stage = stage(kind, seed);
     stage.options = stage.options.clone().on_discard(OnDiscard::Free);
     stage
@@ -263,7 +262,7 @@ pub(super) async fn compact_live(kind: &Kind, seed: u64) -> Ran {
 }
 
 /// Fills clusters with what is alike in groups.
-async fn alike(stage: &mut Stage) -> Result<Image<SimStorage>, String> {
+pub(super) async fn alike(stage: &mut Stage) -> Result<Image<SimStorage>, String> {
     let image = stage.open().await.map_err(told("Opening"))?;
     let cluster = stage.cluster();
     for index in 0..FILLED {
@@ -319,6 +318,22 @@ pub(super) async fn unpin(kind: &Kind, seed: u64) -> Ran {
     }
     image.drop_unused_pins().await.map_err(told("Dropping pins"))?;
     scribble(&mut stage, &image, 1).await?;
+    stage.close(image).await?;
+    Ok(stage)
+}
+
+/// What is shared, and pinned by nothing, as after a repair by stock tools.
+pub(super) async fn repin(kind: &Kind, seed: u64) -> Ran {
+    let mut stage = movable(kind, seed);
+    let image = alike(&mut stage).await?;
+    image.share(&groups()).await.map_err(told("Sharing"))?;
+    image.unpin().await.map_err(told("Unpinning"))?;
+    stage.begin();
+    let image = stage.open().await.map_err(told("Opening"))?;
+    image.repin().await.map_err(told("Pinning"))?;
+    stage.flushed();
+    let image = stage.open().await.map_err(told("Opening"))?;
+    scribble(&mut stage, &image, 2).await?;
     stage.close(image).await?;
     Ok(stage)
 }
@@ -401,7 +416,7 @@ pub(super) async fn amend_version(kind: &Kind, seed: u64) -> Ran {
         _ => AmendOptions { version: Some(Version::V2), ..AmendOptions::default() },
     };
     // Version 2 has refcounts of 16 bits, no subclusters and deflate alone.
-    let store = testkit::case::Store::Deflate;
+    let store = Store::Deflate;
     let kind = Kind { refcount_order: 4, extended: false, shared_zero: false, store, ..*kind };
     amended(&kind, seed, options).await
 }
@@ -413,11 +428,21 @@ pub(super) async fn amend_refcounts(kind: &Kind, seed: u64) -> Ran {
     let refcount_bits = order.map(|order| 1 << order);
     // Streams share clusters, which a bit cannot count.
     let store = match order {
-        Some(0) if kind.allows_compression() => testkit::case::Store::DataFile,
+        Some(0) if kind.allows_compression() => Store::DataFile,
         _ => kind.store,
     };
     let options = AmendOptions { refcount_bits, ..AmendOptions::default() };
     amended(&Kind { store, ..*kind }, seed, options).await
+}
+
+pub(super) async fn amend_features(kind: &Kind, seed: u64) -> Ran {
+    let options = AmendOptions {
+        lazy_refcounts: Some(seed.is_multiple_of(2)),
+        zero_claims: Some((seed / 2).is_multiple_of(2)),
+        data_file_raw: (kind.store == Store::RawDataFile).then_some(false),
+        ..AmendOptions::default()
+    };
+    amended(kind, seed, options).await
 }
 
 /// What an image is put onto: shorter than the disk, with data here and there, some of it as before.

@@ -162,13 +162,13 @@ pub fn points(host: &SimHost) -> Vec<Crash> {
     points_of(initial, &events)
 }
 
-/// Returns the moments of `host`'s record on a medium that ignores flushes, for a test to see that it
-/// notices.
+/// Returns the moments of `host`'s record on a medium that ignores some of the flushes, chosen by the
+/// index of their event, for a test to see that it notices.
 #[must_use]
-pub fn points_without_flushes(host: &SimHost) -> Vec<Crash> {
+pub fn points_without_flushes(host: &SimHost, ignored: impl Fn(usize) -> bool) -> Vec<Crash> {
     let (initial, mut events) = host.record();
-    for event in &mut events {
-        if let Event::Flushed { .. } = event {
+    for (index, event) in events.iter_mut().enumerate() {
+        if matches!(event, Event::Flushed { .. }) && ignored(index) {
             *event = Event::Mark(0);
         }
     }
@@ -176,7 +176,7 @@ pub fn points_without_flushes(host: &SimHost) -> Vec<Crash> {
 }
 
 /// Returns some moments of `host`'s record, each right after an event; `moments` rise. Of long records
-/// [`points`] would keep too much. Flushes may be ignored, as in [`points_without_flushes`].
+/// [`points`] would keep too much. Flushes may be ignored, all of them.
 ///
 /// ```
 /// use testkit::sim::{Pace, SimHost, crash};
@@ -384,7 +384,8 @@ impl Crash {
     }
 
     /// Returns what was durable.
-    pub(super) fn flushed(&self) -> &[SparseBytes] {
+    #[must_use]
+    pub fn flushed(&self) -> &[SparseBytes] {
         &self.stable
     }
 
