@@ -12,6 +12,7 @@ use lacuna_tls::Target;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::runtime::Runtime;
 use crate::stream::Stream;
 use crate::wording::{hung_up, lost, of_protocol};
 
@@ -31,6 +32,7 @@ pub(crate) struct Endpoint {
     pub(crate) writes: bool,
     /// What block status is asked of, where not `base:allocation`.
     pub(crate) context: Option<String>,
+    pub(crate) runtime: Runtime,
 }
 
 /// A connection that both sides agree on.
@@ -91,13 +93,20 @@ impl Endpoint {
     }
 
     async fn attempt(&self) -> Result<Connected, Failed> {
-        let stream = Stream::connect(&self.uri.address).await.map_err(|error| Failed {
+        let stream = self.stream().await.map_err(|error| Failed {
             error: Error::io(error, format!("Connecting to {}", place(&self.uri.address))),
             may_pass: true,
         })?;
         let connected = self.shake_hands(stream).await?;
         self.judge(connected.transmission.info()).map_err(Failed::for_good)?;
         Ok(connected)
+    }
+
+    async fn stream(&self) -> io::Result<Stream> {
+        match &self.runtime {
+            Runtime::Given(surroundings) => surroundings.connect().map(Stream::given),
+            Runtime::Sockets(_) => Stream::connect(&self.uri.address).await,
+        }
     }
 
     async fn shake_hands(&self, mut stream: Stream) -> Result<Connected, Failed> {

@@ -13,7 +13,7 @@
 //! ```
 //!
 //! * Always: sockets live on one thread of their own (`runtime.rs`), so that whoever waits for a
-//!   storage may do so on any executor, or on none.
+//!   storage may do so on any executor, or on none; or where a caller gives connections, and does the work.
 //! * Always: a request whose future was dropped is finished all the same. Its buffer stays with
 //!   the connection until the server is done with it.
 //! * Always bounded: requests in flight, what is kept of a block status, time for a handshake, time
@@ -37,5 +37,6 @@ mod wording;
 
 pub use lacuna_nbd::{Address, ExportName, Uri};
 pub use options::{MAX_CONNECTIONS, NbdOptions, Tls};
+pub use runtime::{Duplex, Surroundings, Work};
 pub use status::ContextRun;
 pub use storage::NbdStorage;

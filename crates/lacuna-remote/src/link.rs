@@ -124,8 +124,12 @@ impl Link {
 
     /// Gives up what was not answered.
     pub(crate) fn into_requests(self) -> Vec<Request> {
+        // In the order of asking: what is asked again takes the same way each time.
+        let mut flights: Vec<_> = self.flights.into_iter().collect();
+        flights.sort_unstable_by_key(|(cookie, _)| cookie.0);
+        let flights = flights.into_iter().map(|(_, flight)| flight);
         let (early, open): (Vec<Flight>, Vec<Flight>) =
-            self.flights.into_values().partition(|flight| flight.early.is_some());
+            flights.partition(|flight| flight.early.is_some());
         early.into_iter().for_each(Flight::finish);
         open.into_iter().map(|flight| flight.request).collect()
     }

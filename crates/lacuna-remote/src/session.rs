@@ -5,22 +5,21 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak, mpsc as std_mpsc};
 use std::time::Duration;
 
+use futures_util::future::{AbortHandle, abortable};
 use lacuna::buffer::Buffer;
 use lacuna::{Error, Result};
 use lacuna_nbd::Uri;
 use lacuna_nbd::client::{Command, ExportInfo};
 use lacuna_nbd::wire::TransmissionFlags;
 use parking_lot::Mutex;
-use tokio::runtime::Handle;
 use tokio::sync::{RwLock, mpsc, oneshot};
-use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use crate::connect::{Connected, Endpoint};
 use crate::keeper::{Common, keep};
 use crate::options::{MAX_CONNECTIONS, NbdOptions, target};
 use crate::request::{Answer, Kept, Load, Request, Wanted};
-use crate::runtime;
+use crate::runtime::Runtime;
 
 /// How long the end of a session waits for goodbyes to leave.
 const GOODBYE_BOUND: Duration = Duration::from_secs(1);
@@ -28,7 +27,7 @@ const GOODBYE_BOUND: Duration = Duration::from_secs(1);
 /// An export and the connections to it.
 pub(crate) struct Session {
     pub(crate) common: Arc<Common>,
-    pub(crate) runtime: Handle,
+    pub(crate) runtime: Runtime,
     /// Taken for writing by who rewrites the edges of blocks, for reading by all who change
     /// something meanwhile.
     pub(crate) edges: Arc<RwLock<()>>,
@@ -60,17 +59,23 @@ struct Port {
 
 impl Session {
     /// Connects to an export.
-    pub(crate) async fn open(uri: &Uri, options: &NbdOptions) -> Result<Arc<Self>> {
-        let tls = target(uri, options)?;
-        let context = options.status_context.clone();
-        let endpoint = Endpoint { uri: uri.clone(), tls, writes: options.writes, context };
-        let runtime = runtime::handle()?;
+    pub(crate) async fn open(
+        uri: &Uri,
+        options: &NbdOptions,
+        runtime: Runtime,
+    ) -> Result<Arc<Self>> {
+        let (tls, writes) = (target(uri, options)?, options.writes);
+        let (uri, context) = (uri.clone(), options.status_context.clone());
+        let endpoint = Endpoint { uri, tls, writes, context, runtime: runtime.clone() };
         let (timeout, first) = (options.open_timeout, endpoint.clone());
         // Sockets are made where they live.
-        let connecting =
-            runtime.spawn(async move { first.connect_until(Instant::now() + timeout).await });
-        let connecting = AbortOnDrop(connecting);
-        let connected = connecting.await?;
+        let connect = async move { first.connect_until(Instant::now() + timeout).await };
+        let (connect, abort) = abortable(connect);
+        let _abort = AbortOnDrop(abort);
+        let connected = runtime.run(connect).await;
+        let connected = connected.ok().and_then(std::result::Result::ok).ok_or_else(|| {
+            Error::io(io::ErrorKind::BrokenPipe.into(), "Nobody connects any more")
+        })??;
         let info = connected.transmission.info().clone();
         let most = match info.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
             true => options.connections.clamp(1, MAX_CONNECTIONS),
@@ -150,8 +155,12 @@ impl Session {
             request.answer(Err(error), Vec::new());
         }
         if is_busy && self.most > 1 && matches!(links.growth, Growth::NotYet) {
-            let more = self.runtime.spawn(grow(Arc::downgrade(self)));
-            links.growth = Growth::Begun(more.abort_handle());
+            let (more, abort) = abortable(grow(Arc::downgrade(self)));
+            self.runtime.spawn(async move {
+                // Who ends it wants nothing of it.
+                let _is_aborted = more.await;
+            });
+            links.growth = Growth::Begun(abort);
         }
         Ok(answer)
     }
@@ -222,7 +231,7 @@ impl Session {
         if let Growth::Begun(more) = &links.growth {
             more.abort();
         }
-        let ended = links.ended.take();
+        let ended = links.ended.take().filter(|_| self.runtime.has_own_thread());
         // The thread of the sockets may want it before it can say goodbye.
         drop(links);
         // Ends with an error: that nobody is left who could send is what is waited for.
@@ -248,21 +257,7 @@ async fn grow(session: Weak<Session>) {
 }
 
 /// A connection that nobody waits for any more is not made.
-struct AbortOnDrop(tokio::task::JoinHandle<Result<Connected>>);
-
-impl Future for AbortOnDrop {
-    type Output = Result<Connected>;
-
-    fn poll(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Self::Output> {
-        let joined = std::task::ready!(std::pin::Pin::new(&mut self.0).poll(cx));
-        std::task::Poll::Ready(joined.unwrap_or_else(|error| {
-            Err(Error::io(io::Error::other(error.to_string()), "Connecting"))
-        }))
-    }
-}
+struct AbortOnDrop(AbortHandle);
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {

@@ -18,6 +18,7 @@ use lacuna_nbd::wire::{CommandFlags, TransmissionFlags};
 
 use crate::options::NbdOptions;
 use crate::request::{Kept, Wanted};
+use crate::runtime::{Runtime, Surroundings};
 use crate::session::Session;
 use crate::status::{ContextRun, cut, extents};
 
@@ -69,7 +70,25 @@ impl NbdStorage {
     /// wanted and the export takes none, `Unsupported` for servers that know nothing of what is
     /// needed, `Io` for all else that happens to connections.
     pub async fn open(uri: &Uri, options: &NbdOptions) -> Result<Self> {
-        let session = Session::open(uri, options).await?;
+        Self::open_on(uri, options, Runtime::sockets()?).await
+    }
+
+    /// Connects to an export over what somebody gives instead of sockets: the URI says which export, and
+    /// nothing of where it is. Dropped, it does not wait for goodbyes to leave. See
+    /// [`Surroundings`] for an example.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn open_in(
+        uri: &Uri,
+        options: &NbdOptions,
+        surroundings: Arc<dyn Surroundings>,
+    ) -> Result<Self> {
+        Self::open_on(uri, options, Runtime::Given(surroundings)).await
+    }
+
+    async fn open_on(uri: &Uri, options: &NbdOptions, runtime: Runtime) -> Result<Self> {
+        let session = Session::open(uri, options, runtime).await?;
         Ok(Self { session, writes: options.writes })
     }
 
@@ -223,13 +242,13 @@ impl NbdStorage {
     ) -> Transfer {
         let (session, most) = (Arc::clone(&self.session), self.most_payload());
         let len = buffer.len();
-        let task = self.session.runtime.spawn(async move {
+        let written = self.session.runtime.run(async move {
             let written = rewrite(session, start, buffer, flags, most).await;
             drop(hold);
             written
         });
-        task.await.unwrap_or_else(|error| {
-            let error = std::io::Error::other(error.to_string());
+        written.await.unwrap_or_else(|error| {
+            let error = std::io::Error::other(error);
             (Err(Error::io(error, "Writing to a part of a block")), Buffer::new(len))
         })
     }

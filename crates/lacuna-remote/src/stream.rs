@@ -13,11 +13,14 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+use crate::runtime::Duplex;
+
 /// Bytes from and to a server, as they are on the wire.
 pub(crate) enum Socket {
     Tcp(TcpStream),
     /// Of virtual machines as well: a connected stream is one, whatever its addresses are like.
     Unix(UnixStream),
+    Given(Box<dyn Duplex>),
 }
 
 /// Bytes from and to a server.
@@ -35,6 +38,11 @@ impl Stream {
             Address::Vsock { cid, port } => vsock(*cid, *port).await?,
         };
         Ok(Self::Plain(socket))
+    }
+
+    /// Takes bytes from and to a server that somebody else is connected to.
+    pub(crate) fn given(socket: Box<dyn Duplex>) -> Self {
+        Self::Plain(Socket::Given(socket))
     }
 
     /// Shakes hands as a client of TLS.
@@ -80,23 +88,25 @@ async fn vsock(cid: u32, port: u32) -> io::Result<Socket> {
 
 /// Calls a method of whichever it is.
 macro_rules! each {
-    ($self:ident, $one:ident | $other:ident, $method:ident($($argument:expr),*)) => {
+    ($self:ident, [$($kind:ident)*], $socket:ident => $call:expr) => {
         match Pin::get_mut($self) {
-            Self::$one(socket) => Pin::new(socket).$method($($argument),*),
-            Self::$other(socket) => Pin::new(socket).$method($($argument),*),
+            $(Self::$kind(socket) => {
+                let $socket = Pin::new(socket);
+                $call
+            })*
         }
     };
 }
 
 macro_rules! both_ways {
-    ($type:ty, $one:ident | $other:ident) => {
+    ($type:ty, $kinds:tt) => {
         impl AsyncRead for $type {
             fn poll_read(
                 self: Pin<&mut Self>,
                 cx: &mut Context<'_>,
                 buffer: &mut ReadBuf<'_>,
             ) -> Poll<io::Result<()>> {
-                each!(self, $one | $other, poll_read(cx, buffer))
+                each!(self, $kinds, socket => socket.poll_read(cx, buffer))
             }
         }
 
@@ -106,7 +116,7 @@ macro_rules! both_ways {
                 cx: &mut Context<'_>,
                 bytes: &[u8],
             ) -> Poll<io::Result<usize>> {
-                each!(self, $one | $other, poll_write(cx, bytes))
+                each!(self, $kinds, socket => socket.poll_write(cx, bytes))
             }
 
             fn poll_write_vectored(
@@ -114,7 +124,7 @@ macro_rules! both_ways {
                 cx: &mut Context<'_>,
                 parts: &[IoSlice<'_>],
             ) -> Poll<io::Result<usize>> {
-                each!(self, $one | $other, poll_write_vectored(cx, parts))
+                each!(self, $kinds, socket => socket.poll_write_vectored(cx, parts))
             }
 
             fn is_write_vectored(&self) -> bool {
@@ -122,15 +132,15 @@ macro_rules! both_ways {
             }
 
             fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                each!(self, $one | $other, poll_flush(cx))
+                each!(self, $kinds, socket => socket.poll_flush(cx))
             }
 
             fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-                each!(self, $one | $other, poll_shutdown(cx))
+                each!(self, $kinds, socket => socket.poll_shutdown(cx))
             }
         }
     };
 }
 
-both_ways!(Socket, Tcp | Unix);
-both_ways!(Stream, Plain | Tls);
+both_ways!(Socket, [Tcp Unix Given]);
+both_ways!(Stream, [Plain Tls]);
