@@ -7,16 +7,18 @@ use std::sync::Arc;
 use lacuna::block::Layer;
 use lacuna::qcow2::Image;
 use lacuna_export::{Export, ExportOptions, Exports, ServerOptions, serve_stream};
-use testkit::Executor;
 use testkit::sim::SimStorage;
+use testkit::{Device, Executor};
 use tokio::time::Instant;
 
+use crate::Lie;
 use crate::front::{Disk, Served};
 use crate::guest::{Truth, by_library};
 use crate::jobs::{self, Album};
 use crate::nbd::{by_nbd, resize_by_nbd, silent};
 use crate::points::point;
-use crate::scenario::{Guest, Job, NbdForm, Phase, Request, Way};
+use crate::remote::{Harbour, Serving, by_remote};
+use crate::scenario::{Guest, Job, NbdForm, Phase, Remote, Request, Way};
 use crate::wire::{End, wire};
 
 /// What actors have in common.
@@ -26,6 +28,7 @@ pub(crate) struct Cast {
     truth: Truth,
     album: Album,
     exports: Arc<Exports<Served>>,
+    lie: Option<Lie>,
     first_error: Rc<RefCell<Option<String>>>,
 }
 
@@ -35,6 +38,7 @@ impl Cast {
         image: &Image<SimStorage>,
         truth: &Truth,
         album: &Album,
+        lie: Option<Lie>,
     ) -> Self {
         let exports = Arc::new(Exports::default());
         let served = Served::new(disk.clone(), image.clone());
@@ -48,6 +52,7 @@ impl Cast {
             truth: truth.clone(),
             album: Rc::clone(album),
             exports,
+            lie,
             first_error: Rc::default(),
         }
     }
@@ -65,6 +70,10 @@ impl Cast {
             let (way, bursts) = (guest.way, within(guest, size_bytes));
             match way {
                 Way::Library => self.library(executor, bursts),
+                Way::Remote(plan) => {
+                    let size_changes = phase.jobs.iter().any(|job| job.size_bytes().is_some());
+                    self.remote(executor, plan, bursts, size_changes);
+                }
                 Way::Nbd { form, cut_after } => {
                     self.nbd(executor, phase.order ^ number, (form, cut_after), bursts);
                 }
@@ -130,6 +139,31 @@ impl Cast {
             Ok(())
         });
         (near, Instant::now())
+    }
+
+    fn remote(
+        &self,
+        executor: &mut Executor<'_>,
+        plan: Remote,
+        bursts: Vec<Vec<Request>>,
+        size_changes: bool,
+    ) {
+        let (harbour, ends) = Harbour::new(plan, self.lie == Some(Lie::Wire));
+        executor.attach(Arc::clone(&harbour) as Arc<dyn Device>);
+        let serving = Serving::default();
+        for end in ends {
+            let (serving, exports) = (serving.clone(), Arc::clone(&self.exports));
+            self.spawn(executor, async move {
+                // Not all are needed.
+                if let Ok(end) = end.await {
+                    let _at_work = serving.begin(&end).await;
+                    drop(serve_stream(end, exports, ServerOptions::default()).await);
+                }
+                Ok(())
+            });
+        }
+        let truth = self.truth.clone();
+        self.spawn(executor, by_remote(harbour, plan, bursts, truth, size_changes));
     }
 
     fn nbd(

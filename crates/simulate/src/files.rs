@@ -8,7 +8,7 @@ use lacuna::buffer::{Buffer, Hold};
 use lacuna::chain::{self, Allow, Chain, ChainOptions, Disk, Format, Identity, Opener};
 use lacuna::qcow2::check::{CheckOptions, Repair, check};
 use lacuna::qcow2::format::{Header, IncompatibleFeatures};
-use lacuna::qcow2::{Access, CreateOptions, OpenOptions, create, read_header};
+use lacuna::qcow2::{Access, BackingName, CreateOptions, OpenOptions, create, read_header};
 use lacuna::storage::{Claim, Storage};
 use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{Error, ErrorKind, Result};
@@ -17,7 +17,7 @@ use testkit::sim::{Pace, SimHost, SimStorage};
 use testkit::{Random, SparseBytes};
 
 use crate::history::Fill;
-use crate::scenario::{BelowForm, BelowSpec, DataSpec, ImageSpec};
+use crate::scenario::{BelowForm, BelowSpec, DataSpec, DiskSpec, ImageSpec};
 
 /// The image that guests write to.
 pub(crate) const TOP: usize = 0;
@@ -25,8 +25,10 @@ pub(crate) const TOP: usize = 0;
 pub(crate) const DATA: usize = 1;
 /// What it stands on: one of two, as it can be put onto another.
 pub(crate) const BELOW: [usize; 2] = [2, 3];
+/// What that stands on, where the chain has three images.
+pub(crate) const BASE: usize = 4;
 /// What images call them.
-pub(crate) const NAMES: [&str; 4] = ["top", "data", "below-0", "below-1"];
+pub(crate) const NAMES: [&str; 5] = ["top", "data", "below-0", "below-1", "base"];
 /// Clusters past the end of a file that a crash can have left with refcounts.
 const MOST_LOST: u64 = 1 << 12;
 
@@ -97,8 +99,26 @@ pub(crate) async fn whole(layer: &impl Layer) -> Result<Vec<u8>> {
 
 /// Returns the header of the image that guests write to.
 pub(crate) fn header(files: &Files) -> std::result::Result<Header, String> {
-    let storage = calm_host(files).open_file(TOP);
+    header_of(files, TOP)
+}
+
+fn header_of(files: &Files, file: usize) -> std::result::Result<Header, String> {
+    let storage = SimHost::without_record(Pace::AtOnce, 1).add_file(files[file].clone());
     block_on(read_header(&storage)).map_err(|error| error.to_string())
+}
+
+/// Returns all that the image that guests write to stands on, from its backing file to the lowest.
+pub(crate) fn all_below(files: &Files) -> std::result::Result<Vec<(usize, Format)>, String> {
+    let mut found = Vec::new();
+    let mut next = below(&header(files)?);
+    while let Some((file, format)) = next {
+        found.push((file, format));
+        next = match format {
+            Format::Qcow2 => below(&header_of(files, file)?),
+            _ => None,
+        };
+    }
+    Ok(found)
 }
 
 /// Returns which file an image stands on, with its format.
@@ -110,9 +130,9 @@ pub(crate) fn below(header: &Header) -> Option<(usize, Format)> {
 }
 
 /// Returns the file that an image does not stand on.
-pub(crate) fn other_below(below: Option<(usize, Format)>) -> usize {
-    match below {
-        Some((file, _)) if file == BELOW[0] => BELOW[1],
+pub(crate) fn other_below(below: &[(usize, Format)]) -> usize {
+    match below.first() {
+        Some((file, _)) if *file == BELOW[0] => BELOW[1],
         _ => BELOW[0],
     }
 }
@@ -130,15 +150,33 @@ pub(crate) async fn make_top(host: &SimHost, spec: &ImageSpec) -> Result<()> {
     }
 }
 
-/// Makes a disk to stand on in a file of a host; returns what it reads as.
+/// Makes a disk to stand on in a file of a host, and what that stands on; returns what it reads as.
 pub(crate) async fn make_below(host: &SimHost, file: usize, spec: &BelowSpec) -> Result<Vec<u8>> {
+    if let Some(base) = &spec.base {
+        make_disk(host, BASE, base, None).await?;
+    }
+    let backing = spec.base.map(|base| base.named(NAMES[BASE]));
+    make_disk(host, file, &spec.own, backing).await
+}
+
+async fn make_disk(
+    host: &SimHost,
+    file: usize,
+    spec: &DiskSpec,
+    backing: Option<BackingName>,
+) -> Result<Vec<u8>> {
     let storage = host.open_file(file);
     match spec.form {
         BelowForm::Raw => storage.set_len(spec.size_bytes, Hold::none()).await?,
         BelowForm::Qcow2 { version, cluster_bits } => {
             let (size_bytes, cluster_bytes) = (spec.size_bytes, 1 << cluster_bits);
-            let options =
-                CreateOptions { size_bytes, version, cluster_bytes, ..CreateOptions::default() };
+            let options = CreateOptions {
+                size_bytes,
+                version,
+                cluster_bytes,
+                backing,
+                ..CreateOptions::default()
+            };
             create(&storage, &options).await?;
         }
     }

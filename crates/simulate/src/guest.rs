@@ -198,7 +198,10 @@ pub(crate) fn within(range: GuestRange, whole: GuestRange) -> GuestRange {
 }
 
 /// Polls a future so often at most, once at least, and drops it then.
-async fn dropped_after<T>(polls: Option<usize>, work: impl Future<Output = T>) -> Option<T> {
+pub(crate) async fn dropped_after<T>(
+    polls: Option<usize>,
+    work: impl Future<Output = T>,
+) -> Option<T> {
     let mut work = pin!(work);
     let mut left = polls;
     std::future::poll_fn(move |cx| match work.as_mut().poll(cx) {

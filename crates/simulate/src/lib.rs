@@ -8,10 +8,10 @@
 //! * `scenario`: what happens, made before anything runs
 //! * `world`, `scene.rs`: phases, rests and crashes; on what, `files.rs`
 //! * `workplace.rs`: work between phases: commit, rebase, stream, resize, amend, compact
-//! * `cast.rs`: who acts: `guest.rs`, `nbd.rs` over `wire.rs`, `jobs.rs`, `points.rs`; on what, `front.rs`; `clock.rs`
+//! * `cast.rs`: who acts: `guest.rs`, `nbd.rs` and `remote.rs` over `wire.rs`, `jobs.rs`, `points.rs`; on what, `front.rs`; `clock.rs`
 //! * `backup`: instead of all that, restore points in a folder
 //! * `history.rs`: what may be seen
-//! * `minimise.rs`: the smallest run that fails
+//! * `minimise.rs`: the smallest run that fails in the same way, by `kind.rs`
 
 mod backup;
 mod cast;
@@ -21,10 +21,12 @@ mod front;
 mod guest;
 mod history;
 mod jobs;
+mod kind;
 mod minimise;
 mod nbd;
 mod points;
 mod qemu;
+mod remote;
 mod scenario;
 mod scene;
 mod wire;
@@ -112,7 +114,7 @@ impl Looks {
     }
 }
 
-/// What storage says was done, and was not.
+/// What somebody says was done, or is so, and is not.
 ///
 /// ```
 /// assert_ne!(simulate::Lie::Flushes, simulate::Lie::Write);
@@ -121,6 +123,10 @@ impl Looks {
 pub enum Lie {
     /// Every flush.
     Flushes,
+    /// That the image in between has nothing, by a rebase onto the base.
+    Shared,
+    /// That a wire carries what was sent: one byte of a large piece is another.
+    Wire,
     /// One write in each phase.
     Write,
 }
@@ -189,7 +195,7 @@ pub fn simulate_parts(seed: u64, parts: &[usize], looks: &Looks) -> Result<(), F
     done.map_err(|error| Failure { seed, error, least: None })
 }
 
-/// Finds the smallest run that fails as this one did, or in another way.
+/// Finds the smallest run that fails as this one did: by the same checker.
 ///
 /// ```
 /// # fn smaller(failure: simulate::Failure) -> simulate::Failure {

@@ -1,5 +1,7 @@
 //! What the stock tool makes of an image.
 
+use std::iter;
+
 use lacuna::chain::Format;
 use testkit::foreign::{qemu_img_check, qemu_img_read};
 
@@ -12,9 +14,9 @@ pub(crate) fn look(left: &Files) -> Result<Vec<u8>, String> {
     for (name, file) in NAMES.iter().zip(left) {
         file.save(&folder.path().join(name));
     }
-    let below = files::below(&files::header(left)?);
-    let below = below.filter(|(_, format)| *format == Format::Qcow2).map(|(file, _)| file);
-    for file in [Some(TOP), below].into_iter().flatten() {
+    let below = files::all_below(left)?.into_iter();
+    let images = below.filter(|(_, format)| *format == Format::Qcow2).map(|(file, _)| file);
+    for file in iter::once(TOP).chain(images) {
         let found = qemu_img_check(&folder.path().join(NAMES[file]));
         if !is_dirty(&left[file])? && !found.is_safe() {
             return Err(format!("{}: {}", NAMES[file], found.text));

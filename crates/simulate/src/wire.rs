@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
@@ -23,6 +24,7 @@ struct Pipe {
     is_over: bool,
     /// Nobody will read.
     is_unread: bool,
+    is_cut: bool,
     reader: Option<Waker>,
     writer: Option<Waker>,
 }
@@ -32,8 +34,16 @@ impl Pipe {
         !self.in_transit.is_empty() || (self.is_closed && !self.is_over)
     }
 
+    /// Loses what has not arrived, in both directions; returns who is to know.
+    fn cut(&mut self) -> [Option<Waker>; 2] {
+        self.in_transit.clear();
+        (self.is_closed, self.is_over, self.is_unread) = (true, true, true);
+        self.is_cut = true;
+        [self.reader.take(), self.writer.take()]
+    }
+
     /// Lets some bytes arrive, or behind the last the end.
-    fn deliver(&mut self, random: &mut Random) -> Option<Waker> {
+    fn deliver(&mut self, random: &mut Random, lies: &AtomicBool) -> Option<Waker> {
         match self.in_transit.len() {
             0 => self.is_over = true,
             len => {
@@ -43,6 +53,10 @@ impl Pipe {
                 self.arrived.extend(first);
                 self.arrived.extend(rest);
                 self.in_transit.drain(..count);
+                if count >= LARGE_BYTES && lies.swap(false, Ordering::Relaxed) {
+                    let last = self.arrived.len() - 1;
+                    self.arrived[last] ^= 1;
+                }
             }
         }
         self.reader.take()
@@ -66,6 +80,44 @@ fn lock(pipe: &Shared) -> MutexGuard<'_, Pipe> {
 pub(crate) struct Wire {
     pipes: [Shared; 2],
     random: Mutex<Random>,
+    /// Pieces that arrive yet before it is cut, where it is.
+    left: AtomicUsize,
+    /// Whether it may change what it carries.
+    lies: AtomicBool,
+}
+
+/// More pieces than any wire carries.
+const UNCUT: usize = usize::MAX;
+/// Bytes of a piece in which a wire that lies changes one.
+const LARGE_BYTES: usize = 400;
+
+impl Wire {
+    /// Orders that it is cut once so many pieces have arrived.
+    pub(crate) fn cut_after(&self, pieces: usize) {
+        self.left.store(pieces, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_cut(&self) -> bool {
+        self.left.load(Ordering::Relaxed) == 0
+    }
+
+    /// Orders that a byte in a large piece is changed.
+    pub(crate) fn lie(&self) {
+        self.lies.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes that a piece has arrived; the last but for those that are lost.
+    fn has_delivered(&self) {
+        let left = self.left.load(Ordering::Relaxed);
+        if left == UNCUT {
+            return;
+        }
+        self.left.store(left - 1, Ordering::Relaxed);
+        if left == 1 {
+            let wakers: Vec<_> = self.pipes.iter().flat_map(|pipe| lock(pipe).cut()).collect();
+            wakers.into_iter().flatten().for_each(Waker::wake);
+        }
+    }
 }
 
 /// One end of a connection; dropped, it cuts it.
@@ -75,11 +127,29 @@ pub(crate) struct End {
     outgoing: Shared,
 }
 
+/// Says of a wire whether it was cut.
+#[derive(Clone, Debug)]
+pub(crate) struct Watch(Shared);
+
+impl Watch {
+    pub(crate) fn is_cut(&self) -> bool {
+        lock(&self.0).is_cut
+    }
+}
+
+impl End {
+    pub(crate) fn watch(&self) -> Watch {
+        Watch(Arc::clone(&self.incoming))
+    }
+}
+
 /// Lays a wire and returns its ends.
 pub(crate) fn wire(seed: u64) -> (Arc<Wire>, End, End) {
     let (up, down) = (Shared::default(), Shared::default());
     let pipes = [Arc::clone(&up), Arc::clone(&down)];
-    let wire = Wire { pipes, random: Mutex::new(Random::new(seed)) };
+    let random = Mutex::new(Random::new(seed));
+    let (left, lies) = (AtomicUsize::new(UNCUT), AtomicBool::new(false));
+    let wire = Wire { pipes, random, left, lies };
     let client = End { incoming: Arc::clone(&down), outgoing: Arc::clone(&up) };
     (Arc::new(wire), client, End { incoming: up, outgoing: down })
 }
@@ -93,8 +163,9 @@ impl Device for Wire {
         let moving = self.pipes.iter().filter(|pipe| lock(pipe).moves()).nth(index);
         let Some(pipe) = moving else { return };
         let mut random = self.random.lock().unwrap_or_else(PoisonError::into_inner);
-        let waker = lock(pipe).deliver(&mut random);
+        let waker = lock(pipe).deliver(&mut random, &self.lies);
         drop(random);
+        self.has_delivered();
         if let Some(waker) = waker {
             waker.wake();
         }

@@ -2,14 +2,17 @@
 
 use std::path::Path;
 
-use lacuna::block::DynLayer;
+use lacuna::block::{AllocationDepth, DynLayer};
 use lacuna::chain::{self, Chain, Format};
 use lacuna::job::{Onto, RebaseOptions, commit, empty_top, rebase};
 use lacuna::qcow2::format::Version;
-use lacuna::qcow2::{Access, CompactOptions, Image, KeptMapping, Shrink, SnapshotChoice};
+use lacuna::qcow2::{
+    Access, BackingName, CompactOptions, Image, KeptMapping, Shrink, SnapshotChoice,
+};
 use lacuna::{Error, ErrorKind, Result};
 use testkit::sim::{SimHost, SimStorage};
 
+use crate::Lie;
 use crate::files::{HostOpener, NAMES, TOP, chain_options, open_to_read, other_below};
 use crate::scenario::{BelowSpec, ChoreKind};
 use crate::scene::Opening;
@@ -27,8 +30,10 @@ pub(crate) enum Ending {
 pub(crate) struct Workplace {
     pub(crate) host: SimHost,
     pub(crate) opening: Opening,
-    /// The disk that the image stands on.
-    pub(crate) below: Option<(usize, Format)>,
+    /// The disks that the image stands on, from its backing file down.
+    pub(crate) below: Vec<(usize, Format)>,
+    /// Whether a rebase onto the base believes what is not so; see [`Lie`](crate::Lie).
+    pub(crate) lie: Option<Lie>,
 }
 
 impl Workplace {
@@ -40,7 +45,8 @@ impl Workplace {
                 let done = image.clone().amend(&options, &mut |_, _| ()).await;
                 unless_declined(image, done).await
             }
-            ChoreKind::Commit if self.below.is_some() => self.commit().await,
+            ChoreKind::Commit if !self.below.is_empty() => self.commit(1).await,
+            ChoreKind::CommitThrough => self.commit(2).await,
             ChoreKind::Commit => Ok(Ending::Declined),
             ChoreKind::Compact => {
                 let image = self.image().await?;
@@ -50,6 +56,7 @@ impl Workplace {
                 unless_declined(image, done.map(drop)).await
             }
             ChoreKind::Rebase(onto) => self.rebase(onto).await,
+            ChoreKind::RebaseOntoBase => self.rebase_onto_base().await,
             ChoreKind::Resize(size_bytes) => {
                 let image = self.image().await?;
                 let done = image.resize(size_bytes, Shrink::Allow).await;
@@ -76,12 +83,16 @@ impl Workplace {
         chain.disk().as_qcow2().cloned().ok_or_else(|| Error::invalid("It is no qcow2 image"))
     }
 
-    async fn commit(self) -> Result<Ending> {
+    /// Brings what is above the image at that level into it.
+    async fn commit(self, level: usize) -> Result<Ending> {
         let opener = HostOpener(self.host.clone());
         let options = self.chain_options();
-        let chain = chain::open_split(&opener, Path::new(NAMES[TOP]), &options, 1).await?;
+        let chain = chain::open_split(&opener, Path::new(NAMES[TOP]), &options, level).await?;
         commit(&chain, &mut |_| ()).await?;
-        empty_top(&chain).await?;
+        // The image in between would show through an empty one.
+        if level == 1 {
+            empty_top(&chain).await?;
+        }
         chain.above.into_disk().close().await?;
         Ok(Ending::Done)
     }
@@ -96,10 +107,27 @@ impl Workplace {
             image.close().await?;
             return Ok(Ending::Declined);
         }
-        let file = other_below(self.below);
-        let new = open_to_read(self.host.clone(), file, spec.format()).await?;
+        let file = other_below(&self.below);
+        let new = open_to_read(self.host.clone(), file, spec.own.format()).await?;
         let layer = new.disk() as &dyn DynLayer;
         let onto = Onto { layer, name: spec.named(NAMES[file]), shared_from: None };
+        rebase(image, Some(onto), &RebaseOptions::default(), &mut |_, _| ()).await?;
+        Ok(Ending::Done)
+    }
+}
+
+impl Workplace {
+    async fn rebase_onto_base(self) -> Result<Ending> {
+        let image = self.image().await?;
+        let Some((file, format)) = self.below.last().copied() else {
+            return Err(Error::invalid("It stands on nothing"));
+        };
+        let new = open_to_read(self.host.clone(), file, format).await?;
+        let layer = new.disk() as &dyn DynLayer;
+        let name = BackingName { name: NAMES[file].into(), format: Some(format.to_string()) };
+        // Counted from the image, which is the first: what the one in between holds must be copied.
+        let shared = if self.lie == Some(Lie::Shared) { 2 } else { 3 };
+        let onto = Onto { layer, name, shared_from: Some(AllocationDepth(shared)) };
         rebase(image, Some(onto), &RebaseOptions::default(), &mut |_, _| ()).await?;
         Ok(Ending::Done)
     }

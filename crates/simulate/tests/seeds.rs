@@ -43,3 +43,21 @@ fn storage_that_lies_is_noticed() {
         simulate_parts(found[0].seed, &least.parts, &looks).unwrap_err();
     }
 }
+
+/// In chains of three: what the image in between holds is missed when a rebase does not copy it.
+#[test]
+fn what_a_rebase_onto_the_base_loses_is_noticed() {
+    let looks = Looks { lie: Some(Lie::Shared), ..Looks::default() };
+    let found = (1..3000).find_map(|seed| simulate(seed, &looks).err()).unwrap();
+    let least = shrink(found, &looks).least.unwrap();
+    assert!(least.parts.len() < 10 && least.story.contains("RebaseOntoBase"), "{least:?}");
+}
+
+/// What our own client hands on is judged, too.
+#[test]
+fn a_wire_that_changes_a_byte_is_noticed() {
+    let looks = Looks { lie: Some(Lie::Wire), ..Looks::default() };
+    let found = (1..500).find_map(|seed| simulate(seed, &looks).err()).unwrap();
+    let least = shrink(found, &looks).least.unwrap();
+    assert!(least.story.contains("Remote"), "{least:?}");
+}

@@ -79,8 +79,8 @@ impl Archive<'_> {
         self.change(round, &mut random);
         let folder = SimFolder::new(self.files.clone(), round.seed);
         round.faults.iter().for_each(|fault| folder.host().order(*fault));
-        let lies = self.looks.lie.into_iter();
-        lies.for_each(|lie| folder.host().order(world::fault_of(lie, round.seed)));
+        let lie = self.looks.lie.and_then(|lie| world::fault_of(lie, round.seed));
+        lie.into_iter().for_each(|fault| folder.host().order(fault));
         let made = block_on(self.make_point(&folder, number, round));
         let maybe = Known { name: name(number), content: self.disk.clone() };
         if round.has_crash {

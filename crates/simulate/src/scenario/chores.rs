@@ -24,10 +24,14 @@ pub(crate) enum ChoreKind {
     Amend(AmendOptions),
     /// What it holds goes into what it stands on.
     Commit,
+    /// In a chain of three: what it and the image below it hold goes into the base.
+    CommitThrough,
     /// The file is made short.
     Compact,
     /// It is put onto another disk, or onto none, and reads the same.
     Rebase(Option<BelowSpec>),
+    /// In a chain of three: it is put onto the base, and reads the same.
+    RebaseOntoBase,
     Resize(u64),
 }
 
@@ -43,7 +47,8 @@ impl Chore {
             _ => ChoreKind::Resize(size(size_bytes, random)),
         };
         let crash = random.one_in(3).then(|| 1 + steps(random));
-        Self { what, order: random.next(), faults: some(1, 6, random, fault), crash }
+        let order = random.next();
+        Self { what: what.deeper(order), order, faults: some(1, 6, random, fault), crash }
     }
 
     /// Returns the size that the disk has at least afterwards, from one that it has before.
@@ -52,6 +57,27 @@ impl Chore {
             ChoreKind::Resize(size) if self.crash.is_none() && self.faults.is_empty() => size,
             ChoreKind::Resize(size) => size.min(before),
             _ => before,
+        }
+    }
+}
+
+impl ChoreKind {
+    /// Makes every other one go down to the base, where it could. What else happens does not depend on
+    /// that.
+    fn deeper(self, seed: u64) -> Self {
+        match self {
+            Self::Commit if Random::new(seed).one_in(2) => Self::CommitThrough,
+            Self::Rebase(None) if Random::new(seed).one_in(2) => Self::RebaseOntoBase,
+            what => what,
+        }
+    }
+
+    /// Returns what is done instead where no chain has three images.
+    pub(crate) fn in_chain(self, images: usize) -> Self {
+        match self {
+            Self::CommitThrough if images < 3 => Self::Commit,
+            Self::RebaseOntoBase if images < 3 => Self::Rebase(None),
+            what => what,
         }
     }
 }

@@ -36,9 +36,16 @@ pub(crate) enum DataSpec {
     Raw,
 }
 
-/// A disk that an image stands on, with content.
+/// A disk that an image stands on, and what that stands on, if there is anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct BelowSpec {
+    pub(crate) own: DiskSpec,
+    pub(crate) base: Option<DiskSpec>,
+}
+
+/// A disk with content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DiskSpec {
     pub(crate) form: BelowForm,
     pub(crate) size_bytes: u64,
     /// Seed of its content.
@@ -63,7 +70,10 @@ impl ImageSpec {
             _ => 2 + random.below(4),
         };
         let size_bytes = (clusters << cluster_bits) + 512 * random.below(3);
-        let below = random.one_in(2).then(|| BelowSpec::new(size_bytes, cluster_bits, random));
+        let below = random.one_in(2).then(|| {
+            let below = BelowSpec::new(size_bytes, cluster_bits, random);
+            below.on_a_base(size_bytes, cluster_bits)
+        });
         let data = (is_3 && random.one_in(8)).then(|| match below {
             // A raw data file would lack what a backing file has.
             None if random.one_in(2) => DataSpec::Raw,
@@ -114,8 +124,27 @@ impl ImageSpec {
 }
 
 impl BelowSpec {
-    /// Makes one for a disk of that size: shorter, mostly; as long, or longer.
+    /// Makes one, on nothing, for a disk of that size.
     pub(super) fn new(size_bytes: u64, cluster_bits: u32, random: &mut Random) -> Self {
+        Self { own: DiskSpec::new(size_bytes, cluster_bits, random), base: None }
+    }
+
+    /// Puts every other one that can stand on something onto a base. What else happens does not depend
+    /// on that.
+    fn on_a_base(self, size_bytes: u64, cluster_bits: u32) -> Self {
+        let random = &mut Random::new(self.own.content ^ 0xba5e);
+        let can_have = self.own.format() == Format::Qcow2 && random.one_in(2);
+        Self { base: can_have.then(|| DiskSpec::new(size_bytes, cluster_bits, random)), ..self }
+    }
+
+    pub(crate) fn named(&self, name: &str) -> BackingName {
+        self.own.named(name)
+    }
+}
+
+impl DiskSpec {
+    /// Makes one for a disk of that size: shorter, mostly; as long, or longer.
+    fn new(size_bytes: u64, cluster_bits: u32, random: &mut Random) -> Self {
         let form = match random.below(3) {
             0 => BelowForm::Raw,
             _ => BelowForm::Qcow2 {

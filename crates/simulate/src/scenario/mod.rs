@@ -19,9 +19,9 @@ use testkit::sim::{Failure, Fault, OperationKind};
 
 pub(crate) use self::backup::{Backups, Round};
 pub(crate) use self::chores::{Chore, ChoreKind};
-pub(crate) use self::image::{BelowForm, BelowSpec, DataSpec, ImageSpec};
+pub(crate) use self::image::{BelowForm, BelowSpec, DataSpec, DiskSpec, ImageSpec};
 use self::requests::Areas;
-pub(crate) use self::requests::{Guest, NbdForm, Request, Way, What};
+pub(crate) use self::requests::{Guest, NbdForm, Remote, Request, Way, What};
 
 /// A whole run.
 #[derive(Clone, Debug)]
@@ -210,9 +210,12 @@ impl Phase {
         }
         let used_bytes = jobs.iter().filter_map(Job::size_bytes).fold(size_bytes, u64::min);
         let areas = Areas::new(image, used_bytes, 1 + random.below(3), random);
-        let guests = (0..areas.count).map(|own| Guest::new(image, &areas, own, random)).collect();
+        let guests: Vec<_> =
+            (0..areas.count).map(|own| Guest::new(image, &areas, own, random)).collect();
+        let order = random.next();
+        let guests = some_remote(guests, order);
         Self {
-            order: random.next(),
+            order,
             bitmaps: usize::from(random.one_in(4)),
             front,
             guests,
@@ -244,6 +247,17 @@ impl Phase {
         let own = self.jobs.len() + self.faults.len() + self.jumps.len();
         bursts.map(Vec::len).sum::<usize>() + own + chores.sum::<usize>()
     }
+}
+
+/// Lets one guest in five reach the disk by a client of ours. What they ask does not depend on that.
+fn some_remote(mut guests: Vec<Guest>, seed: u64) -> Vec<Guest> {
+    let random = &mut Random::new(!seed);
+    for guest in &mut guests {
+        if random.one_in(5) {
+            guest.way = Way::Remote(Remote::new(random));
+        }
+    }
+    guests
 }
 
 /// Makes at most so many, each with a chance of one in `n`.

@@ -24,6 +24,25 @@ pub(crate) enum Way {
         form: NbdForm,
         cut_after: Option<usize>,
     },
+    /// Over NBD, by a client that makes lost connections again.
+    Remote(Remote),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Remote {
+    /// Connections at the same time, at most.
+    pub(crate) connections: usize,
+    /// How many connections are cut.
+    pub(crate) cuts: usize,
+    /// Decides when.
+    pub(crate) seed: u64,
+}
+
+impl Remote {
+    pub(super) fn new(random: &mut Random) -> Self {
+        let (connections, cuts) = (1 + random.index(3), random.index(5));
+        Self { connections, cuts, seed: random.next() }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,5 +1,6 @@
 //! Work on the image between phases.
 
+use lacuna::chain::Format;
 use pollster::block_on;
 
 use super::{MOST_STEPS, World, difference};
@@ -10,23 +11,24 @@ use crate::workplace::{Ending, Workplace, delete_snapshots};
 
 impl World {
     pub(super) fn chore(&mut self, chore: &Chore) -> Result<(), String> {
-        if matches!(chore.what, ChoreKind::Commit | ChoreKind::Rebase(_)) {
+        let below = files::all_below(&self.files)?;
+        let what = chore.what.clone().in_chain(1 + below.len());
+        if !matches!(what, ChoreKind::Amend(_) | ChoreKind::Compact | ChoreKind::Resize(_)) {
             self.delete_snapshots()?;
         }
-        let header = files::header(&self.files)?;
-        let below = files::below(&header);
-        if let ChoreKind::Rebase(Some(spec)) = &chore.what {
-            self.make_below(files::other_below(below), spec)?;
+        if let ChoreKind::Rebase(Some(spec)) = &what {
+            self.make_below(files::other_below(&below), spec)?;
         }
         let (host, mut executor) = stage(&self.files, chore.order);
         self.order_faults(&host, &chore.faults, chore.order);
-        let place = Workplace { host: host.clone(), opening: self.opening, below };
-        let work = executor.spawn(place.perform(chore.what.clone()));
+        let (opening, lie) = (self.opening, self.looks.lie);
+        let place = Workplace { host: host.clone(), opening, below: below.clone(), lie };
+        let work = executor.spawn(place.perform(what.clone()));
         let is_still = executor.run_for(chore.crash.unwrap_or(MOST_STEPS));
         let struck = host.struck();
         self.has_struck |= struck;
         let content = self.history.borrow().settled().to_vec();
-        let size = match chore.what {
+        let size = match what {
             ChoreKind::Resize(bytes) => Some(self.history.borrow_mut().begin_resize(bytes)),
             _ => None,
         };
@@ -42,7 +44,12 @@ impl World {
         let left = files::contents(&host);
         match work.take().ok_or("the work was dropped")? {
             Ok(Ending::Done) => {
-                self.has_gone_down(&chore.what, &left, &content)?;
+                let committed = match what {
+                    ChoreKind::Commit => below.first(),
+                    ChoreKind::CommitThrough => below.get(1),
+                    _ => None,
+                };
+                committed.map_or(Ok(()), |disk| has_gone_down(*disk, &left, &content))?;
                 size.into_iter().for_each(|size| self.history.borrow_mut().resized(size));
                 self.closed_again(left, struck)
             }
@@ -68,22 +75,6 @@ impl World {
         self.assert_sound()
     }
 
-    /// After a commit the disk below is what the image was.
-    fn has_gone_down(&self, what: &ChoreKind, left: &Files, content: &[u8]) -> Result<(), String> {
-        let below = files::below(&files::header(left)?);
-        let (ChoreKind::Commit, Some((file, format))) = (what, below) else { return Ok(()) };
-        let host = files::calm_host(left);
-        let seen = block_on(async {
-            let chain = files::open_to_read(host, file, format).await?;
-            files::whole(chain.disk()).await
-        });
-        let seen = seen.map_err(|error| format!("Reading what it stands on: {error}"))?;
-        match seen.get(..content.len()).and_then(|seen| difference(seen, content)) {
-            None if seen.len() >= content.len() => Ok(()),
-            at => Err(format!("What it stands on is other than the image was, at {at:x?}")),
-        }
-    }
-
     fn make_below(&mut self, file: usize, spec: &BelowSpec) -> Result<(), String> {
         self.files[file] = testkit::SparseBytes::default();
         let host = files::calm_host(&self.files);
@@ -101,5 +92,23 @@ impl World {
         scene.run("Deleting snapshots", delete_snapshots)?;
         self.files = scene.close()?;
         self.assert_sound()
+    }
+}
+
+/// After a commit the disk that it went into is what the image was.
+fn has_gone_down(
+    (file, format): (usize, Format),
+    left: &Files,
+    content: &[u8],
+) -> Result<(), String> {
+    let host = files::calm_host(left);
+    let seen = block_on(async {
+        let chain = files::open_to_read(host, file, format).await?;
+        files::whole(chain.disk()).await
+    });
+    let seen = seen.map_err(|error| format!("Reading what it stands on: {error}"))?;
+    match seen.get(..content.len()).and_then(|seen| difference(seen, content)) {
+        None if seen.len() >= content.len() => Ok(()),
+        at => Err(format!("What it stands on is other than the image was, at {at:x?}")),
     }
 }

@@ -101,9 +101,15 @@ impl World {
 
     /// Checks what the image stands on, and repairs leaks where they are no surprise.
     pub(super) fn assert_below_sound(&mut self, leaks: Leaks) -> Result<(), String> {
-        let Some((file, Format::Qcow2)) = files::below(&files::header(&self.files)?) else {
-            return Ok(());
-        };
+        for (file, format) in files::all_below(&self.files)? {
+            if format == Format::Qcow2 {
+                self.assert_sound_below(file, leaks)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn assert_sound_below(&mut self, file: usize, leaks: Leaks) -> Result<(), String> {
         if leaks == Leaks::Expected && is_dirty(&self.files[file])? {
             self.files = files::repaired_by_opening(&self.files, file)?;
         }

@@ -40,6 +40,9 @@ const MOST_SECONDS: u32 = 30;
 /// What an image keeps of tables, by default: its bound.
 const CACHE_BYTES: u64 = 32 << 20;
 
+/// Bytes that are compared at once.
+const PIECE: usize = 512;
+
 /// A bitmap, and the disk when it was made.
 #[derive(Clone)]
 struct Marked {
@@ -130,7 +133,7 @@ impl World {
         self.order_faults(&scene.host, &phase.faults, phase.order);
         let disk = Disk::new(&scene.image, phase.front);
         let truth = Truth::new(&self.history, &scene.host);
-        let cast = Cast::new(&disk, &scene.image, &truth, &self.album);
+        let cast = Cast::new(&disk, &scene.image, &truth, &self.album, self.looks.lie);
         cast.enter(&mut scene.executor, phase);
         self.clock.set_jumps(&phase.jumps);
         scene.executor.attach(Arc::new(self.clock.clone()));
@@ -175,7 +178,8 @@ impl World {
 
     fn order_faults(&self, host: &SimHost, faults: &[Fault], seed: u64) {
         faults.iter().for_each(|fault| host.order(*fault));
-        self.looks.lie.into_iter().for_each(|lie| host.order(fault_of(lie, seed)));
+        let fault = self.looks.lie.and_then(|lie| fault_of(lie, seed));
+        fault.into_iter().for_each(|fault| host.order(fault));
     }
 
     fn add_bitmap(&mut self, scene: &mut Scene<'_>) -> Result<(), String> {
@@ -294,13 +298,17 @@ impl Marked {
         if content == *self.since {
             return Ok(());
         }
+        let len = content.len().min(self.since.len());
+        let differs = |at: &usize| content[*at] != self.since[*at];
+        // Most of it has not changed.
+        let suspects = (0..len).step_by(PIECE).map(|at| at..len.min(at + PIECE));
+        let suspects = suspects.filter(|piece| content[piece.clone()] != self.since[piece.clone()]);
         let mut named = vec![false; content.len()];
         for range in dirty {
             let end = range.end().0.min(content.len() as u64);
             named[range.start.0 as usize..end as usize].fill(true);
         }
-        let missed = (0..content.len().min(self.since.len()))
-            .find(|at| content[*at] != self.since[*at] && !named[*at]);
+        let missed = suspects.flatten().find(|at| differs(at) && !named[*at]);
         match missed {
             None => Ok(()),
             Some(at) => Err(format!("Bitmap {} misses the change of byte {at:#x}", self.name)),
@@ -308,11 +316,12 @@ impl Marked {
     }
 }
 
-/// Returns the call that is lost without a word.
-pub(crate) fn fault_of(lie: Lie, seed: u64) -> Fault {
+/// Returns the call that is lost without a word, if one is.
+pub(crate) fn fault_of(lie: Lie, seed: u64) -> Option<Fault> {
     match lie {
-        Lie::Flushes => Fault::io(OperationKind::Flush, 0).forever().silent(),
-        Lie::Write => Fault::io(OperationKind::Write, (seed % 20) as usize).silent(),
+        Lie::Flushes => Some(Fault::io(OperationKind::Flush, 0).forever().silent()),
+        Lie::Shared | Lie::Wire => None,
+        Lie::Write => Some(Fault::io(OperationKind::Write, (seed % 20) as usize).silent()),
     }
 }
 
