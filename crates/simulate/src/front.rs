@@ -14,6 +14,7 @@ use lacuna::{Error, Result};
 use lacuna_export::{DirtyRun, ServedDisk};
 use testkit::sim::SimStorage;
 
+use crate::jobs::FINGERPRINT_SEED;
 use crate::points::Scratch;
 use crate::scenario::Front;
 
@@ -36,7 +37,8 @@ impl Disk {
             Front::DetectsZeroes(level) => Self::DetectsZeroes(DetectZeroes::new(image, level)),
             Front::SharesOnline => {
                 let batch_bytes = 3 * image.geometry().cluster_bytes();
-                let options = DedupWritesOptions { batch_bytes, ..DedupWritesOptions::default() };
+                let seed = Some(FINGERPRINT_SEED);
+                let options = DedupWritesOptions { batch_bytes, seed, ..Default::default() };
                 match DedupWrites::new(image.clone(), options) {
                     Ok(disk) => Self::SharesOnline(Arc::new(disk)),
                     Err(_cannot_share) => Self::Image(image),

@@ -17,6 +17,8 @@ use crate::scenario::Job;
 
 /// Snapshots there are at most: each keeps the history that it was made in.
 const MOST_SNAPSHOTS: usize = 3;
+/// Fixed, so that a seed replays.
+pub(crate) const FINGERPRINT_SEED: u64 = 1;
 
 /// A snapshot, and what it may hold.
 #[derive(Clone, Debug)]
@@ -98,7 +100,8 @@ async fn dedup(image: &Image<SimStorage>) -> lacuna::Result<()> {
     if image.why_not_share().is_some() {
         return Ok(());
     }
-    let mut dedup = Dedup::new(image, DedupOptions::default())?;
+    let options = DedupOptions { seed: Some(FINGERPRINT_SEED), ..DedupOptions::default() };
+    let mut dedup = Dedup::new(image, options)?;
     while dedup.step().await?.is_some() {}
     Ok(())
 }

@@ -36,7 +36,7 @@ impl<S: Storage> Image<S> {
     /// share the next one.
     pub(super) async fn flush_all(&self) -> Result<()> {
         let mine = self.0.flushes_asked.fetch_add(1, Ordering::SeqCst) + 1;
-        let turn = self.0.turn.lock().await;
+        let turn = self.0.turn.take().await;
         if self.0.flushes_done.load(Ordering::SeqCst) >= mine {
             return Ok(());
         }
@@ -48,7 +48,7 @@ impl<S: Storage> Image<S> {
     }
 
     pub(super) async fn write_back(&self, refcounting: Refcounting) -> Result<()> {
-        let _turn = self.0.turn.lock().await;
+        let _turn = self.0.turn.take().await;
         self.write_back_in_turn(refcounting).await
     }
 

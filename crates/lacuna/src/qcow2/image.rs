@@ -15,6 +15,7 @@ use super::mapping::DataPlace;
 use super::meta::{LoadedTable, Meta};
 use super::need::{Need, Planned, Stop};
 use super::options::{DiscardPolicy, ExtentDetail, OpenOptions, Parts, ZeroUnmap};
+use super::turn::Turn;
 use super::write_back::{Piece, Refcounting};
 use crate::block::{BoxFuture, DynLayer};
 use crate::buffer::{Buffer, Hold, Release};
@@ -78,11 +79,11 @@ pub(super) struct Inner<S> {
     pub(super) lazy: bool,
     pub(super) zero_unmap: ZeroUnmap,
     /// One write-back at a time.
-    pub(super) turn: async_lock::Mutex<()>,
+    pub(super) turn: Turn,
     /// One change of which bitmaps there are, or of how long they are, at a time.
-    pub(super) bitmap_edits: async_lock::Mutex<()>,
+    pub(super) bitmap_edits: Turn,
     /// Bitmaps are marked in use, or stored, by one at a time; waits for no request.
-    pub(super) bitmap_turn: async_lock::Mutex<()>,
+    pub(super) bitmap_turn: Turn,
     /// Whether bitmaps are to survive a crash.
     pub(super) bitmap_intents: bool,
     /// How many flushes were asked for, and up to which one all is durable.
@@ -139,9 +140,9 @@ impl<S: Storage> Image<S> {
             detail: options.detail,
             lazy,
             zero_unmap: options.zero_unmap,
-            turn: async_lock::Mutex::new(()),
-            bitmap_edits: async_lock::Mutex::new(()),
-            bitmap_turn: async_lock::Mutex::new(()),
+            turn: Turn::default(),
+            bitmap_edits: Turn::default(),
+            bitmap_turn: Turn::default(),
             bitmap_intents: options.bitmap_intents,
             flushes_asked: AtomicU64::new(0),
             flushes_done: AtomicU64::new(0),
@@ -329,7 +330,7 @@ impl<S: Storage> Image<S> {
     // ---- header bits -----------------------------------------------------------------------
 
     async fn set_dirty_bit(&self) -> Result<()> {
-        let _turn = self.0.turn.lock().await;
+        let _turn = self.0.turn.take().await;
         if self.0.meta.lock().gate.dirty_bit {
             self.change_incompatible(|bits| bits.insert(IncompatibleFeatures::DIRTY)).await?;
             self.0.meta.lock().gate.dirty_bit = false;

@@ -59,6 +59,7 @@ mod sweep;
 mod table_cache;
 mod table_walk;
 mod totals;
+mod turn;
 mod view;
 mod vm_state;
 mod write;

@@ -47,7 +47,7 @@ impl<S: Storage> Image<S> {
     /// `Unsupported` for version 2 with snapshots, and where a bitmap is of an unknown kind;
     /// `NoSpace` where the format cannot map so much.
     pub async fn resize(&self, size_bytes: u64, shrink: Shrink) -> Result<()> {
-        let _edits = self.0.bitmap_edits.lock().await;
+        let _edits = self.0.bitmap_edits.take().await;
         let old = self.size();
         self.check_resize(old, size_bytes, shrink)?;
         self.check_snapshots().await?;
@@ -121,7 +121,7 @@ impl<S: Storage> Image<S> {
     /// }).unwrap();
     /// ```
     pub async fn grow(&self, size_bytes: u64, preallocation: Preallocation) -> Result<()> {
-        let _edits = self.0.bitmap_edits.lock().await;
+        let _edits = self.0.bitmap_edits.take().await;
         let old = self.size();
         if size_bytes <= old {
             return Err(Error::invalid(format!(

@@ -148,7 +148,7 @@ impl<S: Storage> Image<S> {
     /// ```
     pub async fn snapshots(&self) -> Result<Vec<Snapshot>> {
         // Storage does not go by another table meanwhile.
-        let _turn = self.0.turn.lock().await;
+        let _turn = self.0.turn.take().await;
         let header = self.header();
         Ok(snapshots::read_table(&self.0.storage, &header).await?.0)
     }

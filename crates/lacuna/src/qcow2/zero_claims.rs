@@ -84,7 +84,7 @@ impl Meta {
 impl<S: Storage> Image<S> {
     /// Takes claims off, durably.
     pub(super) async fn drop_claims(&self, claims: AutoclearFeatures) -> Result<()> {
-        let _turn = self.0.turn.lock().await;
+        let _turn = self.0.turn.take().await;
         if self.0.meta.lock().claims.intersects(claims) {
             self.change_features(|features| features.autoclear.remove(claims)).await?;
             self.0.meta.lock().claims.remove(claims);
@@ -140,7 +140,7 @@ impl<S: Storage> Image<S> {
             return Ok(());
         }
         self.flush_all().await?;
-        let _turn = self.0.turn.lock().await;
+        let _turn = self.0.turn.take().await;
         if !self.claim_in_memory(claim, whole.len) {
             return Ok(());
         }
@@ -159,7 +159,7 @@ impl<S: Storage> Image<S> {
             return Ok(());
         }
         self.flush_all().await?;
-        let _turn = self.0.turn.lock().await;
+        let _turn = self.0.turn.take().await;
         if !self.claim_in_memory(claims, whole.len) {
             return Ok(());
         }

@@ -373,7 +373,7 @@ impl<S: Storage> Image<S> {
 
     /// Has the header name the present cluster, where that fits into one sector with all else.
     pub(super) async fn remember_zero_cluster(&self) -> Result<()> {
-        let _turn = self.0.turn.lock().await;
+        let _turn = self.0.turn.take().await;
         let Some(hint) = self.new_hint() else { return Ok(()) };
         self.wait_for_metadata_writes().await;
         // What is in memory may be older than tables that were moved.

@@ -342,7 +342,8 @@ pub(super) async fn dedup_writes(kind: &Kind, seed: u64) -> Ran {
     let mut stage = movable(kind, seed);
     let image = filled(&mut stage, 2).await?;
     let cluster = stage.cluster();
-    let options = DedupWritesOptions { batch_bytes: 4 * cluster, ..Default::default() };
+    let options =
+        DedupWritesOptions { batch_bytes: 4 * cluster, seed: Some(1), ..Default::default() };
     let disk = DedupWrites::new(image.clone(), options).map_err(told("Sharing"))?;
     for _ in 0..6 + stage.random.below(6) {
         let content =

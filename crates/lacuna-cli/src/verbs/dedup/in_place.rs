@@ -64,7 +64,7 @@ pub(crate) fn begin(
 ) -> lacuna::Result<Dedup<AnyStorage>> {
     let slice_bytes = pace.slice_bytes(DedupOptions::default().slice_bytes);
     let sharing = Sharing::WhereItPays;
-    Dedup::new(image, DedupOptions { memory_bytes, slice_bytes, sharing })
+    Dedup::new(image, DedupOptions { memory_bytes, slice_bytes, sharing, ..Default::default() })
 }
 
 pub(super) fn raw(name: &str) -> CliError {

@@ -267,7 +267,7 @@ impl Count {
     fn new(options: &DuplicateOptions) -> Self {
         let sizes = options.cluster_sizes.iter().map(|&bytes| SizeCount::new(bytes)).collect();
         Self {
-            fingerprinter: Fingerprinter::new(),
+            fingerprinter: Fingerprinter::new(None),
             memory_bytes: options.memory_bytes,
             sizes,
             facts: Vec::new(),

@@ -18,16 +18,16 @@ impl Fingerprint {
 
 /// Makes fingerprints that can be compared with each other, and with no other job's.
 ///
-/// The seed is drawn anew for each job: no guest can prepare content for it.
+/// Unless a caller gives one, the seed is drawn anew for each job: no guest can prepare content for it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Fingerprinter {
     seed: u64,
 }
 
 impl Fingerprinter {
-    /// Draws a seed.
-    pub(super) fn new() -> Self {
-        Self::seeded(RandomState::new().build_hasher().finish())
+    /// Draws a seed if there is none.
+    pub(super) fn new(seed: Option<u64>) -> Self {
+        Self::seeded(seed.unwrap_or_else(|| RandomState::new().build_hasher().finish()))
     }
 
     pub(super) const fn seeded(seed: u64) -> Self {

@@ -55,11 +55,19 @@ pub struct DedupOptions {
     pub slice_bytes: u64,
     /// When clusters share; weighed once a pass.
     pub sharing: Sharing,
+    /// Of fingerprints, for runs that are to be the same again. `None` draws one, so that no guest can
+    /// prepare content for it.
+    pub seed: Option<u64>,
 }
 
 impl Default for DedupOptions {
     fn default() -> Self {
-        Self { memory_bytes: 256 << 20, slice_bytes: 64 << 20, sharing: Sharing::default() }
+        Self {
+            memory_bytes: 256 << 20,
+            slice_bytes: 64 << 20,
+            sharing: Sharing::default(),
+            seed: None,
+        }
     }
 }
 
@@ -183,7 +191,7 @@ impl<S: Storage> Dedup<S> {
         Ok(Self {
             image: image.clone(),
             options,
-            fingerprinter: Fingerprinter::new(),
+            fingerprinter: Fingerprinter::new(options.seed),
             state: State::Begin,
             done: Deduped::default(),
             pass: (0, 1),

@@ -72,6 +72,9 @@ pub struct DedupWritesOptions {
     pub keepers: Keepers,
     /// When clusters share.
     pub sharing: Sharing,
+    /// Of fingerprints, for runs that are to be the same again. `None` draws one, so that no guest can
+    /// prepare content for it.
+    pub seed: Option<u64>,
 }
 
 impl Default for DedupWritesOptions {
@@ -82,6 +85,7 @@ impl Default for DedupWritesOptions {
             at_flush: AtFlush::default(),
             keepers: Keepers::default(),
             sharing: Sharing::default(),
+            seed: None,
         }
     }
 }
@@ -182,7 +186,12 @@ impl<S: Storage> DedupWrites<S> {
             pays: options.sharing == Sharing::Always,
             declined: Worth::default(),
         };
-        Ok(Self { image, options, fingerprinter: Fingerprinter::new(), known: Mutex::new(known) })
+        Ok(Self {
+            image,
+            options,
+            fingerprinter: Fingerprinter::new(options.seed),
+            known: Mutex::new(known),
+        })
     }
 
     /// Returns the image.

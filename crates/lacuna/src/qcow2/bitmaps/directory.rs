@@ -11,14 +11,13 @@
 //!   one moment.
 //! * Always: a change that was dropped in the middle is looked up before the next one.
 
-use async_lock::MutexGuard;
-
 use super::super::format::{AutoclearFeatures, BitmapEntry, BitmapsExtension, Header, Version};
 use super::super::header_change;
 use super::super::image::Image;
 use super::super::meta::Meta;
 use super::super::overlap::Structure;
 use super::super::resize::MAX_SIZE_BYTES;
+use super::super::turn::Taken;
 use super::super::write_back::Refcounting;
 use super::Bitmaps;
 use crate::buffer::{Buffer, Hold};
@@ -57,9 +56,9 @@ pub(in crate::qcow2) struct AtRest<'a, S: Storage> {
 
 /// Nobody changes the disk while this lives, and nobody edits or stores bitmaps.
 pub(in crate::qcow2) struct Still<'a> {
-    pub(in crate::qcow2) turn: MutexGuard<'a, ()>,
+    pub(in crate::qcow2) turn: Taken<'a>,
     pub(in crate::qcow2) exclusion: Hold,
-    pub(in crate::qcow2) edits: MutexGuard<'a, ()>,
+    pub(in crate::qcow2) edits: Taken<'a>,
 }
 
 impl<S: Storage> Image<S> {
@@ -86,7 +85,7 @@ impl<S: Storage> Image<S> {
     /// Waits until nobody changes `range` or is about to change bitmaps, and keeps it so; what is known of
     /// bitmaps is what storage has then.
     pub(in crate::qcow2) async fn still(&self, range: GuestRange) -> Result<Still<'_>> {
-        let edits = self.0.bitmap_edits.lock().await;
+        let edits = self.0.bitmap_edits.take().await;
         // Before the turn: a request that runs may be waiting for it.
         let exclusion = self.be_alone(range).await?;
         let turn = self.take_bitmap_turn().await?;
@@ -136,7 +135,7 @@ impl<S: Storage> Image<S> {
         &self,
         change: impl FnOnce(&mut Header),
     ) -> Result<Result<Header>> {
-        let _turn = self.0.turn.lock().await;
+        let _turn = self.0.turn.take().await;
         self.wait_for_metadata_writes().await;
         let change = |header: &mut Header| {
             change(header);

@@ -10,9 +10,8 @@
 //! * Always: whoever takes the turn to mark or store bitmaps has words stored first that were left, so
 //!   that nobody writes to a place that is given up.
 
-use async_lock::MutexGuard;
-
 use super::super::image::Image;
+use super::super::turn::Taken;
 use super::super::write_back::{Piece, Refcounting};
 use super::Bitmaps;
 use crate::Result;
@@ -77,8 +76,8 @@ impl Bitmaps {
 
 impl<S: Storage> Image<S> {
     /// Waits for the turn to mark, store and move bitmaps.
-    pub(in crate::qcow2) async fn take_bitmap_turn(&self) -> Result<MutexGuard<'_, ()>> {
-        let turn = self.0.bitmap_turn.lock().await;
+    pub(in crate::qcow2) async fn take_bitmap_turn(&self) -> Result<Taken<'_>> {
+        let turn = self.0.bitmap_turn.take().await;
         let are_left = {
             let bitmaps = &self.0.meta.lock().bitmaps;
             !bitmaps.moves.is_empty() || !bitmaps.moves_on_their_way.is_empty()

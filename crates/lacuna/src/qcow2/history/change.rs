@@ -28,6 +28,7 @@ use crate::qcow2::meta::{L1Table, Meta};
 use crate::qcow2::overlap::Structures;
 use crate::qcow2::sharing::Pins;
 use crate::qcow2::snapshots;
+use crate::qcow2::turn::Taken;
 use crate::storage::Storage;
 use crate::units::{HostOffset, HostRange};
 use crate::{Error, ErrorKind, Result};
@@ -59,8 +60,8 @@ pub(super) struct Change<'a, S: Storage> {
     pending_bytes: usize,
     quiet: Arc<Quiet>,
     /// Given up before others may go on.
-    _bitmaps: [async_lock::MutexGuard<'a, ()>; 2],
-    _turn: async_lock::MutexGuard<'a, ()>,
+    _bitmaps: [Taken<'a>; 2],
+    _turn: Taken<'a>,
 }
 
 /// What the header is to say, beside where tables lie.
@@ -81,7 +82,7 @@ struct NewImage {
 impl<'a, S: Storage> Change<'a, S> {
     pub(super) async fn begin(image: &'a Image<S>) -> Result<Self> {
         let (quiet, bitmaps) = image.quiet().await?;
-        let turn = image.0.turn.lock().await;
+        let turn = image.0.turn.take().await;
         image.settle().await?;
         let header = image.header();
         let geometry = header.geometry;

@@ -6,13 +6,12 @@
 
 use std::sync::Arc;
 
-use async_lock::MutexGuard;
-
 use crate::buffer::{Hold, Release};
 use crate::qcow2::bitmaps::Still;
 use crate::qcow2::image::Image;
 use crate::qcow2::meta::Meta;
 use crate::qcow2::resize::MAX_SIZE_BYTES;
+use crate::qcow2::turn::Taken;
 use crate::qcow2::write_back::Refcounting;
 use crate::storage::Storage;
 use crate::units::{GuestOffset, GuestRange};
@@ -42,7 +41,7 @@ impl Quiet {
 
 impl<S: Storage> Image<S> {
     /// Waits until nobody else changes the image or edits its bitmaps, and keeps it so.
-    pub(super) async fn quiet(&self) -> Result<(Arc<Quiet>, [MutexGuard<'_, ()>; 2])> {
+    pub(super) async fn quiet(&self) -> Result<(Arc<Quiet>, [Taken<'_>; 2])> {
         self.plan(Meta::before_metadata_change).await?;
         let Still { turn, exclusion, edits } = self.still(EVERYTHING).await?;
         // Last, as who stores bitmaps waits for its end.

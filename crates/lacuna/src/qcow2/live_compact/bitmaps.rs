@@ -45,7 +45,7 @@ impl<S: Storage> Image<S> {
     }
 
     async fn move_bits_and_tables(&self, holes: &mut Holes) -> Result<u64> {
-        let _edits = self.0.bitmap_edits.lock().await;
+        let _edits = self.0.bitmap_edits.take().await;
         let _turn = self.take_bitmap_turn().await?;
         if self.0.meta.lock().bitmaps.outdated {
             self.reload_bitmaps().await?;

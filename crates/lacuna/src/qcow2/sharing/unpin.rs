@@ -57,7 +57,7 @@ impl<S: Storage> Image<S> {
             return self.close().await;
         }
         if self.geometry().version() == Version::V3 {
-            let _turn = self.0.turn.lock().await;
+            let _turn = self.0.turn.take().await;
             self.change_features(|bits| bits.incompatible.insert(IncompatibleFeatures::DIRTY))
                 .await?;
         }
