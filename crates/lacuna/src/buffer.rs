@@ -62,16 +62,35 @@ impl Hold {
 
     /// Makes two holds of one: what it holds is released when both are gone.
     pub(crate) fn shared(self) -> (Self, Self) {
-        let both = Arc::new(Both(self));
+        let both = Arc::new(HeldTogether(self));
         (Self::new(Arc::clone(&both) as Arc<dyn Release>, 0), Self::new(both, 0))
     }
 }
 
-/// A hold that several share: the last to drop it releases it.
-struct Both(#[expect(dead_code, reason = "it is there to be dropped")] Hold);
+/// What several share: the last to drop it releases it.
+struct HeldTogether<T>(T);
 
-impl Release for Both {
+impl<T: Send + Sync> Release for HeldTogether<T> {
     fn release(&self, _token: u64) {}
+}
+
+/// What the buffer of a caller held: it rides with each part of it that a driver has.
+pub(crate) struct OuterHold(Option<Arc<HeldTogether<Hold>>>);
+
+impl OuterHold {
+    /// Takes it out of the buffer.
+    pub(crate) fn of(buffer: &mut Buffer) -> Self {
+        let hold = buffer.take_hold();
+        Self(hold.0.is_some().then(|| Arc::new(HeldTogether(hold))))
+    }
+
+    /// Returns a hold of both; `inner` is released first.
+    pub(crate) fn with(&self, inner: Hold) -> Hold {
+        match &self.0 {
+            Some(outer) => Hold::new(Arc::new(HeldTogether((inner, Arc::clone(outer)))), 0),
+            None => inner,
+        }
+    }
 }
 
 impl Drop for Hold {
@@ -147,7 +166,7 @@ impl Buffer {
         buffer
     }
 
-    /// Gives the buffer something to keep while it is with a driver.
+    /// Gives the buffer something to keep while it is with a driver, instead of what it keeps so far.
     pub fn set_hold(&mut self, hold: Hold) {
         self.hold = hold;
     }

@@ -12,7 +12,7 @@ use super::plan_write::{NewData, WritePiece, link_data, plan_write};
 use super::quarantine::FreedBy;
 use super::vm_state::Region;
 use crate::block::WriteFlags;
-use crate::buffer::{Buffer, Hold};
+use crate::buffer::{Buffer, Hold, OuterHold};
 use crate::storage::{Event, Storage, Transfer, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, HostRange};
 use crate::{Error, Result};
@@ -38,7 +38,7 @@ impl<S: Storage> Image<S> {
         (result, buffer)
     }
 
-    /// Writes to a region that the range lies in.
+    /// Writes to a region that the range lies in. What the buffer holds rides with every part of it.
     pub(super) async fn write_pieces(
         &self,
         region: Region,
@@ -46,6 +46,7 @@ impl<S: Storage> Image<S> {
         buffer: Buffer,
     ) -> Transfer {
         let (mut done, mut rest, mut at) = (None, buffer, offset);
+        let outer = OuterHold::of(&mut rest);
         let mut behind = None;
         while !rest.is_empty() {
             let range = GuestRange::new(at, rest.len() as u64);
@@ -56,7 +57,7 @@ impl<S: Storage> Image<S> {
             let len = piece.len();
             behind = Some(piece.host_end());
             let later = rest.split_off(len as usize);
-            let (result, part) = self.write_piece_of_guest(piece, rest).await;
+            let (result, part) = self.write_piece_of_guest(piece, rest, &outer).await;
             done = Some(Buffer::joined(done, part));
             rest = later;
             at = at + len;
@@ -67,22 +68,29 @@ impl<S: Storage> Image<S> {
         (Ok(()), Buffer::joined(done, rest))
     }
 
-    async fn write_piece_of_guest(&self, piece: WritePiece, mut bytes: Buffer) -> Transfer {
+    async fn write_piece_of_guest(
+        &self,
+        piece: WritePiece,
+        mut bytes: Buffer,
+        outer: &OuterHold,
+    ) -> Transfer {
         match piece {
             WritePiece::InPlace { token, host, .. } => {
-                bytes.set_hold(self.hold(token));
+                bytes.set_hold(outer.with(self.hold(token)));
                 self.0.storage.event(Event::WriteAio).await;
                 let (result, mut bytes) = self.data_storage().write_at(host, bytes).await;
                 drop(bytes.take_hold());
                 (result, bytes)
             }
             // Boxed: it would make the future of every write in place larger.
-            WritePiece::Link(new) => Box::pin(self.fill_and_link(new, bytes)).await,
+            WritePiece::Link(new) => {
+                let hold = outer.with(self.hold(new.token));
+                Box::pin(self.fill_and_link(new, bytes, hold)).await
+            }
         }
     }
 
-    async fn fill_and_link(&self, new: NewData, bytes: Buffer) -> Transfer {
-        let hold = self.hold(new.token);
+    async fn fill_and_link(&self, new: NewData, bytes: Buffer, hold: Hold) -> Transfer {
         match self.fill_head_and_tail(&new, hold).await {
             Ok(hold) => self.write_and_link(&new, bytes, hold).await,
             Err(error) => (Err(error), bytes),
