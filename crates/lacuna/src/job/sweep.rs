@@ -177,14 +177,11 @@ impl<S: Storage> Sweep<'_, S> {
     }
 
     async fn piece(&mut self, piece: GuestRange) -> Result<()> {
-        let size_bytes = self.image.size_bytes();
-        if piece.end().0 > size_bytes {
-            return Ok(());
-        }
         let swept = match self.doing {
             Doing::Clear => self.image.sweep_range(piece).await?,
             Doing::Count => self.image.count_sweepable(piece).await?,
         };
+        let Some(swept) = swept else { return Ok(()) };
         let geometry = self.image.geometry();
         let first = geometry.guest_cluster(piece.start).0.max(self.next_cluster);
         self.next_cluster = geometry.clusters_for(piece.end().0).max(first);

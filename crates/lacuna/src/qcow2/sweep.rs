@@ -7,6 +7,7 @@
 use super::clear::{Clearing, cut};
 use super::image::Image;
 use super::mapping::{Mapping, OnWrite};
+use super::meta::Meta;
 use super::plan_zero::Intent;
 use super::view::View;
 use crate::block::is_zero;
@@ -30,25 +31,30 @@ impl<S: Storage> Image<S> {
         self.can_flag_zeros() || self.0.backing.is_none() || self.shares_zeros()
     }
 
-    /// Clears the clusters and subclusters of `range` that hold zeros. Reads all of it at once.
-    pub(crate) async fn sweep_range(&self, range: GuestRange) -> Result<Swept> {
-        self.plan(|meta| {
-            meta.check_bounds(range)?;
-            meta.before_metadata_change()
-        })
-        .await?;
+    /// Clears the clusters and subclusters of `range` that hold zeros. Reads all of it at once. Nothing
+    /// where the disk was cut before its end.
+    pub(crate) async fn sweep_range(&self, range: GuestRange) -> Result<Option<Swept>> {
+        let is_there = |meta: &mut Meta| {
+            meta.before_metadata_change()?;
+            Ok(meta.check_bounds(range).is_ok())
+        };
+        if !self.plan(is_there).await? {
+            return Ok(None);
+        }
         let mut swept = Swept::default();
         for run in self.zero_units(range).await? {
             self.give_way().await;
             self.sweep_run(run, &mut swept).await?;
         }
-        Ok(swept)
+        Ok(Some(swept))
     }
 
     /// Counts what [`sweep_range`](Self::sweep_range) would clear, and clears nothing. Of
     /// compressed clusters it does not know what they would free.
-    pub(crate) async fn count_sweepable(&self, range: GuestRange) -> Result<Swept> {
-        self.plan(|meta| Ok(meta.check_bounds(range)?)).await?;
+    pub(crate) async fn count_sweepable(&self, range: GuestRange) -> Result<Option<Swept>> {
+        if self.0.meta.lock().check_bounds(range).is_err() {
+            return Ok(None);
+        }
         let mut swept = Swept::default();
         for run in self.zero_units(range).await? {
             let mut at = run.start;
@@ -59,7 +65,7 @@ impl<S: Storage> Image<S> {
                 at = at + found.len;
             }
         }
-        Ok(swept)
+        Ok(Some(swept))
     }
 
     fn count_run(&self, part: GuestRange, mapping: Mapping, swept: &mut Swept) {
