@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use lacuna::block::{DynLayer, Layer, PointOptions, Points, WhenFull, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
-use lacuna::job::{Dedup, DedupOptions};
+use lacuna::job::{Dedup, DedupOptions, sweep};
 use lacuna::qcow2::check::{CheckOptions, check};
 use lacuna::qcow2::format::Version;
 use lacuna::qcow2::{
@@ -16,8 +16,8 @@ use lacuna::storage::MemoryStorage;
 use lacuna::units::{GuestOffset, GuestRange};
 use lacuna::{ErrorKind, Result};
 use pollster::block_on;
-use testkit::sim::{Pace, SimHost, SimStorage};
-use testkit::{Executor, SparseBytes, content};
+use testkit::sim::{Fault, OperationKind, Pace, SimHost, SimStorage};
+use testkit::{DropPoint, Executor, SparseBytes, content};
 
 const CLUSTER: u64 = 4096;
 const SEEDS: u64 = 60;
@@ -178,6 +178,95 @@ fn zeros_that_come_to_be_shared_while_the_disk_grows_stay_pinned() {
     }
 }
 
+/// Clusters of version 2 over a backing file, which needs bytes or references for zeros.
+async fn small_overlay(host: &SimHost, clusters: u64) -> SimStorage {
+    let backing = Some(BackingName { name: "below".into(), format: Some("raw".into()) });
+    made(host, &CreateOptions { cluster_bytes: 512, backing, ..kind(Version::V2, clusters * 512) })
+        .await
+}
+
+async fn open_overlay(storage: &SimStorage, shared_zero: SharedZeroCluster) -> Image<SimStorage> {
+    let below = MemoryStorage::from(&[5; 60 * 512][..]);
+    let below: Arc<dyn DynLayer> = Arc::new(Raw::open(below).await.unwrap());
+    let parts = Parts { storage: storage.clone(), data: None, backing: Some(below) };
+    Image::open(parts, options().shared_zero_cluster(shared_zero)).await.unwrap()
+}
+
+#[test]
+fn what_a_growth_without_space_left_behind_the_disk_is_given_up_with_it() {
+    let mut failures = 0;
+    for (after, is_emptied) in (0..40).flat_map(|after| [(after, true), (after, false)]) {
+        for shared_zero in [SharedZeroCluster::Off, SharedZeroCluster::On] {
+            let host = SimHost::without_record(Pace::AtOnce, 1);
+            block_on(async {
+                let storage = small_overlay(&host, 40).await;
+                let image = open_overlay(&storage, shared_zero).await;
+                host.order(Fault::no_space(OperationKind::Write, after).forever());
+                failures += u64::from(image.resize(55 * 512, Shrink::Refuse).await.is_err());
+                host.heal();
+                match is_emptied {
+                    true => image.make_empty().await.unwrap(),
+                    false => image.resize(20 * 512, Shrink::Allow).await.unwrap(),
+                }
+                image.close().await.unwrap();
+            });
+            assert_clean(&host);
+        }
+    }
+    assert!(failures > 20, "{failures} failed");
+}
+
+/// A write of the pins, or of what names them, fails; and nobody closes the image.
+#[test]
+fn pins_that_a_run_without_end_made_are_known_to_the_next() {
+    for (after, again) in (0..20).flat_map(|after| [(after, true), (after, false)]) {
+        let host = SimHost::without_record(Pace::AtOnce, 1);
+        block_on(async {
+            let storage = small_overlay(&host, 40).await;
+            let image = open_overlay(&storage, SharedZeroCluster::On).await;
+            host.order(Fault::no_space(OperationKind::Write, after));
+            let one = || image.write_zeroes(range(512, 512), ZeroFlags::MAY_UNMAP);
+            let zeroed = one().await;
+            if again && zeroed.is_err() {
+                one().await.unwrap();
+            }
+            let _failed = image.flush().await;
+            drop(image);
+            host.heal();
+            let image = open_overlay(&storage, SharedZeroCluster::AsRemembered).await;
+            image.resize(20 * 512, Shrink::Allow).await.unwrap();
+            image.close().await.unwrap();
+        });
+        let storage = SimHost::without_record(Pace::AtOnce, 1).add_file(host.content(0));
+        let report = block_on(check(&storage, &CheckOptions::default(), &mut |_| {})).unwrap();
+        assert_eq!(report.corruptions + report.check_errors, 0, "{after}, {again}: {report:?}");
+    }
+}
+
+#[test]
+fn zeros_are_swept_on_a_disk_that_gets_smaller() {
+    for seed in 1..SEEDS {
+        let host = SimHost::new(Pace::Executor, seed);
+        let mut executor = Executor::new(seed);
+        executor.attach(Arc::new(host.clone()));
+        let from = host.clone();
+        let image = executor.block_on(async move {
+            let storage = made(&from, &kind(Version::V3, 32 * CLUSTER)).await;
+            let image = Image::open(Parts::alone(storage), options()).await.unwrap();
+            write(&image, 0, &[0; 32 * CLUSTER as usize]).await.unwrap();
+            image
+        });
+        let (sweeping, cutting) = (image.clone(), image.clone());
+        let swept = executor.spawn(async move { sweep(&sweeping, &mut |_| {}).await });
+        let cut = executor.spawn(async move { cutting.resize(5 * CLUSTER, Shrink::Allow).await });
+        executor.run().unwrap();
+        swept.take().unwrap().unwrap();
+        cut.take().unwrap().unwrap();
+        executor.block_on(async move { image.close().await }).unwrap();
+        assert_clean(&host);
+    }
+}
+
 #[test]
 fn equal_clusters_are_looked_for_on_a_disk_that_gets_smaller() {
     for seed in 1..SEEDS {
@@ -233,6 +322,39 @@ fn a_point_outlives_a_write_at_the_end_of_a_disk_that_was_cut() {
         write(&points, 16 << 10, &[9; 4096]).await.unwrap();
         assert!(read(&point, point.whole()).await.unwrap() == before);
     });
+}
+
+/// The write is of several pieces, and the driver may have any of them when it is dropped.
+#[test]
+fn a_point_waits_for_a_write_that_was_dropped_and_that_a_driver_has() {
+    const PIECES: u64 = 6;
+    for (seed, polls) in (1..SEEDS).flat_map(|seed| (1..8).map(move |polls| (seed, polls))) {
+        let host = SimHost::new(Pace::Executor, seed);
+        let mut executor = Executor::new(seed);
+        executor.attach(Arc::new(host.clone()));
+        let points = executor.block_on(async move {
+            let storage = made(&host, &kind(Version::V3, PIECES * CLUSTER)).await;
+            let image = Image::open(Parts::alone(storage), options()).await.unwrap();
+            for cluster in (0..PIECES).rev() {
+                write(&image, cluster * CLUSTER, &[1; CLUSTER as usize]).await.unwrap();
+            }
+            Points::new(image)
+        });
+        let writing = points.clone();
+        executor.spawn_until(DropPoint::AfterPoll(polls), async move {
+            write(&writing, 0, &[9; (PIECES * CLUSTER) as usize]).await
+        });
+        let seen = executor.spawn(async move {
+            let target = Raw::create(MemoryStorage::new(), PIECES * CLUSTER).await?;
+            let now = async { Ok(()) };
+            let (point, ()) = points.add(target, PointOptions::default(), now).await?;
+            Ok::<_, lacuna::Error>((read(&point, point.whole()).await?, point))
+        });
+        executor.run().unwrap();
+        let (first, point) = seen.take().unwrap().unwrap();
+        let again = executor.block_on(async move { read(&point, point.whole()).await });
+        assert!(first == again.unwrap(), "seed {seed}, dropped after {polls} polls");
+    }
 }
 
 #[test]

@@ -43,7 +43,7 @@ impl<S: Storage> Image<S> {
     pub async fn make_empty(&self) -> Result<()> {
         self.check_writable()?;
         // Tables are dropped whole below, with whatever lies beyond the disk.
-        self.drop_vm_state().await?;
+        self.drop_behind_disk().await?;
         let clusters = self.size().next_multiple_of(self.geometry().cluster_bytes());
         let all = GuestRange::new(GuestOffset(0), clusters);
         let hold = self.exclude_others(all).await?;

@@ -137,7 +137,7 @@ impl<S: Storage> Image<S> {
     async fn grow_from(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
         let raw = self.0.header.lock().has_raw_external_data();
         let mode = mode.max(if raw { Preallocation::Metadata } else { Preallocation::Off });
-        self.drop_vm_state().await?;
+        self.drop_behind_disk().await?;
         // A disk that was cut and grows again has changed there, so bitmaps are told.
         let added = GuestRange::new(GuestOffset(old), new - old);
         self.plan(|meta| meta.before_change(added)).await?;
@@ -158,8 +158,7 @@ impl<S: Storage> Image<S> {
         self.commit_size(new).await?;
         back.old = None;
         drop(back);
-        // The table with the pins may have moved.
-        self.remember_zero_cluster().await
+        Ok(())
     }
 
     async fn grow_data_file(&self, old: u64, new: u64, mode: Preallocation) -> Result<()> {
@@ -216,7 +215,7 @@ impl<S: Storage> Image<S> {
     }
 
     async fn shrink(&self, old: u64, new: u64) -> Result<()> {
-        self.drop_vm_state().await?;
+        self.drop_behind_disk().await?;
         let cluster_bytes = self.geometry().cluster_bytes();
         let from = new.next_multiple_of(cluster_bytes);
         let to = old.next_multiple_of(cluster_bytes);

@@ -76,9 +76,10 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// Gives up what is there: with another size of the disk it would lie elsewhere, or in the disk.
-    pub(super) async fn drop_vm_state(&self) -> Result<()> {
-        let Some(range) = self.0.meta.lock().vm_state_in_use() else { return Ok(()) };
+    /// Gives up what is mapped behind the disk, the state of a machine or what a growth that failed left:
+    /// with another size of the disk it would lie elsewhere, or in the disk, or leak with its table.
+    pub(super) async fn drop_behind_disk(&self) -> Result<()> {
+        let Some(range) = self.0.meta.lock().tables_behind_disk() else { return Ok(()) };
         let hold = self.exclude_others(range).await?;
         let cleared = self.clear_held(range, Intent::Cut, Clearing::begin(hold)).await?;
         self.plan(|meta| meta.drop_tables(meta.size_bytes)).await?;
@@ -112,14 +113,14 @@ impl Meta {
         GuestOffset(self.size_bytes.div_ceil(coverage) * coverage)
     }
 
-    /// Returns what of the map lies behind the disk, if there is a table in it.
-    fn vm_state_in_use(&self) -> Option<GuestRange> {
+    /// Returns what of the map lies behind the disk, from its last cluster on, if there is a table in it.
+    fn tables_behind_disk(&self) -> Option<GuestRange> {
         let coverage = self.geometry().l2_coverage_bytes();
-        let (start, entries) = (self.vm_state_start(), &self.l1.entries);
-        let end = self.pin_table().unwrap_or(entries.len());
-        let tables = entries.get((start.0 / coverage) as usize..end)?;
+        let start = self.size_bytes.next_multiple_of(self.geometry().cluster_bytes());
+        let end = self.pin_table().unwrap_or(self.l1.entries.len());
+        let tables = self.l1.entries.get((start / coverage) as usize..end)?;
         let is_used = tables.iter().any(|entry| entry.table().is_some());
-        is_used.then(|| GuestRange::new(start, tables.len() as u64 * coverage))
+        is_used.then(|| GuestRange::new(GuestOffset(start), end as u64 * coverage - start))
     }
 
     fn can_map(&self, end: u64) -> bool {

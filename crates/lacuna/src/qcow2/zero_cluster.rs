@@ -4,6 +4,7 @@
 //! * Always: two of its references ("pins") are entries beyond the end of the disk, in the last L1
 //!   entry, where no guest gets. So its refcount never falls to 1 while an entry without COPIED
 //!   points there, whoever writes the image: stock QEMU does not give COPIED back.
+//! * Always: the header names the place of the pins before they are there.
 //! * Always: the pins are durable before the first guest entry points there. A crash, and the repair of
 //!   what it leaked, finds the cluster pinned.
 //! * Always: no entry that points there has COPIED, so that every write copies first.
@@ -22,7 +23,7 @@ use super::resize::{MAX_L1_BYTES, MAX_SIZE_BYTES};
 use super::write_back::Refcounting;
 use crate::block::is_zero;
 use crate::storage::Storage;
-use crate::units::{GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
+use crate::units::{GuestCluster, GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 use crate::{Error, Result};
 
 /// No L1 table is made longer than this for pins, unless the disk needs it.
@@ -31,6 +32,8 @@ const L1_ENTRIES_FOR_PINS: u64 = 8192;
 const SLICES_SEARCHED: u64 = 32;
 /// A header longer than a sector could be torn by a power cut.
 const SECTOR_BYTES: usize = 512;
+/// Entries that show a cluster beyond the disk; the next pair lies in front of the one before.
+const PINS: u64 = 2;
 /// A range that only the making of such a cluster claims.
 const MAKING: GuestRange = GuestRange::new(GuestOffset(MAX_SIZE_BYTES), 1);
 
@@ -182,14 +185,17 @@ impl Meta {
 
     /// Finds room for pins, and allocates a cluster for the request `token`.
     fn plan_zero_cluster(&mut self, token: Token) -> Planned<HostOffset> {
-        self.before_metadata_change()?;
-        self.own_pin_table()?;
-        if self.find_pins()?.is_none() {
-            return Err(Stop::Fail(no_room()));
-        }
+        self.place_pins()?;
         let host = self.allocate(1)?;
         self.in_flight.reserve(token, HostRange::new(host, self.geometry().cluster_bytes()));
         Ok(host)
+    }
+
+    /// Returns where two pins have room.
+    fn place_pins(&mut self) -> Planned<GuestOffset> {
+        self.before_metadata_change()?;
+        self.own_pin_table()?;
+        self.find_pins()?.ok_or_else(|| Stop::Fail(no_room()))
     }
 
     /// Sees to it that the L1 table has an entry beyond the disk, and that a table is there.
@@ -223,11 +229,12 @@ impl Meta {
         Ok(None)
     }
 
-    /// Pins a cluster of zeros: its refcount becomes 2, and two entries beyond the disk show it.
-    fn pin(&mut self, token: Token, zeros: HostOffset) -> Planned<()> {
-        self.before_metadata_change()?;
-        self.own_pin_table()?;
-        let Some(pin) = self.find_pins()? else { return Err(Stop::Fail(no_room())) };
+    /// Pins a cluster of zeros: its refcount becomes 2, and two entries beyond the disk show it. Returns
+    /// whether it did: the place may be another by now.
+    fn pin(&mut self, token: Token, zeros: HostOffset, pin: GuestOffset) -> Planned<bool> {
+        if self.place_pins()? != pin {
+            return Ok(false);
+        }
         self.refcounts.increase(self.geometry().host_cluster(zeros), 1)?;
         let cluster_bytes = self.geometry().cluster_bytes();
         self.set_entry(pin, shared_entry(zeros))?;
@@ -237,21 +244,21 @@ impl Meta {
         self.decoder.zero_cluster = Some(zeros);
         self.shared_zero.pin = Some(pin);
         self.shared_zero.trust = Trust::Pinned;
-        Ok(())
+        Ok(true)
     }
 
-    /// Returns the host cluster that a remembered guest cluster would have to share, and where its
-    /// entry lies.
+    /// Returns the guest cluster that a hint means, and where its entry lies: of its table, whatever
+    /// place the last one has by now. The hint was durable before the pins, and is never behind them.
     fn place_of_hint(&self, hint: ZeroClusterHint) -> Option<(GuestOffset, HostOffset)> {
         let geometry = self.geometry();
-        let pin = hint.cluster.0.checked_mul(geometry.cluster_bytes()).map(GuestOffset)?;
         let last = (self.l1.entries.len() as u64).checked_sub(1)?;
-        let is_beyond = last >= geometry.l1_entries_for(self.size_bytes);
-        if !is_beyond || geometry.l1_index(pin) != last {
+        if last < geometry.l1_entries_for(self.size_bytes) {
             return None;
         }
+        let index = hint.cluster.0 % geometry.l2_entries();
+        let pin = self.last_table_start() + (index << geometry.cluster_bits());
         let table = self.l1.entries.last().copied().and_then(L1Entry::table)?;
-        let entry = table + geometry.l2_index(pin) * 8;
+        let entry = table + index * 8;
         (geometry.is_aligned(table.0) && table < self.zero_from).then_some((pin, entry))
     }
 
@@ -282,7 +289,7 @@ impl<S: Storage> Image<S> {
     pub(super) async fn recall_zero_cluster(&self, choice: SharedZeroCluster) {
         let hint = self.0.header.lock().extensions.zero_cluster;
         let found = match hint {
-            Some(hint) => self.believe_hint(hint).await,
+            Some(hint) => self.find_pinned(hint).await,
             None => None,
         };
         let mut meta = self.0.meta.lock();
@@ -324,6 +331,16 @@ impl<S: Storage> Image<S> {
         self.0.meta.lock().has_zero_flag()
     }
 
+    /// Looks where the hint says, and at the pins that were made before: a crash may have come between a
+    /// hint and its pins.
+    async fn find_pinned(&self, hint: ZeroClusterHint) -> Option<(GuestOffset, HostOffset)> {
+        let older = ZeroClusterHint { cluster: GuestCluster(hint.cluster.0.wrapping_add(PINS)) };
+        match self.believe_hint(hint).await {
+            Some(found) => Some(found),
+            None => self.believe_hint(older).await,
+        }
+    }
+
     /// Looks at one entry and one cluster, once. What cannot be read is not believed.
     async fn believe_hint(&self, hint: ZeroClusterHint) -> Option<(GuestOffset, HostOffset)> {
         if self.geometry().version() != Version::V2 || self.place() != DataPlace::ImageFile {
@@ -363,18 +380,33 @@ impl<S: Storage> Image<S> {
             let zeros = self.plan(|meta| meta.plan_zero_cluster(token)).await?;
             let range = HostRange::new(zeros, self.geometry().cluster_bytes());
             let hold = self.write_zero_bytes(range, hold).await?;
-            self.plan(|meta| meta.pin(token, zeros)).await?;
+            self.remember_and_pin(token, zeros).await?;
             drop(hold);
         }
         self.write_back(Refcounting::Written).await?;
         self.0.meta.lock().shared_zero.trust = Trust::Ready;
-        self.remember_zero_cluster().await
+        Ok(())
     }
 
-    /// Has the header name the present cluster, where that fits into one sector with all else.
-    pub(super) async fn remember_zero_cluster(&self) -> Result<()> {
+    /// Pins a cluster where the header says so already: pins that no hint names are somebody's state of
+    /// a machine to the next run, which may end it.
+    async fn remember_and_pin(&self, token: Token, zeros: HostOffset) -> Result<()> {
+        loop {
+            let pin = self.plan(Meta::place_pins).await?;
+            self.remember(pin).await?;
+            if self.plan(|meta| meta.pin(token, zeros, pin)).await? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Has the header name the guest cluster of a pin.
+    async fn remember(&self, pin: GuestOffset) -> Result<()> {
         let _turn = self.0.turn.take().await;
-        let Some(hint) = self.new_hint() else { return Ok(()) };
+        let hint = ZeroClusterHint { cluster: self.geometry().guest_cluster(pin) };
+        if self.0.header.lock().extensions.zero_cluster == Some(hint) {
+            return Ok(());
+        }
         self.wait_for_metadata_writes().await;
         // What is in memory may be older than tables that were moved.
         let mut header = super::open::read_header(&self.0.storage).await?;
@@ -385,16 +417,9 @@ impl<S: Storage> Image<S> {
                 self.0.header.lock().extensions.zero_cluster = Some(hint);
                 Ok(())
             }
-            // It is found again in no later run, which makes another.
-            _ => Ok(()),
+            _ => Err(Error::unsupported(
+                "The header has no room within its first sector to remember a shared zero cluster",
+            )),
         }
-    }
-
-    /// Returns the hint that the header should have and has not.
-    fn new_hint(&self) -> Option<ZeroClusterHint> {
-        let meta = self.0.meta.lock();
-        let cluster = meta.geometry().guest_cluster(meta.shared_zero.pin?);
-        let hint = ZeroClusterHint { cluster };
-        (self.0.header.lock().extensions.zero_cluster != Some(hint)).then_some(hint)
     }
 }
