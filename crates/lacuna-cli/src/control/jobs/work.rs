@@ -56,7 +56,8 @@ impl Work {
             }
             Kind::Dedup { memory_bytes } => {
                 let sharing = Sharing::WhereItPays;
-                let options = DedupOptions { memory_bytes, slice_bytes, sharing };
+                let options =
+                    DedupOptions { memory_bytes, slice_bytes, sharing, ..Default::default() };
                 Ok(Self::Dedup(Box::new(Dedup::new(image, options)?)))
             }
         }
