@@ -373,8 +373,15 @@ fn shrink_and_drop(image: &Image<Arc<Slow>>, cut: &Slow) {
     cut.holds_cuts.store(true, Ordering::SeqCst);
     let mut shrink: Pin<Box<dyn Future<Output = _>>> =
         Box::pin(image.resize(CLUSTER, Shrink::Allow));
-    assert!(poll(&mut shrink).is_none());
-    assert_eq!(cut.held.lock().unwrap().len(), 1);
+    // It steps aside between the parts of a table.
+    let held = || cut.held.lock().unwrap().len();
+    for _ in 0..100 {
+        assert!(poll(&mut shrink).is_none());
+        if held() > 0 {
+            break;
+        }
+    }
+    assert_eq!(held(), 1);
     drop(shrink);
     cut.holds_cuts.store(false, Ordering::SeqCst);
 }

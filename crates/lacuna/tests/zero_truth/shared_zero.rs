@@ -229,8 +229,9 @@ fn a_hint_that_names_something_else_is_not_believed() {
     disk.by_us(sharing(), &[Change::Zero(6 * CLUSTER, CLUSTER)]);
     let sound = std::fs::read(&disk.path).unwrap();
     let shared = disk.left().entries[6];
-    // A data cluster, a sharer within the disk, nothing, beyond all tables, beyond all numbers.
-    for cluster in [0, 6, 12, 8191, 1 << 40, u64::MAX, u64::MAX / CLUSTER] {
+    // A data cluster, a sharer within the disk, nothing, beyond all tables, beyond all numbers; none at
+    // the place of a pin in its table.
+    for cluster in [0, 6, 12, 8000, 1 << 40, u64::MAX - 8191, u64::MAX / CLUSTER - 8191] {
         let mut bytes = sound.clone();
         let at = hint_at(&bytes);
         put(&mut bytes, at, cluster);
