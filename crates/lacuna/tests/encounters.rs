@@ -267,6 +267,45 @@ fn zeros_are_swept_on_a_disk_that_gets_smaller() {
     }
 }
 
+/// Growth ends the state of a machine, which lies behind the disk. A table that was just made for pins, and
+/// had none yet, was taken for that, and the pins for some of its clusters: the shared cluster was left
+/// with a reference that has no copied flag, and none besides.
+#[test]
+fn a_table_that_is_made_for_pins_is_no_state_of_a_machine() {
+    for seed in 1..5 * SEEDS {
+        let host = SimHost::new(Pace::Executor, seed);
+        let mut executor = Executor::new(seed);
+        executor.attach(Arc::new(host.clone()));
+        let backing = Some(BackingName { name: "below".into(), format: Some("raw".into()) });
+        let kind = CreateOptions { cluster_bytes: 512, backing, ..kind(Version::V2, 40 * 512) };
+        let from = host.clone();
+        let image = executor.block_on(async move {
+            let storage = made(&from, &kind).await;
+            let below = MemoryStorage::from(&[5; 30 * 512][..]);
+            let below: Arc<dyn DynLayer> = Arc::new(Raw::open(below).await.unwrap());
+            let parts = Parts { storage, data: None, backing: Some(below) };
+            Image::open(parts, options().shared_zero_cluster(SharedZeroCluster::On)).await.unwrap()
+        });
+        let (zeroing, resizing) = (image.clone(), image.clone());
+        let zeroed = executor.spawn(async move {
+            zeroing.write_zeroes(range(512, 512), ZeroFlags::MAY_UNMAP).await
+        });
+        let clusters = if seed % 2 == 0 { 44 } else { 36 };
+        let resized = executor.spawn(async move {
+            // While the cluster is being made.
+            for _ in 0..seed % 20 {
+                read(&resizing, range(0, 512)).await?;
+            }
+            resizing.resize(clusters * 512, Shrink::Allow).await
+        });
+        executor.run().unwrap();
+        zeroed.take().unwrap().unwrap();
+        resized.take().unwrap().unwrap();
+        executor.block_on(async move { image.close().await }).unwrap();
+        assert_clean(&host);
+    }
+}
+
 #[test]
 fn equal_clusters_are_looked_for_on_a_disk_that_gets_smaller() {
     for seed in 1..SEEDS {

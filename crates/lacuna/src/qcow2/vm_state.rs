@@ -79,6 +79,8 @@ impl<S: Storage> Image<S> {
     /// Gives up what is mapped behind the disk, the state of a machine or what a growth that failed left:
     /// with another size of the disk it would lie elsewhere, or in the disk, or leak with its table.
     pub(super) async fn drop_behind_disk(&self) -> Result<()> {
+        // A table that is there for pins, and has none yet, is no part of it.
+        let _nothing_is_made = self.exclude_making().await?;
         let Some(range) = self.0.meta.lock().tables_behind_disk() else { return Ok(()) };
         let hold = self.exclude_others(range).await?;
         let cleared = self.clear_held(range, Intent::Cut, Clearing::begin(hold)).await?;

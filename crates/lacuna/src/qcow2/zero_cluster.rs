@@ -22,6 +22,7 @@ use super::plan_zero::Intent;
 use super::resize::{MAX_L1_BYTES, MAX_SIZE_BYTES};
 use super::write_back::Refcounting;
 use crate::block::is_zero;
+use crate::buffer::Hold;
 use crate::storage::Storage;
 use crate::units::{GuestCluster, GuestOffset, GuestRange, HostCluster, HostOffset, HostRange};
 use crate::{Error, Result};
@@ -352,6 +353,12 @@ impl<S: Storage> Image<S> {
         let range = self.0.meta.lock().host_of_hint(entry)?;
         let bytes = self.load(range.start, range.len, "zero cluster").await.ok()?;
         is_zero(&bytes).then_some((pin, range.start))
+    }
+
+    /// Lets no such cluster be made while the hold lives: what lies beyond the disk is either pinned or
+    /// not for pins.
+    pub(super) async fn exclude_making(&self) -> Result<Hold> {
+        self.enter(Touch::Exclusive, MAKING).await
     }
 
     /// Sees to it that there is a cluster of zeros with room for more references.
