@@ -4,11 +4,13 @@
 //! * `whole.rs`: what is done to the image as a whole
 //! * `layers.rs`: layers and jobs that lie on it
 //! * `below.rs`: what it stands on
+//! * `create.rs`: new images
 //! * `machine.rs`: the state of a virtual machine
 //! * `recover.rs`: what comes after a loss or a damage
 //! * `together.rs`: requests in flight together
 
 mod below;
+mod create;
 mod guest;
 mod layers;
 mod machine;
@@ -45,7 +47,7 @@ macro_rules! path {
 }
 
 /// All of them.
-pub const PATHS: [Path; 47] = [
+pub const PATHS: [Path; 48] = [
     path!("write", any, guest::write),
     path!("overwrite", any, guest::overwrite),
     path!("write-partial", stands, guest::partial),
@@ -86,6 +88,7 @@ pub const PATHS: [Path; 47] = [
     path!("dedup", shares, layers::dedup),
     path!("rename-backing", rebases, below::rename),
     path!("empty", stands, below::empty),
+    path!("create", any, create::create_it),
     path!("vm-state", own_data, machine::vm_state),
     path!("vm-state-ends", resizes, machine::vm_state_ends),
     path!("after-loss", any, recover::after_loss),

@@ -1,6 +1,7 @@
 //! Makes empty images, laid out byte by byte as `qemu-img create` does unless asked otherwise.
 //!
-//! * Always: the header is written last, so that a half-made image is no image.
+//! * Always: the header is written when all else is durable, so that a half-made image is no image, after a
+//!   power loss neither.
 //! * Always: options are checked before the first write.
 //! * Never: a backing file or data file is opened or made here; only their names are stored.
 
@@ -54,6 +55,8 @@ pub async fn create<S: Storage>(storage: &S, options: &CreateOptions) -> Result<
     empty(storage, image.layout.end()).await?;
     image.reserve_data(storage).await?;
     image.write_tables(storage).await?;
+    // What the header points to comes first: a power loss between the two leaves no image.
+    storage.flush().await?;
     // The rest of the first cluster must be zeros too: no stray extension may follow.
     let mut cluster = Buffer::zeroed(bytes_of(image.layout.geometry()));
     cluster[..header.len()].copy_from_slice(&header);
