@@ -143,6 +143,58 @@ fn emptying_leaves_no_state_of_a_machine_and_no_leak_of_it() {
     assert_clean(&host);
 }
 
+// ---- writing back --------------------------------------------------------------------------
+
+/// What is written to tables that are new, after a flush or a growth that was dropped at a poll; a power
+/// cut at any moment of it.
+fn left_after_a_drop(seed: u64, drop_point: DropPoint, grows: bool) {
+    const SMALL: u64 = 512;
+    let host = SimHost::new(Pace::Executor, seed);
+    let mut executor = Executor::new(seed);
+    executor.attach(Arc::new(host.clone()));
+    let kind = CreateOptions { cluster_bytes: SMALL, ..kind(Version::V3, 200 * SMALL) };
+    let from = host.clone();
+    let image = executor.block_on(async move {
+        let image = Image::open(Parts::alone(made(&from, &kind).await), options()).await.unwrap();
+        write(&image, 0, &[1; SMALL as usize]).await.unwrap();
+        image
+    });
+    let given_up = image.clone();
+    executor.spawn_until(drop_point, async move {
+        match grows {
+            true => given_up.resize(9000 * SMALL, Shrink::Refuse).await,
+            false => given_up.flush().await,
+        }
+    });
+    executor.run().unwrap();
+    executor.block_on(async move {
+        // In the table that is there, and in one of its own.
+        write(&image, 3 * SMALL, &[2; SMALL as usize]).await.unwrap();
+        write(&image, 150 * SMALL, &[3; SMALL as usize]).await.unwrap();
+        image.close().await.unwrap();
+    });
+    for crash in testkit::sim::crash::points(&host) {
+        for state in crash.states(seed, 20) {
+            let left = SimHost::without_record(Pace::AtOnce, 1).add_file(state.files[0].clone());
+            // Until the header of the new image is there.
+            let checked = block_on(check(&left, &CheckOptions::default(), &mut |_| {}));
+            let Ok(report) = checked else { continue };
+            let wrong = report.corruptions + report.check_errors;
+            assert_eq!(wrong, 0, "{drop_point:?} {:?}: {report:?}", state.survivors);
+        }
+    }
+}
+
+#[test]
+fn tables_that_a_dropped_write_back_named_are_new_no_longer() {
+    for seed in 1..4 {
+        for polls in 1..16 {
+            left_after_a_drop(seed, DropPoint::AfterPoll(polls), false);
+            left_after_a_drop(seed, DropPoint::AfterPoll(polls), true);
+        }
+    }
+}
+
 // ---- the size ------------------------------------------------------------------------------
 
 #[test]

@@ -64,7 +64,7 @@ impl<S: Storage> Image<S> {
             Err(error) => return Err(self.mark_corrupt(error).await),
         };
         let mut undo = UndoOnDrop { image: self, undo: Some(work.undo) };
-        self.execute(work.steps).await?;
+        self.execute(work.steps, &mut undo).await?;
         let batch = undo.done();
         self.release(batch).await
     }
@@ -83,11 +83,12 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    async fn execute(&self, steps: Vec<Step>) -> Result<()> {
+    async fn execute(&self, steps: Vec<Step>, undo: &mut UndoOnDrop<'_, S>) -> Result<()> {
         for step in steps {
             match step {
                 Step::Sync => self.sync(&self.0.storage).await?,
                 Step::SyncData => self.sync(self.data_storage()).await?,
+                Step::MayBeNamed => undo.may_be_named(),
                 Step::Write(pieces) => {
                     let mut writes = stream::iter(pieces)
                         .map(|piece| self.write_piece(piece))
@@ -187,6 +188,12 @@ struct UndoOnDrop<'a, S: Storage> {
 }
 
 impl<S: Storage> UndoOnDrop<'_, S> {
+    fn may_be_named(&mut self) {
+        if let Some(undo) = &mut self.undo {
+            undo.may_be_named(&mut self.image.0.meta.lock());
+        }
+    }
+
     /// Everything is in storage. Returns the references that can go now.
     fn done(&mut self) -> Vec<Freed> {
         let mut meta = self.image.0.meta.lock();

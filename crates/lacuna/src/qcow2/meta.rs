@@ -14,6 +14,7 @@ use super::format::{AutoclearFeatures, CompressedRun, Geometry, L1Entry, L2Entry
 use super::history::Readers;
 use super::in_flight::{InFlight, Token};
 use super::mapping::{DataPlace, Decoder, Mapping, Run};
+use super::moved::Moved;
 use super::need::{Need, Planned, Stop};
 use super::options::{DiscardUnit, OnDiscard};
 use super::overlap::{Structure, Structures};
@@ -33,15 +34,15 @@ pub(super) struct L1Table {
     pub(super) offset: HostOffset,
     /// Entries that storage does not have yet.
     pub(super) dirty: BTreeSet<usize>,
-    /// The table lies at a new place that the header does not name yet.
-    pub(super) moved: bool,
+    /// Whether the table lies at a new place that the header does not name yet.
+    pub(super) moved: Moved,
     /// Older tables, to be freed by the write-back that switches.
     pub(super) replaced: Vec<HostRange>,
 }
 
 impl L1Table {
     pub(super) fn new(entries: Vec<L1Entry>, offset: HostOffset) -> Self {
-        Self { entries, offset, dirty: BTreeSet::new(), moved: false, replaced: Vec::new() }
+        Self { entries, offset, dirty: BTreeSet::new(), moved: Moved::No, replaced: Vec::new() }
     }
 
     pub(super) fn set(&mut self, index: usize, entry: L1Entry) {
@@ -50,14 +51,14 @@ impl L1Table {
     }
 
     /// Returns what storage does not have, for [`redo`](Self::redo).
-    pub(super) fn unwritten(&self) -> (BTreeSet<usize>, bool) {
+    pub(super) fn unwritten(&self) -> (BTreeSet<usize>, Moved) {
         (self.dirty.clone(), self.moved)
     }
 
     /// What was handed out may not have reached storage: it is dirty again.
-    pub(super) fn redo(&mut self, (dirty, moved): (BTreeSet<usize>, bool)) {
+    pub(super) fn redo(&mut self, (dirty, moved): (BTreeSet<usize>, Moved)) {
         self.dirty.extend(dirty);
-        self.moved |= moved;
+        self.moved = self.moved.max(moved);
     }
 
     /// Returns where the table lies.

@@ -34,6 +34,7 @@ mod layer;
 mod live_compact;
 mod mapping;
 mod meta;
+mod moved;
 mod need;
 mod open;
 mod options;

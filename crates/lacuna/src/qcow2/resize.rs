@@ -6,6 +6,7 @@ use super::clear::Clearing;
 use super::format::{L1Entry, Version};
 use super::image::{CUT, Image};
 use super::meta::Meta;
+use super::moved::Moved;
 use super::need::{Need, Planned};
 use super::plan_zero::Intent;
 use super::quarantine::FreedBy;
@@ -359,7 +360,7 @@ impl Meta {
         self.l1.entries.resize(entries, L1Entry::UNALLOCATED);
         self.move_pin_table();
         self.l1.offset = new;
-        self.l1.moved = true;
+        self.l1.moved = Moved::Unwritten;
         Ok(())
     }
 

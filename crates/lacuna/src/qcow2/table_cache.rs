@@ -58,6 +58,13 @@ pub(super) struct Unwritten {
     fresh: BTreeSet<u64>,
 }
 
+impl Unwritten {
+    /// Whole tables were written, and are durable: from now on they change in place.
+    pub(super) fn fresh_is_durable(&mut self) {
+        self.fresh.clear();
+    }
+}
+
 impl TableCache {
     /// Holds at least `least` slices.
     pub(super) fn new(cluster_bytes: u64, capacity_bytes: u64, least: usize) -> Self {

@@ -17,6 +17,7 @@ use std::collections::BTreeSet;
 
 use super::format::{Header, L1Entry, L1Location};
 use super::meta::{L1Table, Meta};
+use super::moved::Moved;
 use super::overlap::Structure;
 use super::quarantine::{Freed, FreedBy};
 use super::refcounts::TableUpdate;
@@ -32,6 +33,9 @@ pub(super) enum Step {
     /// The external data file, before entries that point into it.
     SyncData,
     Write(Vec<Piece>),
+    /// All before it is durable. From here on storage may name what is new: it is not written again as
+    /// something that nothing names, should the rest be dropped.
+    MayBeNamed,
 }
 
 /// Bytes for one place.
@@ -53,8 +57,8 @@ pub(super) struct WriteBack {
 pub(super) struct Undo {
     l2: Unwritten,
     blocks: Unwritten,
-    l1: (BTreeSet<usize>, bool),
-    pin_l1: (BTreeSet<usize>, bool),
+    l1: (BTreeSet<usize>, Moved),
+    pin_l1: (BTreeSet<usize>, Moved),
     /// The snapshot table that the steps switch to.
     pub(super) snapshot_table: Option<NewSnapshotTable>,
     size: bool,
@@ -75,6 +79,15 @@ impl Undo {
             data_sync: meta.needs_data_sync,
             batch: Vec::new(),
         }
+    }
+
+    /// What phase A wrote is durable, and may be named from now on.
+    pub(super) fn may_be_named(&mut self, meta: &mut Meta) {
+        self.l2.fresh_is_durable();
+        self.blocks.fresh_is_durable();
+        self.l1.1.written();
+        self.pin_l1.1.written();
+        meta.refcounts.may_be_named();
     }
 
     /// Makes everything dirty again that the steps were to write.
@@ -144,6 +157,7 @@ fn order(meta: &mut Meta, first: Vec<Piece>, second: Vec<Piece>, third: Vec<Piec
     }
     if syncs_first && pointers_follow {
         steps.push(Step::Sync);
+        steps.push(Step::MayBeNamed);
     }
     if !second.is_empty() {
         steps.push(Step::Write(second));
@@ -182,15 +196,11 @@ fn table_pieces(meta: &mut Meta, structure: Structure) -> Result<Vec<Piece>> {
 
 /// Adds a moved table to the first phase. Returns what makes readers see it, or the entries.
 fn refcount_table(meta: &mut Meta, first: &mut Vec<Piece>) -> Vec<Piece> {
-    match meta.refcounts.take_unstored() {
-        TableUpdate::Whole(location, bytes) => {
-            first.push(Piece { offset: location.offset, bytes });
-            vec![piece(location.header_update())]
-        }
-        TableUpdate::Entries(sectors) => {
-            sectors.into_iter().map(|(offset, bytes)| Piece { offset, bytes }).collect()
-        }
-    }
+    let TableUpdate { whole, location, sectors } = meta.refcounts.take_unstored();
+    let at_new_place = whole.zip(location);
+    first.extend(at_new_place.map(|(bytes, to)| Piece { offset: to.offset, bytes }));
+    let sectors = sectors.into_iter().map(|(offset, bytes)| Piece { offset, bytes });
+    sectors.chain(location.map(|to| piece(to.header_update()))).collect()
 }
 
 fn piece<const N: usize>((offset, bytes): (HostOffset, [u8; N])) -> Piece {
@@ -209,21 +219,24 @@ pub(super) fn freed_table(meta: &mut Meta, range: HostRange) -> Vec<Freed> {
 
 /// Adds a moved L1 table to the first phase. Returns the header fields that switch to it.
 fn moved_l1(meta: &mut Meta, first: &mut Vec<Piece>, batch: &mut Vec<Freed>) -> Option<Piece> {
-    if !std::mem::take(&mut meta.l1.moved) {
-        return None;
+    match std::mem::take(&mut meta.l1.moved) {
+        Moved::No => return None,
+        Moved::MayBeNamed => {}
+        Moved::Unwritten => {
+            first.push(whole_l1(&mut meta.l1));
+            for old in std::mem::take(&mut meta.l1.replaced) {
+                batch.extend(freed_table(meta, old));
+            }
+            meta.structures.add(meta.l1.range(), Structure::ActiveL1);
+        }
     }
-    first.push(whole_l1(&mut meta.l1));
-    for old in std::mem::take(&mut meta.l1.replaced) {
-        batch.extend(freed_table(meta, old));
-    }
-    meta.structures.add(meta.l1.range(), Structure::ActiveL1);
     let entries = meta.l1.entries.len() as u32;
     Some(piece(L1Location { offset: meta.l1.offset, entries }.header_update()))
 }
 
 /// Adds a moved L1 table of pins to the first phase; the snapshot table that names it comes along.
 fn moved_pins(meta: &mut Meta, first: &mut Vec<Piece>) {
-    if std::mem::take(&mut meta.pins.l1.moved) {
+    if std::mem::take(&mut meta.pins.l1.moved) == Moved::Unwritten {
         first.push(whole_l1(&mut meta.pins.l1));
     }
 }

@@ -15,6 +15,7 @@ use super::super::format::L1Entry;
 use super::super::image::Image;
 use super::super::in_flight::{Token, Touch};
 use super::super::meta::Meta;
+use super::super::moved::Moved;
 use super::super::need::{Need, Planned};
 use super::super::overlap::Structure;
 use super::super::pointers::{Owner, Pointer, redirected, weight};
@@ -369,7 +370,7 @@ impl Meta {
         };
         self.l1.replaced.push(old);
         self.l1.offset = new;
-        self.l1.moved = true;
+        self.l1.moved = Moved::Unwritten;
         Ok(Outcome::Moved)
     }
 }

@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use super::{BLOCK_OFFSET_MASK, Refcounts};
+use crate::qcow2::moved::Moved;
 use crate::qcow2::need::{Need, Planned, Stop};
 use crate::qcow2::overlap::Structure;
 use crate::qcow2::refcount_space::{RefcountSpace, Room};
@@ -176,7 +177,7 @@ impl Refcounts {
         }
         self.table_offset = self.geometry.host_offset(HostCluster(start + blocks_new));
         self.table_clusters = table_clusters;
-        self.unstored.is_moved = true;
+        self.unstored.moved = Moved::Unwritten;
         self.new_metadata.push((self.table_range(), Structure::RefcountTable));
         for cluster in start..start + blocks_new + table_clusters {
             self.write(HostCluster(cluster), 1)?;

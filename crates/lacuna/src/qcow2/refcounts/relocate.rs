@@ -4,6 +4,7 @@
 //!   any pointer relies on a count that only the new place has.
 
 use super::{BLOCK_OFFSET_MASK, Refcounts};
+use crate::qcow2::moved::Moved;
 use crate::qcow2::need::Planned;
 use crate::qcow2::overlap::Structure;
 use crate::units::{HostCluster, HostOffset, HostRange};
@@ -54,7 +55,7 @@ impl Refcounts {
     pub(in crate::qcow2) fn move_table(&mut self, to: HostOffset) {
         self.unstored.replaced.push(self.table_range());
         self.table_offset = to;
-        self.unstored.is_moved = true;
+        self.unstored.moved = Moved::Unwritten;
         self.new_metadata.push((self.table_range(), Structure::RefcountTable));
     }
 }

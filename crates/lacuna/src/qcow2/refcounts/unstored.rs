@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 
 use super::Refcounts;
 use crate::qcow2::format::RefcountTableLocation;
+use crate::qcow2::moved::Moved;
 use crate::qcow2::need::{Need, Planned};
 use crate::units::{HostCluster, HostOffset, HostRange};
 
@@ -20,8 +21,8 @@ const SECTOR_ENTRIES: usize = 64;
 pub(super) struct Unstored {
     /// Entries, by index.
     pub(super) entries: BTreeSet<usize>,
-    /// The whole table lies elsewhere; storage has neither it nor the header that points to it.
-    pub(super) is_moved: bool,
+    /// Whether the whole table lies elsewhere, and the header is to point to it.
+    pub(super) moved: Moved,
     /// Tables and blocks that memory names no more.
     pub(super) replaced: Vec<HostRange>,
     /// Blocks that counted nothing but themselves: not free, though no block says so.
@@ -29,12 +30,14 @@ pub(super) struct Unstored {
 }
 
 /// How storage learns of changes of the table.
-#[derive(Debug)]
-pub(in crate::qcow2) enum TableUpdate {
-    /// Sectors of it.
-    Entries(Vec<(HostOffset, Vec<u8>)>),
-    /// All of it, at a new place that the header does not name.
-    Whole(RefcountTableLocation, Vec<u8>),
+#[derive(Debug, Default)]
+pub(in crate::qcow2) struct TableUpdate {
+    /// All of it, at a new place that the header does not name: before its location.
+    pub(in crate::qcow2) whole: Option<Vec<u8>>,
+    /// What the header is to say.
+    pub(in crate::qcow2) location: Option<RefcountTableLocation>,
+    /// Otherwise, sectors of it.
+    pub(in crate::qcow2) sectors: Vec<(HostOffset, Vec<u8>)>,
 }
 
 /// What storage has learnt.
@@ -51,8 +54,10 @@ impl Refcounts {
     pub(in crate::qcow2) fn take_unstored(&mut self) -> TableUpdate {
         self.on_its_way = std::mem::take(&mut self.unstored);
         let bytes = |entries: &[u64]| entries.iter().flat_map(|it| it.to_be_bytes()).collect();
-        if self.on_its_way.is_moved {
-            return TableUpdate::Whole(self.location(), bytes(&self.table));
+        let moved = self.on_its_way.moved;
+        let location = (moved != Moved::No).then(|| self.location());
+        if moved == Moved::Unwritten {
+            return TableUpdate { whole: Some(bytes(&self.table)), location, sectors: Vec::new() };
         }
         let dirty = self.on_its_way.entries.iter();
         let sectors: BTreeSet<usize> = dirty.map(|index| index / SECTOR_ENTRIES).collect();
@@ -61,13 +66,21 @@ impl Refcounts {
             let offset = self.table_offset + at as u64 * 512;
             (offset, bytes(&self.table[at * SECTOR_ENTRIES..end]))
         };
-        TableUpdate::Entries(sectors.into_iter().map(sector).collect())
+        TableUpdate { whole: None, location, sectors: sectors.into_iter().map(sector).collect() }
+    }
+
+    /// Storage has the whole table that was handed out, and may name it from now on.
+    pub(in crate::qcow2) fn may_be_named(&mut self) {
+        self.on_its_way.moved.written();
     }
 
     /// Storage has what was handed out.
     pub(in crate::qcow2) fn stored(&mut self) -> Stored {
         let done = std::mem::take(&mut self.on_its_way);
-        Stored { location: done.is_moved.then(|| self.location()), replaced: done.replaced }
+        Stored {
+            location: (done.moved != Moved::No).then(|| self.location()),
+            replaced: done.replaced,
+        }
     }
 
     const fn location(&self) -> RefcountTableLocation {
@@ -77,18 +90,17 @@ impl Refcounts {
 
     /// What was handed out may not have reached storage: it is to be handed out again.
     pub(in crate::qcow2) fn redo(&mut self) {
-        let Unstored { entries, is_moved, replaced, leaving } =
-            std::mem::take(&mut self.on_its_way);
+        let Unstored { entries, moved, replaced, leaving } = std::mem::take(&mut self.on_its_way);
         self.unstored.entries.extend(entries);
-        self.unstored.is_moved |= is_moved;
+        self.unstored.moved = self.unstored.moved.max(moved);
         self.unstored.replaced.extend(replaced);
         self.unstored.leaving.extend(leaving);
     }
 
     /// Says whether storage has all of the table.
     pub(in crate::qcow2) fn is_stored(&self) -> bool {
-        let Unstored { entries, is_moved, replaced, leaving } = &self.unstored;
-        !is_moved && entries.is_empty() && replaced.is_empty() && leaving.is_empty()
+        let Unstored { entries, moved, replaced, leaving } = &self.unstored;
+        *moved == Moved::No && entries.is_empty() && replaced.is_empty() && leaving.is_empty()
     }
 
     /// Says whether a cluster was a block that storage may still name.
@@ -101,8 +113,9 @@ impl Refcounts {
         let index = counting as usize;
         let is_apart = index / SECTOR_ENTRIES != counted as usize / SECTOR_ENTRIES;
         let may_be_lost = self.unstored.entries.contains(&index)
-            || self.on_its_way.entries.contains(&index) && !self.on_its_way.is_moved;
-        match is_apart && may_be_lost && !self.unstored.is_moved {
+            || self.on_its_way.entries.contains(&index)
+                && self.on_its_way.moved != Moved::Unwritten;
+        match is_apart && may_be_lost && self.unstored.moved != Moved::Unwritten {
             true => Err(Need::StoredRefcounts.into()),
             false => Ok(()),
         }
@@ -153,7 +166,7 @@ mod tests {
         assert!(!waits(&refcounts, 70, 3));
         // A table that moves is switched to as a whole.
         refcounts.unstored.entries.insert(70);
-        refcounts.unstored.is_moved = true;
+        refcounts.unstored.moved = Moved::Unwritten;
         assert!(!waits(&refcounts, 70, 3));
     }
 }

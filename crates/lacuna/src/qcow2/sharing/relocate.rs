@@ -3,6 +3,7 @@
 use super::table::pin_l1_range;
 use crate::qcow2::format::Snapshot;
 use crate::qcow2::meta::Meta;
+use crate::qcow2::moved::Moved;
 use crate::qcow2::need::Planned;
 use crate::qcow2::overlap::Structure;
 use crate::units::{HostOffset, HostRange};
@@ -65,7 +66,7 @@ impl Meta {
         let mut snapshots = self.pins.snapshots.clone();
         if let (Some(pin), Some(_)) = (pin, l1) {
             snapshots[pin].l1.offset = at;
-            (self.pins.l1.offset, self.pins.l1.moved) = (at, true);
+            (self.pins.l1.offset, self.pins.l1.moved) = (at, Moved::Unwritten);
             self.structures.add(self.pins.l1.range(), Structure::InactiveL1);
         }
         let table = at + l1_clusters * geometry.cluster_bytes();

@@ -7,6 +7,7 @@
 use crate::qcow2::format::{L1Entry, L1Location, Snapshot, SnapshotTableLocation};
 use crate::qcow2::image::Image;
 use crate::qcow2::meta::{L1Table, Meta};
+use crate::qcow2::moved::Moved;
 use crate::qcow2::need::{Planned, Stop};
 use crate::qcow2::overlap::Structure;
 use crate::qcow2::resize::MAX_L1_BYTES;
@@ -95,7 +96,7 @@ impl Meta {
         pin_among(&mut snapshots).l1.offset = offset;
         let table = offset + l1_clusters * self.geometry().cluster_bytes();
         self.pins.l1 = L1Table {
-            moved: true,
+            moved: Moved::Unwritten,
             ..L1Table::new(longer(&self.pins.l1.entries, entries as usize), offset)
         };
         self.structures.add(self.pins.l1.range(), Structure::InactiveL1);
