@@ -8,8 +8,8 @@ use lacuna::job::{Dedup, DedupOptions, sweep};
 use lacuna::qcow2::check::{CheckOptions, check};
 use lacuna::qcow2::format::Version;
 use lacuna::qcow2::{
-    Access, BackingName, CreateOptions, DataFileName, DiscardPolicy, Image, OnDiscard, OpenOptions,
-    Parts, SharedZeroCluster, Shrink, create,
+    Access, BackingName, CreateOptions, DataFileName, DiscardPolicy, Image, NewBitmap, OnDiscard,
+    OpenOptions, Parts, SharedZeroCluster, Shrink, create,
 };
 use lacuna::raw::Raw;
 use lacuna::storage::MemoryStorage;
@@ -141,6 +141,26 @@ fn emptying_leaves_no_state_of_a_machine_and_no_leak_of_it() {
         image.close().await.unwrap();
     });
     assert_clean(&host);
+}
+
+#[test]
+fn another_backing_file_takes_claims_about_zeros_off_and_leaves_bitmaps() {
+    let host = SimHost::without_record(Pace::AtOnce, 1);
+    block_on(async {
+        let kind = CreateOptions { zero_claims: true, ..kind(Version::V3, 8 * CLUSTER) };
+        let storage = made(&host, &kind).await;
+        let image = Image::open(Parts::alone(storage.clone()), options()).await.unwrap();
+        image.add_bitmap(&NewBitmap::new("changed")).await.unwrap();
+        assert!(image.known_zeroes().await.unwrap().open);
+        let base = BackingName { name: "below".into(), format: Some("raw".into()) };
+        image.close_onto(Some(base)).await.unwrap();
+        let below: Arc<dyn DynLayer> =
+            Arc::new(Raw::open(MemoryStorage::from(&[5; 512][..])).await.unwrap());
+        let parts = Parts { storage, data: None, backing: Some(below) };
+        let image = Image::open(parts, OpenOptions::new(Access::ReadOnly)).await.unwrap();
+        assert!(!image.known_zeroes().await.unwrap().open);
+        image.bitmap(&"changed".into()).await.unwrap();
+    });
 }
 
 // ---- writing back --------------------------------------------------------------------------

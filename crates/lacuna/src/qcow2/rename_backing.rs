@@ -5,7 +5,7 @@
 //! * Always: the claim of being all zero is off, durably, before a backing file is named (A.1.2).
 
 use super::create::{BackingName, raw_excludes_backing};
-use super::format::Header;
+use super::format::{AutoclearFeatures, Header};
 use super::header_change::change_header;
 use super::image::Image;
 use super::zero_claims;
@@ -46,7 +46,7 @@ impl<S: Storage> Image<S> {
         let mut planned = self.header();
         set(&mut planned)?;
         planned.encode()?;
-        self.drop_claims(zero_claims::possible(&planned).complement()).await?;
+        self.drop_claims(AutoclearFeatures::ZERO_CLAIMS - zero_claims::possible(&planned)).await?;
         self.clone().close().await?;
         change_header(&self.0.storage, set).await.map(drop)
     }
