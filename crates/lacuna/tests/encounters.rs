@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lacuna::block::{DynLayer, Layer, PointOptions, Points, WhenFull, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::job::{Dedup, DedupOptions, sweep};
-use lacuna::qcow2::check::{CheckOptions, check};
+use lacuna::qcow2::check::{CheckOptions, CheckReport, check};
 use lacuna::qcow2::format::Version;
 use lacuna::qcow2::{
     Access, BackingName, CreateOptions, DataFileName, DiscardPolicy, Image, NewBitmap, OnDiscard,
@@ -34,6 +34,14 @@ fn kind(version: Version, size_bytes: u64) -> CreateOptions {
     CreateOptions { version, size_bytes, cluster_bytes: CLUSTER, ..CreateOptions::default() }
 }
 
+/// A host whose calls end in an order that the seed decides, and who polls what waits for them.
+fn scene(seed: u64) -> (SimHost, Executor<'static>) {
+    let host = SimHost::new(Pace::Executor, seed);
+    let mut executor = Executor::new(seed);
+    executor.attach(Arc::new(host.clone()));
+    (host, executor)
+}
+
 /// Makes an image in a file of a host.
 async fn made(host: &SimHost, kind: &CreateOptions) -> SimStorage {
     let storage = host.add_file(SparseBytes::default());
@@ -50,9 +58,13 @@ async fn read(disk: &impl Layer, range: GuestRange) -> Result<Vec<u8>> {
     result.map(|()| bytes.to_vec())
 }
 
+fn checked(file: SparseBytes) -> CheckReport {
+    let storage = SimHost::without_record(Pace::AtOnce, 1).add_file(file);
+    block_on(check(&storage, &CheckOptions::default(), &mut |_| {})).unwrap()
+}
+
 fn assert_clean(host: &SimHost) {
-    let storage = SimHost::without_record(Pace::AtOnce, 1).add_file(host.content(0));
-    let report = block_on(check(&storage, &CheckOptions::default(), &mut |_| {})).unwrap();
+    let report = checked(host.content(0));
     let wrong = report.corruptions + report.check_errors + report.leaks;
     assert_eq!(wrong, 0, "{report:?}");
 }
@@ -169,13 +181,12 @@ fn another_backing_file_takes_claims_about_zeros_off_and_leaves_bitmaps() {
 /// cut at any moment of it.
 fn left_after_a_drop(seed: u64, drop_point: DropPoint, grows: bool) {
     const SMALL: u64 = 512;
-    let host = SimHost::new(Pace::Executor, seed);
-    let mut executor = Executor::new(seed);
-    executor.attach(Arc::new(host.clone()));
+    let (host, mut executor) = scene(seed);
     let kind = CreateOptions { cluster_bytes: SMALL, ..kind(Version::V3, 200 * SMALL) };
     let from = host.clone();
     let image = executor.block_on(async move {
         let image = Image::open(Parts::alone(made(&from, &kind).await), options()).await.unwrap();
+        from.start_record();
         write(&image, 0, &[1; SMALL as usize]).await.unwrap();
         image
     });
@@ -195,10 +206,7 @@ fn left_after_a_drop(seed: u64, drop_point: DropPoint, grows: bool) {
     });
     for crash in testkit::sim::crash::points(&host) {
         for state in crash.states(seed, 20) {
-            let left = SimHost::without_record(Pace::AtOnce, 1).add_file(state.files[0].clone());
-            // Until the header of the new image is there.
-            let checked = block_on(check(&left, &CheckOptions::default(), &mut |_| {}));
-            let Ok(report) = checked else { continue };
+            let report = checked(state.files[0].clone());
             let wrong = report.corruptions + report.check_errors;
             assert_eq!(wrong, 0, "{drop_point:?} {:?}: {report:?}", state.survivors);
         }
@@ -217,22 +225,34 @@ fn tables_that_a_dropped_write_back_named_are_new_no_longer() {
 
 // ---- the size ------------------------------------------------------------------------------
 
+/// Clusters of version 2 over a backing file, which needs bytes or references for zeros.
+async fn small_overlay(host: &SimHost, clusters: u64) -> SimStorage {
+    let backing = Some(BackingName { name: "below".into(), format: Some("raw".into()) });
+    made(host, &CreateOptions { cluster_bytes: 512, backing, ..kind(Version::V2, clusters * 512) })
+        .await
+}
+
+/// Opens one over as many clusters of content.
+async fn open_overlay(
+    storage: &SimStorage,
+    clusters: usize,
+    shared_zero: SharedZeroCluster,
+) -> Image<SimStorage> {
+    let below = MemoryStorage::from(&vec![5; clusters * 512][..]);
+    let below: Arc<dyn DynLayer> = Arc::new(Raw::open(below).await.unwrap());
+    let parts = Parts { storage: storage.clone(), data: None, backing: Some(below) };
+    Image::open(parts, options().shared_zero_cluster(shared_zero)).await.unwrap()
+}
+
 #[test]
 fn zeros_that_come_to_be_shared_while_the_disk_grows_stay_pinned() {
     for seed in 1..SEEDS {
-        let host = SimHost::new(Pace::Executor, seed);
-        let mut executor = Executor::new(seed);
-        executor.attach(Arc::new(host.clone()));
+        let (host, mut executor) = scene(seed);
         // One table of 64 entries, and growth into the next.
-        let backing = Some(BackingName { name: "below".into(), format: Some("raw".into()) });
-        let kind = CreateOptions { cluster_bytes: 512, backing, ..kind(Version::V2, 40 * 512) };
         let from = host.clone();
         let image = executor.block_on(async move {
-            let storage = made(&from, &kind).await;
-            let below = MemoryStorage::from(&[5; 30 * 512][..]);
-            let below: Arc<dyn DynLayer> = Arc::new(Raw::open(below).await.unwrap());
-            let parts = Parts { storage, data: None, backing: Some(below) };
-            Image::open(parts, options().shared_zero_cluster(SharedZeroCluster::On)).await.unwrap()
+            let storage = small_overlay(&from, 40).await;
+            open_overlay(&storage, 30, SharedZeroCluster::On).await
         });
         let (zeroing, growing) = (image.clone(), image.clone());
         let zeroed = executor.spawn(async move {
@@ -250,20 +270,6 @@ fn zeros_that_come_to_be_shared_while_the_disk_grows_stay_pinned() {
     }
 }
 
-/// Clusters of version 2 over a backing file, which needs bytes or references for zeros.
-async fn small_overlay(host: &SimHost, clusters: u64) -> SimStorage {
-    let backing = Some(BackingName { name: "below".into(), format: Some("raw".into()) });
-    made(host, &CreateOptions { cluster_bytes: 512, backing, ..kind(Version::V2, clusters * 512) })
-        .await
-}
-
-async fn open_overlay(storage: &SimStorage, shared_zero: SharedZeroCluster) -> Image<SimStorage> {
-    let below = MemoryStorage::from(&[5; 60 * 512][..]);
-    let below: Arc<dyn DynLayer> = Arc::new(Raw::open(below).await.unwrap());
-    let parts = Parts { storage: storage.clone(), data: None, backing: Some(below) };
-    Image::open(parts, options().shared_zero_cluster(shared_zero)).await.unwrap()
-}
-
 #[test]
 fn what_a_growth_without_space_left_behind_the_disk_is_given_up_with_it() {
     let mut failures = 0;
@@ -272,7 +278,7 @@ fn what_a_growth_without_space_left_behind_the_disk_is_given_up_with_it() {
             let host = SimHost::without_record(Pace::AtOnce, 1);
             block_on(async {
                 let storage = small_overlay(&host, 40).await;
-                let image = open_overlay(&storage, shared_zero).await;
+                let image = open_overlay(&storage, 60, shared_zero).await;
                 host.order(Fault::no_space(OperationKind::Write, after).forever());
                 failures += u64::from(image.resize(55 * 512, Shrink::Refuse).await.is_err());
                 host.heal();
@@ -295,7 +301,7 @@ fn pins_that_a_run_without_end_made_are_known_to_the_next() {
         let host = SimHost::without_record(Pace::AtOnce, 1);
         block_on(async {
             let storage = small_overlay(&host, 40).await;
-            let image = open_overlay(&storage, SharedZeroCluster::On).await;
+            let image = open_overlay(&storage, 60, SharedZeroCluster::On).await;
             host.order(Fault::no_space(OperationKind::Write, after));
             let one = || image.write_zeroes(range(512, 512), ZeroFlags::MAY_UNMAP);
             let zeroed = one().await;
@@ -305,12 +311,11 @@ fn pins_that_a_run_without_end_made_are_known_to_the_next() {
             let _failed = image.flush().await;
             drop(image);
             host.heal();
-            let image = open_overlay(&storage, SharedZeroCluster::AsRemembered).await;
+            let image = open_overlay(&storage, 60, SharedZeroCluster::AsRemembered).await;
             image.resize(20 * 512, Shrink::Allow).await.unwrap();
             image.close().await.unwrap();
         });
-        let storage = SimHost::without_record(Pace::AtOnce, 1).add_file(host.content(0));
-        let report = block_on(check(&storage, &CheckOptions::default(), &mut |_| {})).unwrap();
+        let report = checked(host.content(0));
         assert_eq!(report.corruptions + report.check_errors, 0, "{after}, {again}: {report:?}");
     }
 }
@@ -318,9 +323,7 @@ fn pins_that_a_run_without_end_made_are_known_to_the_next() {
 #[test]
 fn zeros_are_swept_on_a_disk_that_gets_smaller() {
     for seed in 1..SEEDS {
-        let host = SimHost::new(Pace::Executor, seed);
-        let mut executor = Executor::new(seed);
-        executor.attach(Arc::new(host.clone()));
+        let (host, mut executor) = scene(seed);
         let from = host.clone();
         let image = executor.block_on(async move {
             let storage = made(&from, &kind(Version::V3, 32 * CLUSTER)).await;
@@ -345,18 +348,11 @@ fn zeros_are_swept_on_a_disk_that_gets_smaller() {
 #[test]
 fn a_table_that_is_made_for_pins_is_no_state_of_a_machine() {
     for seed in 1..5 * SEEDS {
-        let host = SimHost::new(Pace::Executor, seed);
-        let mut executor = Executor::new(seed);
-        executor.attach(Arc::new(host.clone()));
-        let backing = Some(BackingName { name: "below".into(), format: Some("raw".into()) });
-        let kind = CreateOptions { cluster_bytes: 512, backing, ..kind(Version::V2, 40 * 512) };
+        let (host, mut executor) = scene(seed);
         let from = host.clone();
         let image = executor.block_on(async move {
-            let storage = made(&from, &kind).await;
-            let below = MemoryStorage::from(&[5; 30 * 512][..]);
-            let below: Arc<dyn DynLayer> = Arc::new(Raw::open(below).await.unwrap());
-            let parts = Parts { storage, data: None, backing: Some(below) };
-            Image::open(parts, options().shared_zero_cluster(SharedZeroCluster::On)).await.unwrap()
+            let storage = small_overlay(&from, 40).await;
+            open_overlay(&storage, 30, SharedZeroCluster::On).await
         });
         let (zeroing, resizing) = (image.clone(), image.clone());
         let zeroed = executor.spawn(async move {
@@ -381,9 +377,7 @@ fn a_table_that_is_made_for_pins_is_no_state_of_a_machine() {
 #[test]
 fn equal_clusters_are_looked_for_on_a_disk_that_gets_smaller() {
     for seed in 1..SEEDS {
-        let host = SimHost::new(Pace::Executor, seed);
-        let mut executor = Executor::new(seed);
-        executor.attach(Arc::new(host.clone()));
+        let (host, mut executor) = scene(seed);
         let from = host.clone();
         let image = executor.block_on(async move {
             let storage = made(&from, &kind(Version::V3, 32 * CLUSTER)).await;
@@ -440,9 +434,7 @@ fn a_point_outlives_a_write_at_the_end_of_a_disk_that_was_cut() {
 fn a_point_waits_for_a_write_that_was_dropped_and_that_a_driver_has() {
     const PIECES: u64 = 6;
     for (seed, polls) in (1..SEEDS).flat_map(|seed| (1..8).map(move |polls| (seed, polls))) {
-        let host = SimHost::new(Pace::Executor, seed);
-        let mut executor = Executor::new(seed);
-        executor.attach(Arc::new(host.clone()));
+        let (host, mut executor) = scene(seed);
         let points = executor.block_on(async move {
             let storage = made(&host, &kind(Version::V3, PIECES * CLUSTER)).await;
             let image = Image::open(Parts::alone(storage), options()).await.unwrap();
@@ -471,9 +463,7 @@ fn a_point_waits_for_a_write_that_was_dropped_and_that_a_driver_has() {
 #[test]
 fn who_waits_for_space_of_a_point_goes_on_when_it_ends() {
     for seed in 1..SEEDS {
-        let host = SimHost::new(Pace::Executor, seed);
-        let mut executor = Executor::new(seed);
-        executor.attach(Arc::new(host.clone()));
+        let (host, mut executor) = scene(seed);
         let from = host.clone();
         let points = executor.block_on(async move {
             let storage = made(&from, &kind(Version::V3, 8 * CLUSTER)).await;

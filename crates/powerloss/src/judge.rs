@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::sync::Arc;
 
-use lacuna::block::{DynLayer, Layer, WriteFlags};
+use lacuna::block::{DynLayer, Layer, WriteFlags, is_zero};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::check::{CheckOptions, Repair, check};
 use lacuna::qcow2::format::{Header, IncompatibleFeatures, StoredName};
@@ -195,7 +195,7 @@ fn assert_zeros(image: &Image<SimStorage>, seen: &[u8]) -> Result<(), String> {
         let extents = extents.map_err(|error| format!("Extents: {error}"))?;
         for extent in &extents {
             let bytes = &seen[extent.range.start.0 as usize..extent.range.end().0 as usize];
-            if extent.status.reads_zero && !are_zeros(bytes) {
+            if extent.status.reads_zero && !is_zero(bytes) {
                 return Err(format!("Said to be zeros, and is not: {extent:x?}"));
             }
         }
@@ -203,12 +203,6 @@ fn assert_zeros(image: &Image<SimStorage>, seen: &[u8]) -> Result<(), String> {
         rest = GuestRange::new(end, rest.end() - end);
     }
     Ok(())
-}
-
-/// Compares long pieces, as that is much faster than bytes.
-fn are_zeros(bytes: &[u8]) -> bool {
-    const ZEROS: [u8; 4096] = [0; 4096];
-    bytes.chunks(ZEROS.len()).all(|piece| *piece == ZEROS[..piece.len()])
 }
 
 /// The state of a virtual machine, in images that may have one.
@@ -332,7 +326,7 @@ fn go_on(
         let grown = block_on(image.resize(size_bytes, Shrink::Refuse));
         grown.map_err(|error| format!("Growing: {error}"))?;
         let before = std::mem::replace(&mut seen, whole(image)?);
-        if seen[..old] != before[..] || !are_zeros(&seen[old..]) {
+        if seen[..old] != before[..] || !is_zero(&seen[old..]) {
             return Err("Growing brought back what had been cut off".into());
         }
     }

@@ -280,11 +280,6 @@ impl Stage {
         Ok(())
     }
 
-    /// Says whether the image can have snapshots.
-    pub(crate) const fn can_keep(&self) -> bool {
-        !self.kind().has_data_file() && self.kind().refcount_order > 2
-    }
-
     fn album(&mut self, name: &str) -> &mut Kept {
         let kept = self.truth.snapshots.iter_mut().find(|kept| kept.name == name);
         kept.expect("a snapshot that was made")

@@ -2,7 +2,7 @@
 
 /// What says that something must not be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Checker {
+pub(crate) enum Checker {
     Bitmaps,
     Bytes,
     DataFile,
@@ -57,14 +57,10 @@ const WORDS: [(&str, Checker); 28] = [
 /// In which way a run failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    Found(Checked),
+    Found(Checker),
     /// A panic, or a call that failed with nobody to blame: the words, without numbers.
     Said(String),
 }
-
-/// A failure that a checker saw.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Checked(Checker);
 
 impl Kind {
     /// Tells the kind of a failure by what it says.
@@ -72,7 +68,7 @@ impl Kind {
         let is_panic = error.starts_with("panic: ");
         let known = WORDS.iter().find(|(words, _)| error.contains(words));
         match known.filter(|_| !is_panic) {
-            Some((_, checker)) => Self::Found(Checked(*checker)),
+            Some((_, checker)) => Self::Found(*checker),
             None => Self::Said(words(error)),
         }
     }
@@ -107,7 +103,7 @@ mod tests {
         assert_eq!(Kind::of(bytes), Kind::of(later));
         assert_ne!(Kind::of(bytes), Kind::of(snapshot));
         let check = "phase 1, which ends by Close: The check finds CheckReport { leaks: 1 }";
-        assert_eq!(Kind::of(check), Kind::Found(Checked(Checker::Refcounts)));
+        assert_eq!(Kind::of(check), Kind::Found(Checker::Refcounts));
     }
 
     #[test]

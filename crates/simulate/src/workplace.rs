@@ -114,9 +114,7 @@ impl Workplace {
         rebase(image, Some(onto), &RebaseOptions::default(), &mut |_, _| ()).await?;
         Ok(Ending::Done)
     }
-}
 
-impl Workplace {
     async fn rebase_onto_base(self) -> Result<Ending> {
         let image = self.image().await?;
         let Some((file, format)) = self.below.last().copied() else {

@@ -17,7 +17,7 @@ pub use images::{damaged_image, damaged_operations, operations};
 pub use nbd::{nbd_client, nbd_server, nbd_uri};
 pub use nbd_seeds::{NbdSeed, nbd_seeds};
 
-use lacuna::block::{DiscardMode, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{DiscardMode, Layer, WriteFlags, ZeroFlags, is_zero};
 use lacuna::buffer::Buffer;
 use lacuna::fuzzing;
 use lacuna::qcow2::check::{CheckOptions, Repair, check};
@@ -29,12 +29,6 @@ use lacuna::qcow2::{Access, Image, OpenOptions, Parts};
 use lacuna::storage::MemoryStorage;
 use lacuna::units::{GuestOffset, GuestRange, HostRange};
 use pollster::block_on;
-
-/// Says whether there is nothing but zeros, a piece at a time: the fuzzer is told of every comparison.
-fn is_zero(bytes: &[u8]) -> bool {
-    const ZEROS: [u8; 512] = [0; 512];
-    bytes.chunks(ZEROS.len()).all(|piece| piece == &ZEROS[..piece.len()])
-}
 
 /// Largest tables of an image that is opened and checked here, in entries.
 const MAX_ENTRIES: u32 = 1 << 12;

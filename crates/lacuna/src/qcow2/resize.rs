@@ -158,7 +158,6 @@ impl<S: Storage> Image<S> {
         self.resize_bitmaps(old, new).await?;
         self.commit_size(new).await?;
         back.old = None;
-        drop(back);
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use testkit::Operation;
 use testkit::case::Kind;
 
 use super::whole::scribble;
-use super::{Ran, stage, told};
+use super::{Ran, snapshots, stage, told};
 
 /// A part of it lies in the second table that maps it, where clusters are small.
 const BYTES: usize = 50_000;
@@ -25,7 +25,7 @@ pub(super) async fn vm_state(kind: &Kind, seed: u64) -> Ran {
             stage.save_state(&image).await.map_err(told("Saving"))?;
         }
         match stage.random.below(3) {
-            0 if stage.can_keep() => {
+            0 if snapshots(kind) => {
                 stage.snapshot(&image, name).await.map_err(told("Snapshot"))?;
             }
             _ => stage.guest(&image, Operation::Flush).await?,

@@ -14,7 +14,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lacuna::block::Layer;
+use lacuna::block::{Layer, is_zero};
 use lacuna::qcow2::NewBitmap;
 use lacuna::qcow2::format::Version;
 use lacuna::units::GuestRange;
@@ -323,11 +323,6 @@ pub(crate) fn fault_of(lie: Lie, seed: u64) -> Option<Fault> {
         Lie::Shared | Lie::Wire => None,
         Lie::Write => Some(Fault::io(OperationKind::Write, (seed % 20) as usize).silent()),
     }
-}
-
-/// Says whether there are zeros only.
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.split_first().is_none_or(|(first, rest)| *first == 0 && *rest == bytes[..rest.len()])
 }
 
 /// Returns the first byte that differs.

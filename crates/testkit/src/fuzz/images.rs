@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use lacuna::Result;
-use lacuna::block::Layer;
+use lacuna::block::{Layer, is_zero};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::check::{CheckOptions, CheckReport, FindingClass, Harm, Repair, check};
 use lacuna::qcow2::{Access, Image, OpenOptions, Parts, Shrink};
@@ -16,7 +16,6 @@ use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
 
 use super::choices::Choices;
-use super::is_zero;
 use super::recipe::{Recipe, operation};
 use crate::{AfterDiscard, ModelDisk, Operation, Rules, content};
 

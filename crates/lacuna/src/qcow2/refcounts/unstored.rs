@@ -30,7 +30,7 @@ pub(super) struct Unstored {
 }
 
 /// How storage learns of changes of the table.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(in crate::qcow2) struct TableUpdate {
     /// All of it, at a new place that the header does not name: before its location.
     pub(in crate::qcow2) whole: Option<Vec<u8>>,
