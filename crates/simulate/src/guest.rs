@@ -7,8 +7,8 @@ use std::rc::Rc;
 use std::task::Poll;
 
 use lacuna::ErrorKind;
-use lacuna::block::{DiscardMode, Layer, WriteFlags, ZeroFlags};
-use lacuna::buffer::Buffer;
+use lacuna::block::{Change, DiscardMode, Layer, WriteFlags, ZeroFlags};
+use lacuna::buffer::{Buffer, Hold};
 use lacuna::qcow2::Image;
 use lacuna::units::GuestRange;
 use testkit::sim::{SimHost, SimStorage};
@@ -155,8 +155,9 @@ async fn perform(
             disk.write(range.start, Buffer::from(&fill.bytes(range)[..]), flags).await.0?;
         }
         What::Compress { fill } => {
-            let _change = disk.before_change(range).await;
-            compress(image, range, fill).await?;
+            let change = disk.before_change(range).await;
+            let hold = change.as_ref().map_or(Hold::none(), Change::hold);
+            compress(image, range, fill, hold).await?;
         }
         What::Zero { flags } => match disk.write_zeroes(range, flags).await {
             Err(error) if flags.contains(ZeroFlags::FAST) && is_refusal(&error) => {
@@ -180,9 +181,15 @@ fn is_refusal(error: &lacuna::Error) -> bool {
 }
 
 /// Compresses what is a whole cluster, and writes anything else as it is.
-async fn compress(image: &Image<SimStorage>, range: GuestRange, fill: Fill) -> lacuna::Result<()> {
+async fn compress(
+    image: &Image<SimStorage>,
+    range: GuestRange,
+    fill: Fill,
+    hold: Hold,
+) -> lacuna::Result<()> {
     let cluster = image.geometry().cluster_bytes();
-    let bytes = Buffer::from(&fill.bytes(range)[..]);
+    let mut bytes = Buffer::from(&fill.bytes(range)[..]);
+    bytes.set_hold(hold);
     let is_whole = range.start.0.is_multiple_of(cluster) && range.len == cluster;
     match is_whole && !image.header().has_external_data_file() {
         true => image.write_compressed(range.start, bytes).await.0,

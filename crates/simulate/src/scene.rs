@@ -124,6 +124,11 @@ impl Scene<'_> {
         })
     }
 
+    pub(crate) fn remove_bitmap(&mut self, name: &str) -> Result<(), String> {
+        let name = name.into();
+        self.run("Removing a bitmap", |image| async move { image.remove_bitmap(&name).await })
+    }
+
     /// Closes the image and returns the files.
     pub(crate) fn close(mut self) -> Result<Files, String> {
         self.run("Closing", Image::close)?;

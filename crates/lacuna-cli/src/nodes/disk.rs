@@ -228,6 +228,10 @@ impl Layer for ToolDisk {
         }
     }
 
+    async fn settled(&self) {
+        self.disk.settled().await;
+    }
+
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
         match &self.top {
             Some(top) => top.extents(range).await,

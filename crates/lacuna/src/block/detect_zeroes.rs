@@ -255,6 +255,10 @@ impl<L: Layer> Layer for DetectZeroes<L> {
         self.below.flush().await
     }
 
+    async fn settled(&self) {
+        self.below.settled().await;
+    }
+
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
         self.below.extents(range).await
     }

@@ -144,6 +144,13 @@ pub trait Layer: Send + Sync {
     /// Makes everything durable that was acknowledged before the call began.
     fn flush(&self) -> impl Future<Output = Result<()>> + Send;
 
+    /// Returns when no driver has a part any more of a change that began before and was dropped on the
+    /// way: what is read from then on does not come to be something else by it. At once, unless a layer
+    /// knows of such.
+    fn settled(&self) -> impl Future<Output = ()> + Send {
+        ready(())
+    }
+
     /// Returns the leading extents of `range`, at least one, in guest order without gaps; they
     /// may end before the range does (then ask on from there). Neighbours of one status are one
     /// extent within an answer, not across answers.

@@ -337,6 +337,14 @@ impl<S: Storage> Layer for Disk<S> {
         }
     }
 
+    async fn settled(&self) {
+        match self {
+            Self::Qcow2(image) => image.settled().await,
+            Self::Raw(disk) => disk.settled().await,
+            Self::Snapshot(layer) => layer.settled().await,
+        }
+    }
+
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
         match self {
             Self::Qcow2(image) => image.extents(range).await,

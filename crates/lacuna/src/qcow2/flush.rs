@@ -86,8 +86,8 @@ impl<S: Storage> Image<S> {
     async fn execute(&self, steps: Vec<Step>, undo: &mut UndoOnDrop<'_, S>) -> Result<()> {
         for step in steps {
             match step {
-                Step::Sync => self.sync(&self.0.storage).await?,
-                Step::SyncData => self.sync(self.data_storage()).await?,
+                Step::Sync => self.sync().await?,
+                Step::SyncData => self.sync_storage(self.data_storage()).await?,
                 Step::MayBeNamed => undo.may_be_named(),
                 Step::Write(pieces) => {
                     let mut writes = stream::iter(pieces)
@@ -102,9 +102,15 @@ impl<S: Storage> Image<S> {
         Ok(())
     }
 
+    /// Flushes the file of the image: an open image has no other way to do so.
+    ///
     /// After a failed flush nobody knows what is durable: nothing more may be acknowledged. A
     /// failed write, in contrast, leaves everything dirty and may be tried again.
-    async fn sync(&self, storage: &S) -> Result<()> {
+    pub(super) async fn sync(&self) -> Result<()> {
+        self.sync_storage(&self.0.storage).await
+    }
+
+    async fn sync_storage(&self, storage: &S) -> Result<()> {
         let result = storage.flush().await;
         if let Err(error) = &result {
             self.0.meta.lock().failed = Some(error.clone());

@@ -18,7 +18,7 @@
 //! * Not always: where the first cluster has no room for both (clusters of 1 or 2 KiB and a long
 //!   name), or version 2 has extensions without end, the sectors are written at once.
 
-use super::format::{Features, Header, Placed};
+use super::format::{Features, Header, Placed, shown_parts};
 use crate::Result;
 use crate::buffer::Buffer;
 use crate::storage::Storage;
@@ -45,6 +45,8 @@ pub(super) async fn change_header<S: Storage>(
     storage: &S,
     change: impl FnOnce(&mut Header) -> Result<()>,
 ) -> Result<Header> {
+    // What a change that was dropped has written is what this one begins with.
+    storage.flush().await?;
     let (header, steps) = plan(storage, change).await?;
     for step in steps {
         let bytes = Buffer::from(&step.bytes[..]);
@@ -87,15 +89,14 @@ fn steps(old: &[u8], new: &Placed) -> Vec<Step> {
     if old.get(..whole.len()) == Some(&whole[..]) && used <= whole.len() {
         return Vec::new();
     }
-    let room = sectors(used.max(whole.len()));
     let (first, rest) = whole.split_at(SECTOR);
     let last = Step { at: 0, bytes: first.to_vec() };
     let mut steps = Vec::new();
     let mut end = used;
     if !rest.is_empty() {
-        match detour(new, room, old.len()) {
+        match detour(old, new) {
             Some((away, switch)) => {
-                end = away.at + away.bytes.len();
+                end = end.max(away.at + away.bytes.len());
                 steps.extend([away, switch]);
                 steps.push(Step { at: SECTOR, bytes: rest.to_vec() });
                 steps.push(last);
@@ -111,19 +112,30 @@ fn steps(old: &[u8], new: &Placed) -> Vec<Step> {
     steps
 }
 
-/// Puts what can move to `room`, if it fits there, and says what the first sector is meanwhile.
-fn detour(new: &Placed, room: usize, cluster_bytes: usize) -> Option<(Step, Step)> {
-    let at = u32::try_from(room).ok()?;
-    let (away, mut first) = if new.name_at <= SECTOR {
-        (new.name(), new.with_name_at(at))
-    } else if new.has_length() && new.extensions_at <= SECTOR {
-        (new.tail(), new.with_tail_at(at))
-    } else {
-        return None;
+/// Puts what can move where neither `old` shows anything nor the new header will be, if it fits there,
+/// and says what the first sector is meanwhile.
+fn detour(old: &[u8], new: &Placed) -> Option<(Step, Step)> {
+    let away = match new.name_at <= SECTOR {
+        true => new.name(),
+        false if new.has_length() && new.extensions_at <= SECTOR => new.tail(),
+        false => return None,
     };
+    let room = free_room(old, new.bytes.len(), away.len())?;
+    let at = u32::try_from(room).ok()?;
+    let mut first = if new.name_at <= SECTOR { new.with_name_at(at) } else { new.with_tail_at(at) };
     first.resize(SECTOR, 0);
-    let fits = room + away.len() <= cluster_bytes;
-    fits.then(|| (Step { at: room, bytes: away.to_vec() }, Step { at: 0, bytes: first }))
+    Some((Step { at: room, bytes: away.to_vec() }, Step { at: 0, bytes: first }))
+}
+
+/// Finds `len` bytes of whole sectors behind the first `taken` bytes, of which the header of `old` shows
+/// nothing: a change that failed half-way may have left anything there.
+fn free_room(old: &[u8], taken: usize, len: usize) -> Option<usize> {
+    let shown = shown_parts(old);
+    let mut rooms = (sectors(taken)..=old.len().checked_sub(len)?).step_by(SECTOR);
+    rooms.find(|room| {
+        let end = room + sectors(len);
+        shown.iter().all(|part| part.is_empty() || part.end <= *room || end <= part.start)
+    })
 }
 
 fn sectors(bytes: usize) -> usize {
@@ -163,9 +175,12 @@ mod tests {
 
     /// Applies the steps, tears each at every sector, and looks at all there is.
     fn go(old: &Header, new: &Header) {
-        let mut now = cluster(old);
+        go_from(cluster(old), &told(old), new);
+    }
+
+    fn go_from(mut now: Vec<u8>, old: &(Option<StoredName>, Header), new: &Header) {
         let plan = steps(&now, &new.encode_placed().unwrap());
-        let right = [told(old), told(new)];
+        let right = [old.clone(), told(new)];
         for (number, step) in plan.iter().enumerate() {
             for torn in torn(&now, step) {
                 let found = Header::decode(&torn).unwrap_or_else(|error| {
@@ -225,6 +240,24 @@ mod tests {
                 go(&after, &before);
             }
         }
+    }
+
+    /// However often writes failed half-way before, there is room for the next try.
+    #[test]
+    fn what_failed_changes_left_takes_no_room() {
+        let mut after = header(Version::V3, 12, "below", Some("qcow2"));
+        after.extensions.unknown = vec![UnknownExtension { magic: 0x1234, data: vec![5; 378] }];
+        let new = after.encode_placed().unwrap();
+        let mut now = cluster(&header(Version::V3, 12, "below", None));
+        let first = steps(&now, &new);
+        for _ in 0..20 {
+            let plan = steps(&now, &new);
+            assert_eq!(plan.len(), first.len(), "{plan:?}");
+            let away = &plan[0];
+            assert!(away.at >= SECTOR, "{plan:?}");
+            now[away.at..away.at + away.bytes.len()].copy_from_slice(&away.bytes);
+        }
+        go_from(now, &told(&header(Version::V3, 12, "below", None)), &after);
     }
 
     #[test]

@@ -386,7 +386,7 @@ impl<S: Storage> Image<S> {
     /// Writes a header field and makes it durable.
     pub(super) async fn write_header_field(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
         self.write_bytes(offset, bytes).await?;
-        self.0.storage.flush().await
+        self.sync().await
     }
 
     pub(super) async fn write_bytes(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {

@@ -142,6 +142,12 @@ impl InFlight {
         Moment(self.now)
     }
 
+    /// Says whether every request that began before `moment` and does more than read is over.
+    pub(super) fn changes_are_over(&self, moment: Moment) -> bool {
+        let mut all = self.entries.iter().flatten();
+        all.all(|entry| entry.began > moment || entry.touch == Touch::Read)
+    }
+
     /// Says whether every request that began before `moment` and moves bytes is over.
     pub(super) fn all_began_after(&self, moment: Moment) -> bool {
         self.entries.iter().flatten().all(|entry| entry.began > moment || entry.touch == Touch::Map)

@@ -60,6 +60,20 @@ impl<S: Storage> Layer for Image<S> {
         self.flush_all().await
     }
 
+    async fn settled(&self) {
+        let now = self.0.meta.lock().in_flight.moment();
+        loop {
+            let over = {
+                let meta = self.0.meta.lock();
+                if meta.in_flight.changes_are_over(now) {
+                    return;
+                }
+                meta.in_flight.wait()
+            };
+            over.await;
+        }
+    }
+
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
         self.extents_of(View::Active, range).await
     }

@@ -208,14 +208,14 @@ impl<S: Storage> Image<S> {
     pub async fn write_encoded(
         &self,
         offset: GuestOffset,
-        buffer: Buffer,
+        mut buffer: Buffer,
         stream: Option<Stream>,
     ) -> Transfer {
         self.give_way().await;
         let range = GuestRange::new(offset, buffer.len() as u64);
         let stream = stream.map(|stream| stream.for_encoder(&self.encoder())).transpose();
         match self.check_compressible(range).and(stream) {
-            Ok(Some(stream)) => match self.write_stream(range, stream).await {
+            Ok(Some(stream)) => match self.write_stream(range, stream, &mut buffer).await {
                 Ok(Streamed::Written) => (Ok(()), buffer),
                 Ok(Streamed::PlaceIsKept) => {
                     self.write_guest(offset, buffer, WriteFlags::empty()).await
@@ -249,12 +249,18 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    async fn write_stream(&self, range: GuestRange, mut stream: Buffer) -> Result<Streamed> {
+    /// Writes a stream and has the map show it; what the buffer of its content holds rides with it.
+    async fn write_stream(
+        &self,
+        range: GuestRange,
+        mut stream: Buffer,
+        content: &mut Buffer,
+    ) -> Result<Streamed> {
         let len = stream.len() as u64;
         let Some((token, host)) = self.plan(|meta| plan_stream(meta, range, len)).await? else {
             return Ok(Streamed::PlaceIsKept);
         };
-        stream.set_hold(self.hold(token));
+        stream.set_hold(OuterHold::of(content).with(self.hold(token)));
         self.0.storage.event(Event::WriteCompressed).await;
         let (result, mut stream) = self.0.storage.write_at(host, stream).await;
         result?;

@@ -342,9 +342,11 @@ impl<S: Storage> Image<S> {
         }
     }
 
-    /// Looks at one entry and one cluster, once. What cannot be read is not believed.
+    /// Looks at one entry and one cluster, once. What cannot be read is not believed. An image that has
+    /// become version 3 makes no such cluster, and has its pins still.
     async fn believe_hint(&self, hint: ZeroClusterHint) -> Option<(GuestOffset, HostOffset)> {
-        if self.geometry().version() != Version::V2 || self.place() != DataPlace::ImageFile {
+        let is_wide = self.geometry().entry_width() != EntryWidth::Standard;
+        if is_wide || self.place() != DataPlace::ImageFile {
             return None;
         }
         let (pin, place) = self.0.meta.lock().place_of_hint(hint)?;

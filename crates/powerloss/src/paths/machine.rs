@@ -32,8 +32,9 @@ pub(super) async fn vm_state(kind: &Kind, seed: u64) -> Ran {
         }
         scribble(&mut stage, &image, 1).await?;
     }
-    if !stage.truth.snapshots.is_empty() && stage.random.one_in(2) {
-        stage.apply(&image, "one").await.map_err(told("Applying"))?;
+    let first = stage.truth.snapshots.first().map(|kept| kept.name.clone());
+    if let Some(name) = first.filter(|_| stage.random.one_in(2)) {
+        stage.apply(&image, &name).await.map_err(told("Applying"))?;
     }
     stage.close(image).await?;
     Ok(stage)

@@ -267,7 +267,11 @@ impl World {
             }
             match scene.dirty(&marked.name) {
                 Ok(dirty) => marked.judge(content, &dirty)?,
-                Err(_) if self.has_struck => continue,
+                Err(_) if self.has_struck => {
+                    // As its owner would: it would refuse every other size of the disk.
+                    scene.remove_bitmap(&marked.name)?;
+                    continue;
+                }
                 Err(error) => return Err(error),
             }
             self.bitmaps.push(marked);

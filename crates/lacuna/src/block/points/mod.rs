@@ -23,12 +23,12 @@ mod units;
 
 use std::sync::Arc;
 
-use self::gate::{Gate, Passed};
+use self::gate::{Closed, Gate, Passed};
 use self::kept::Kept;
 use super::{
     AllocationDepth, DiscardMode, Extent, ExtentStatus, KnownZeroes, Layer, WriteFlags, ZeroFlags,
 };
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Hold};
 use crate::storage::{HostSource, Transfer};
 use crate::units::{GuestOffset, GuestRange};
 use crate::{Error, Result};
@@ -105,7 +105,19 @@ struct Shared<L, T> {
 }
 
 /// Leave to change a part of a disk, as long as it lives; made by [`Points::before_change`].
-pub struct Change<T>(Passed<Arc<Kept<T>>>);
+pub struct Change<T> {
+    passed: Passed<Arc<Kept<T>>>,
+    gate: Arc<Gate<Arc<Kept<T>>>>,
+}
+
+impl<T: Layer + 'static> Change<T> {
+    /// Returns what rides with the buffer of a change that goes to the disk directly: dropped half-way,
+    /// it is over when no driver has a part of it.
+    #[must_use]
+    pub fn hold(&self) -> Hold {
+        self.gate.again()
+    }
+}
 
 impl<L, T> Clone for Points<L, T> {
     fn clone(&self) -> Self {
@@ -121,7 +133,7 @@ impl<L, T> std::fmt::Debug for Points<L, T> {
 
 impl<T> std::fmt::Debug for Change<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Change").field(&self.0.hold).finish()
+        f.debug_tuple("Change").field(&self.passed.hold).finish()
     }
 }
 
@@ -152,7 +164,7 @@ impl<L: Layer, T: Layer + 'static> Points<L, T> {
         options: PointOptions,
         at_the_moment: impl Future<Output = Result<R>>,
     ) -> Result<(Point<L, T>, R)> {
-        let _closed = self.0.gate.close().await;
+        let _closed = self.close().await;
         let size_bytes = self.0.below.size_bytes();
         if target.size_bytes() < size_bytes {
             return Err(Error::invalid(format!(
@@ -174,8 +186,15 @@ impl<L: Layer, T: Layer + 'static> Points<L, T> {
     /// # Errors
     /// What `work` gives.
     pub async fn at_rest<R>(&self, work: impl Future<Output = Result<R>>) -> Result<R> {
-        let _closed = self.0.gate.close().await;
+        let _closed = self.close().await;
         work.await
+    }
+
+    /// Lets no change begin while what is returned lives; none is under way, nor left with a driver.
+    async fn close(&self) -> Closed<'_, Arc<Kept<T>>> {
+        let closed = self.0.gate.close().await;
+        self.0.below.settled().await;
+        closed
     }
 
     /// Has every point save what a change of `range` would overwrite. The change may be made as long as
@@ -184,7 +203,7 @@ impl<L: Layer, T: Layer + 'static> Points<L, T> {
         loop {
             let passed = self.0.gate.pass().await;
             if passed.points.is_none() {
-                return Change(passed);
+                return self.change(passed);
             }
             if let Some(change) = Box::pin(self.save(passed, range)).await {
                 return change;
@@ -211,7 +230,11 @@ impl<L: Layer, T: Layer + 'static> Points<L, T> {
                 return None;
             }
         }
-        Some(Change(passed))
+        Some(self.change(passed))
+    }
+
+    fn change(&self, passed: Passed<Arc<Kept<T>>>) -> Change<T> {
+        Change { passed, gate: Arc::clone(&self.0.gate) }
     }
 }
 
@@ -238,8 +261,8 @@ impl<L: Layer, T: Layer + 'static> Layer for Points<L, T> {
 
     async fn write(&self, offset: GuestOffset, mut buffer: Buffer, flags: WriteFlags) -> Transfer {
         let range = GuestRange::new(offset, buffer.len() as u64);
-        let _change = self.before_change(range).await;
-        buffer.set_hold(self.0.gate.again());
+        let change = self.before_change(range).await;
+        buffer.set_hold(change.hold());
         let (result, mut buffer) = self.0.below.write(offset, buffer, flags).await;
         drop(buffer.take_hold());
         (result, buffer)

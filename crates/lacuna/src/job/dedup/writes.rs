@@ -424,6 +424,10 @@ impl<S: Storage> Layer for DedupWrites<S> {
         self.image.flush().await
     }
 
+    async fn settled(&self) {
+        self.image.settled().await;
+    }
+
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {
         self.image.extents(range).await
     }

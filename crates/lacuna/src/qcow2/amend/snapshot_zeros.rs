@@ -121,8 +121,8 @@ impl<S: Storage> Image<S> {
 
     async fn put_table(&self, table: HostOffset, bytes: &[u8]) -> Result<()> {
         self.write_back(Refcounting::Written).await?;
-        self.storage().flush().await?;
+        self.sync().await?;
         self.write_bytes(table, bytes).await?;
-        self.storage().flush().await
+        self.sync().await
     }
 }

@@ -137,6 +137,8 @@ impl<S: Storage> Image<S> {
     ) -> Result<Result<Header>> {
         let _turn = self.0.turn.take().await;
         self.wait_for_metadata_writes().await;
+        // What a change that was dropped has written is what this one begins with, and may be all of it.
+        self.sync().await?;
         let change = |header: &mut Header| {
             change(header);
             Ok(())

@@ -159,7 +159,7 @@ impl<S: Storage> Image<S> {
         for (offset, bytes) in pieces {
             self.write_bytes(offset, &bytes).await?;
         }
-        self.0.storage.flush().await?;
+        self.sync().await?;
         self.0.meta.lock().bitmaps.intents.written(batch);
         Ok(())
     }
@@ -214,7 +214,7 @@ impl<S: Storage> Image<S> {
             true => self.end_intents().await,
             false => {
                 self.clear_intents().await?;
-                self.0.storage.flush().await?;
+                self.sync().await?;
                 self.0.meta.lock().bitmaps.intents.is_clearing = false;
                 Ok(())
             }

@@ -76,7 +76,7 @@ impl<S: Storage> Image<S> {
         for (at, bytes) in entries {
             self.write_bytes(at, &bytes).await?;
         }
-        self.0.storage.flush().await
+        self.sync().await
     }
 
     /// Merges what changed into the stored bitmaps and takes the marks off.
@@ -105,7 +105,7 @@ impl<S: Storage> Image<S> {
         for ((_, entry), table) in sent.iter().zip(tables) {
             self.write_bitmap(entry.table_offset, &table_bytes(&table)).await?;
         }
-        self.0.storage.flush().await?;
+        self.sync().await?;
         self.clear_intents().await?;
         // A mark that was dropped on its way must not land on what takes it off.
         self.wait_for_metadata_writes().await;

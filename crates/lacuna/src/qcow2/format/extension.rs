@@ -265,6 +265,14 @@ pub(crate) fn scan_feature_names(area: &[u8]) -> Vec<FeatureName> {
         .collect()
 }
 
+/// Returns how many bytes of `area` the extensions take, their end marker included.
+pub(crate) fn bytes_taken(area: &[u8]) -> usize {
+    let mut chunks = Chunks { rest: area };
+    while let Ok(Some(_)) = chunks.step() {}
+    let end = area.len().saturating_sub(chunks.rest.len());
+    end.saturating_add(size_of::<RawExtensionHead>()).min(area.len())
+}
+
 /// Returns where in `area` the data of the first extension of a type lies.
 pub(crate) fn place_of(area: &[u8], magic: u32) -> Option<std::ops::Range<usize>> {
     let mut chunks = Chunks { rest: area };

@@ -36,11 +36,11 @@ pub use features::{
 pub use geometry::{
     EntryWidth, Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, SUBCLUSTERS, Version,
 };
-pub(crate) use header::Placed;
 pub use header::{
     CompressionType, Encryption, Header, L1Location, MAGIC, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, RefcountTableLocation, SnapshotTableLocation,
 };
+pub(crate) use header::{Placed, shown_parts};
 pub use l1::L1Entry;
 pub(crate) use l1::OFFSET_MASK;
 pub use l2::{L2Entry, SubclusterBitmap, SubclusterState};

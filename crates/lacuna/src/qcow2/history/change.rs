@@ -267,7 +267,7 @@ impl<'a, S: Storage> Change<'a, S> {
             self.write(at, Buffer::from(&bytes[..])).await?;
         }
         self.write_pending().await?;
-        self.image.storage().flush().await?;
+        self.image.sync().await?;
         let mut header = self.header.clone();
         header.size_bytes = fields.size_bytes;
         header.l1 = L1Location { offset: l1_at, entries: l1.len() as u32 };

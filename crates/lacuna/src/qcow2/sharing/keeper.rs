@@ -105,7 +105,10 @@ impl<'a, S: Storage> Keeper<'a, S> {
     /// references any more; nothing where it may not.
     pub(super) fn attach(&mut self, meta: &mut Meta, guest: GuestOffset) -> Planned<Option<u64>> {
         let range = GuestRange::new(guest, meta.geometry().cluster_bytes());
-        meta.check_bounds(range)?;
+        if range.end().0 > meta.size_bytes {
+            // The disk was cut within it, which no hold on whole clusters keeps anybody from.
+            return Ok(None);
+        }
         meta.before_metadata_change()?;
         let may = match meta.standing(guest)? {
             Standing::Compressed(old) => self.entry.is_compressed() && old != self.entry,

@@ -288,7 +288,7 @@ impl<S: Storage> Image<S> {
         for guest in std::mem::take(&mut keeper.members) {
             let range = GuestRange::new(guest, self.geometry().cluster_bytes());
             let hold = self.exclude_others(range).await?;
-            if range.end().0 > self.size() || self.look(range).await?[..] != bytes[..] {
+            if !self.still_holds(range, &bytes).await? {
                 shared.differed += 1;
                 continue;
             }
@@ -299,6 +299,14 @@ impl<S: Storage> Image<S> {
             drop(hold);
         }
         Ok(freed)
+    }
+
+    /// Compares a range that nobody else changes; the disk may end in it, or before, by now.
+    async fn still_holds(&self, range: GuestRange, bytes: &[u8]) -> Result<bool> {
+        match self.look(range).await {
+            Err(error) if error.kind() == ErrorKind::OutOfBounds => Ok(false),
+            found => Ok(found?[..] == *bytes),
+        }
     }
 
     pub(super) async fn read_keeper(&self, keeper: &Keeper<'_, S>) -> Result<Buffer> {

@@ -32,7 +32,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 pub(crate) use self::limits::check_table;
 pub use self::location::{L1Location, RefcountTableLocation, SnapshotTableLocation};
-pub(crate) use self::placed::Placed;
+pub(crate) use self::placed::{Placed, shown_parts};
 use super::extension::{self, Extensions, Surroundings};
 use super::features::{AutoclearFeatures, CompatibleFeatures, Features, IncompatibleFeatures};
 use super::geometry::{EntryWidth, Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Version};
