@@ -40,7 +40,7 @@ pub use header::{
     CompressionType, Encryption, Header, L1Location, MAGIC, MAX_BACKING_NAME_BYTES, MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS, RefcountTableLocation, SnapshotTableLocation,
 };
-pub(crate) use header::{Placed, shown_parts};
+pub(crate) use header::{Placed, SECTOR, shown_parts};
 pub use l1::L1Entry;
 pub(crate) use l1::OFFSET_MASK;
 pub use l2::{L2Entry, SubclusterBitmap, SubclusterState};

@@ -32,7 +32,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 pub(crate) use self::limits::check_table;
 pub use self::location::{L1Location, RefcountTableLocation, SnapshotTableLocation};
-pub(crate) use self::placed::{Placed, shown_parts};
+pub(crate) use self::placed::{Placed, SECTOR, shown_parts};
 use super::extension::{self, Extensions, Surroundings};
 use super::features::{AutoclearFeatures, CompatibleFeatures, Features, IncompatibleFeatures};
 use super::geometry::{EntryWidth, Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, Version};
@@ -287,7 +287,7 @@ impl Header {
             snapshots: raw.snapshots(),
             features,
             compression: later.compression(&areas)?,
-            unknown_fields: cluster.get(V3_BYTES..areas.header_bytes).unwrap_or_default().to_vec(),
+            unknown_fields: placed::later_fields(cluster, areas.header_bytes).to_vec(),
             extensions: Extensions::decode(extension_area, &around)?,
             backing_name: areas.backing_name,
         };

@@ -4,8 +4,10 @@ use std::ops::Range;
 
 use super::super::extension;
 use super::super::geometry::Version;
-use super::V2_BYTES;
+use super::{V2_BYTES, V3_BYTES};
 
+/// What storage does not tear.
+pub(crate) const SECTOR: usize = 512;
 /// Where the header names the version.
 const VERSION_AT: usize = 4;
 /// Where the header names the place of the backing file name.
@@ -14,6 +16,21 @@ const NAME_OFFSET_AT: usize = 8;
 const NAME_BYTES_AT: usize = 16;
 /// Where the header names its own length, behind which the extensions begin (version 3).
 const HEADER_BYTES_AT: usize = 100;
+
+/// Returns the fields of later versions of the format, behind those that are known.
+///
+/// Where the extensions are away from the header ([`Placed::with_tail_at`]), a change of it was stopped
+/// half-way: what lies in between is no field. The first sector tells, which ends in zeros then.
+pub(super) fn later_fields(cluster: &[u8], header_bytes: usize) -> &[u8] {
+    let fields = cluster.get(V3_BYTES..header_bytes).unwrap_or_default();
+    match fields.get(..SECTOR - V3_BYTES) {
+        Some(first) if first.ends_with(&[0; 8]) => {
+            let used = first.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+            first.get(..used.next_multiple_of(8)).unwrap_or(first)
+        }
+        _ => fields,
+    }
+}
 
 /// Returns where in a first cluster lies what its header shows, which decodes: header and extensions, and
 /// the name of the backing file.
@@ -61,17 +78,18 @@ impl Placed {
         self.version >= Version::V3
     }
 
-    /// Returns everything up to the name, with the name at `at` instead.
+    /// Returns the first sector, with the name at `at` instead.
     pub(crate) fn with_name_at(&self, at: u32) -> Vec<u8> {
         let mut bytes = self.bytes.get(..self.name_at).unwrap_or_default().to_vec();
         if !self.name().is_empty() {
             put(&mut bytes, NAME_OFFSET_AT, &u64::from(at).to_be_bytes());
         }
+        bytes.resize(SECTOR, 0);
         bytes
     }
 
-    /// Returns everything up to the extensions, with those and the name behind them at `at`
-    /// instead. What lies between counts as fields of a later version.
+    /// Returns the first sector, with the extensions and the name behind them at `at` instead. What lies
+    /// between counts as fields of a later version for others.
     pub(crate) fn with_tail_at(&self, at: u32) -> Vec<u8> {
         let mut bytes = self.bytes.get(..self.extensions_at).unwrap_or_default().to_vec();
         put(&mut bytes, HEADER_BYTES_AT, &at.to_be_bytes());
@@ -80,6 +98,7 @@ impl Placed {
             let name_at = u64::from(at).saturating_add(behind);
             put(&mut bytes, NAME_OFFSET_AT, &name_at.to_be_bytes());
         }
+        bytes.resize(SECTOR, 0);
         bytes
     }
 }
