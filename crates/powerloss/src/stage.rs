@@ -304,6 +304,16 @@ impl Stage {
         image.add_bitmap(&new).await
     }
 
+    /// A bitmap is about to be copied here, of which storage may have each step: it names what changes
+    /// from now on, and then also where `named` is not zero.
+    pub(crate) fn expect_bitmap(&mut self, name: &str, named: Vec<u8>) {
+        let none: Disk = Arc::new(vec![0; named.len()]);
+        let claims = vec![self.claim(vec![(self.now(), None)])];
+        let life = Life::since(self.moment());
+        self.truth.bitmaps.push(Marked { name: name.to_owned(), life, claims });
+        self.reclaim(name, vec![(self.now(), None), (none, Some(Arc::new(named)))]);
+    }
+
     pub(crate) fn bitmap(&mut self, name: &str) -> &mut Marked {
         let marked = self.truth.bitmaps.iter_mut().find(|marked| marked.name == name);
         marked.expect("a bitmap that was made")

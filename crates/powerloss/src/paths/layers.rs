@@ -2,7 +2,7 @@
 
 use lacuna::block::{DetectZeroes, Layer, PointOptions, Points, ZeroDetection};
 use lacuna::buffer::Buffer;
-use lacuna::job::{ConvertOptions, Dedup, DedupOptions, Encoding, Threads, convert};
+use lacuna::job::{Dedup, DedupOptions};
 use lacuna::qcow2::Image;
 use lacuna::raw::Raw;
 use lacuna::units::{GuestOffset, GuestRange};
@@ -19,7 +19,7 @@ use crate::stage::Stage;
 /// A disk of which points are kept, in memory that no power loss is looked at of.
 type Disk = Points<Image<SimStorage>, Raw<SimStorage>>;
 
-fn elsewhere(content: SparseBytes) -> SimStorage {
+pub(super) fn elsewhere(content: SparseBytes) -> SimStorage {
     SimHost::without_record(Pace::AtOnce, 1).add_file(content)
 }
 
@@ -139,37 +139,6 @@ pub(super) async fn make_zero(kind: &Kind, seed: u64) -> Ran {
 }
 
 // ---- jobs ----------------------------------------------------------------------------------
-
-/// Another disk is copied onto this one.
-pub(super) async fn convert_onto(kind: &Kind, seed: u64) -> Ran {
-    let mut stage = stage(kind, seed);
-    let clusters = stage.random.below(8);
-    let image = filled(&mut stage, clusters).await?;
-    let (size, cluster) = (stage.model.size_bytes(), stage.cluster());
-    let mut source = SparseBytes::default();
-    source.set_len(size);
-    for _ in 0..6 {
-        let range = stage.clusters(2, 24);
-        source.write(range.start.0, &content(stage.random.next(), range));
-    }
-    stage.model.adopt(GuestRange::new(GuestOffset(0), size), &source.to_vec());
-    stage.seen();
-    let source = Raw::open(elsewhere(source)).await.map_err(told("Opening the source"))?;
-    let compresses = kind.allows_compression() && stage.random.one_in(2);
-    let options = ConvertOptions {
-        encoding: if compresses { Encoding::Compressed } else { Encoding::Plain },
-        in_flight: 3,
-        sparse_bytes: cluster,
-        threads: Threads::Caller,
-        ..ConvertOptions::default()
-    };
-    let copied = convert(&source, &image, &options, &mut |_| ()).await;
-    copied.map_err(told("Converting"))?;
-    stage.flushed();
-    scribble(&mut stage, &image, 1).await?;
-    stage.close(image).await?;
-    Ok(stage)
-}
 
 /// Equal clusters are found and share, step by step, while a guest writes.
 pub(super) async fn dedup(kind: &Kind, seed: u64) -> Ran {

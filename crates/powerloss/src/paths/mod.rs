@@ -3,6 +3,7 @@
 //! * `guest.rs`: what guests ask
 //! * `whole.rs`: what is done to the image as a whole
 //! * `layers.rs`: layers and jobs that lie on it
+//! * `copies.rs`: what other disks hold, copied onto it
 //! * `below.rs`: what it stands on
 //! * `create.rs`: new images
 //! * `machine.rs`: the state of a virtual machine
@@ -10,6 +11,7 @@
 //! * `together.rs`: requests in flight together
 
 mod below;
+mod copies;
 mod create;
 mod guest;
 mod layers;
@@ -47,7 +49,7 @@ macro_rules! path {
 }
 
 /// All of them.
-pub const PATHS: [Path; 48] = [
+pub const PATHS: [Path; 51] = [
     path!("write", any, guest::write),
     path!("overwrite", any, guest::overwrite),
     path!("write-partial", stands, guest::partial),
@@ -84,7 +86,10 @@ pub const PATHS: [Path; 48] = [
     path!("point", any, layers::point),
     path!("detect-zeroes", any, layers::detect_zeroes),
     path!("make-zero", any, layers::make_zero),
-    path!("convert", any, layers::convert_onto),
+    path!("convert", any, copies::convert_onto),
+    path!("gather-common", any, copies::gather),
+    path!("write-difference", any, copies::difference),
+    path!("copy-bitmaps", bitmaps, copies::bitmaps_of_another),
     path!("dedup", shares, layers::dedup),
     path!("rename-backing", rebases, below::rename),
     path!("empty", stands, below::empty),
