@@ -206,3 +206,17 @@ fn a_dirty_image_is_repaired_before_it_is_written_and_left_alone_when_only_read(
     block_on(image.close()).unwrap();
     assert!(!dirty(&storage));
 }
+
+/// Nothing is made for where an entry points: refcounts of that place would take 8 TiB.
+#[test]
+fn a_snapshot_of_a_map_that_points_far_behind_the_file_is_refused() {
+    let storage = image(Version::V3);
+    let far = 1_u64 << 55;
+    poke(&storage, L2, &far.to_be_bytes());
+    let before = storage.to_vec();
+    let image = open(&storage, Access::ReadWrite).unwrap();
+    let made = block_on(image.create_snapshot(&"one".into(), std::time::UNIX_EPOCH));
+    assert_corrupt(made, "more references than its refcount says");
+    drop(image);
+    assert!(storage.to_vec() == before);
+}

@@ -8,11 +8,13 @@
 //! * Never: one input takes long. Images that claim large tables are decoded but not opened.
 
 mod choices;
+mod history;
 mod images;
 mod nbd;
 mod nbd_seeds;
 mod recipe;
 
+pub use history::{damaged_history, history};
 pub use images::{damaged_image, damaged_operations, operations};
 pub use nbd::{nbd_client, nbd_server, nbd_uri};
 pub use nbd_seeds::{NbdSeed, nbd_seeds};

@@ -125,6 +125,16 @@ fn operations_on_damaged_images_survive_their_corpus_and_its_mutations() {
 }
 
 #[test]
+fn snapshots_and_bitmaps_agree_with_the_model_for_their_corpus_and_its_mutations() {
+    replay_and_mutate_times(IMAGE_EXECUTIONS, "history", fuzz::history);
+}
+
+#[test]
+fn snapshots_and_bitmaps_of_damaged_images_survive_their_corpus_and_its_mutations() {
+    replay_and_mutate_times(IMAGE_EXECUTIONS, "damaged_history", fuzz::damaged_history);
+}
+
+#[test]
 fn nbd_servers_survive_their_corpus_and_its_mutations() {
     replay_and_mutate("nbd_server", fuzz::nbd_server);
 }
@@ -233,7 +243,9 @@ fn write_the_corpus_anew() {
 #[test]
 #[ignore = "writes fuzz/corpus"]
 fn write_the_image_corpus_anew() {
-    for target in ["damaged_image", "operations", "damaged_operations"] {
+    let targets =
+        ["damaged_image", "operations", "damaged_operations", "history", "damaged_history"];
+    for target in targets {
         let folder = corpus_folder(target);
         fs::create_dir_all(&folder).unwrap();
         for seed in 0..16 {

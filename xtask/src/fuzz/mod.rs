@@ -24,8 +24,14 @@ const LIMITS: [&str; 4] =
 /// the statistics cost more than the image.
 const WITHOUT_STATISTICS: &str = "-entropic=0";
 /// What each input of these makes is an image: they reach thousands of edges each time.
-const IMAGES: [&str; 4] =
-    ["damaged_image", "damaged_operations", "header_and_tables", "operations"];
+const IMAGES: [&str; 6] = [
+    "damaged_history",
+    "damaged_image",
+    "damaged_operations",
+    "header_and_tables",
+    "history",
+    "operations",
+];
 
 /// Runs `--seconds N` (60) of each target, or of those named; or says what their tests cover.
 pub(crate) fn targets(arguments: &[String]) -> Outcome {

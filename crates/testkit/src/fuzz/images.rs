@@ -19,13 +19,13 @@ use super::choices::Choices;
 use super::recipe::{Recipe, operation};
 use crate::{AfterDiscard, ModelDisk, Operation, Rules, content};
 
-type Memory = Arc<MemoryStorage>;
+pub(super) type Memory = Arc<MemoryStorage>;
 
 /// Operations done at most.
-const OPERATIONS: usize = 48;
+pub(super) const OPERATIONS: usize = 48;
 /// By how much a file may grow that a damaged image is in, beyond what is written: tables of all kinds
 /// have at most 8 MiB here, and may be made anew.
-const GROWTH: u64 = 64 << 20;
+pub(super) const GROWTH: u64 = 64 << 20;
 
 /// Takes choices of an image and of damage: opens, reads, maps, checks and repairs it.
 ///
@@ -42,15 +42,15 @@ pub fn damaged_image(data: &[u8]) {
     repaired(&recipe, &file, repair);
 }
 
-fn memory(file: &[u8]) -> Memory {
+pub(super) fn memory(file: &[u8]) -> Memory {
     Arc::new(MemoryStorage::from(file))
 }
 
-fn report(storage: &Memory, repair: Repair) -> Result<CheckReport> {
+pub(super) fn report(storage: &Memory, repair: Repair) -> Result<CheckReport> {
     block_on(check(storage, &CheckOptions { repair }, &mut |_| ()))
 }
 
-fn open(storage: &Memory, access: Access) -> Result<Image<Memory>> {
+pub(super) fn open(storage: &Memory, access: Access) -> Result<Image<Memory>> {
     block_on(Image::open(Parts::alone(Arc::clone(storage)), OpenOptions::new(access)))
 }
 
@@ -180,7 +180,7 @@ pub fn operations(data: &[u8]) {
     block_on(model.verify(&image)).unwrap_or_else(|wrong| panic!("opened again: {wrong}"));
 }
 
-fn model(recipe: &Recipe) -> ModelDisk {
+pub(super) fn model(recipe: &Recipe) -> ModelDisk {
     let rules = Rules {
         cluster_bytes: recipe.cluster_bytes,
         after_discard: AfterDiscard::Zeros,
@@ -193,7 +193,7 @@ fn model(recipe: &Recipe) -> ModelDisk {
     model
 }
 
-fn perform(image: &Image<Memory>, operation: &Operation) -> Result<()> {
+pub(super) fn perform(image: &Image<Memory>, operation: &Operation) -> Result<()> {
     let bytes = |seed, range| Buffer::from(&content(seed, range)[..]);
     block_on(async {
         match *operation {
@@ -213,7 +213,7 @@ fn perform(image: &Image<Memory>, operation: &Operation) -> Result<()> {
     })
 }
 
-fn settle(
+pub(super) fn settle(
     image: &Image<Memory>,
     model: &mut ModelDisk,
     operation: &Operation,

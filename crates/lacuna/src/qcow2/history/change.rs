@@ -151,10 +151,10 @@ impl<'a, S: Storage> Change<'a, S> {
         Ok(())
     }
 
-    /// Returns the refcount that a cluster is to have.
+    /// Returns how often a cluster that an entry shows is counted.
     pub(super) async fn refcount(&mut self, host: HostOffset) -> Result<u64> {
         let cluster = self.geometry.host_cluster(host);
-        self.counted(|counts| counts.now(cluster)).await
+        self.counted(|counts| counts.of_shown(cluster)).await
     }
 
     /// Takes a run of free clusters.

@@ -137,6 +137,23 @@ impl Counts {
         Ok(self.width.read(&self.block(index)?.old, within))
     }
 
+    /// Returns how often a cluster that something shows is counted.
+    pub(super) fn of_shown(&self, cluster: HostCluster) -> Counted<u64> {
+        self.check_counted(cluster)?;
+        self.now(cluster)
+    }
+
+    /// Refuses a cluster that no block counts, in storage or of those made here: none is made for what an
+    /// entry says, which may be anything.
+    fn check_counted(&self, cluster: HostCluster) -> Counted<()> {
+        let index = self.locate(cluster).0 as usize;
+        let is_made = || self.blocks.get(index).is_some_and(Option::is_some);
+        match index < self.table.len() || is_made() {
+            true => Ok(()),
+            false => Err(self.uncounted(cluster).into()),
+        }
+    }
+
     /// Returns the refcount that a cluster is to have.
     pub(super) fn now(&self, cluster: HostCluster) -> Counted<u64> {
         let (index, within) = self.locate(cluster);
@@ -179,6 +196,7 @@ impl Counts {
 
     /// Adds a reference to a cluster in use, or takes one off. Returns how many it has then.
     pub(super) fn step(&mut self, cluster: HostCluster, direction: Direction) -> Counted<u64> {
+        self.check_counted(cluster)?;
         let (index, within) = self.locate(cluster);
         let block = self.block(index)?;
         let now = self.width.read(block.now(), within);
@@ -218,7 +236,7 @@ impl Counts {
 
     fn have_at_hand(&self, range: HostRange) -> Counted<()> {
         let mut clusters = self.geometry.host_clusters(range);
-        clusters.try_for_each(|cluster| self.now(HostCluster(cluster)).map(drop))
+        clusters.try_for_each(|cluster| self.of_shown(HostCluster(cluster)).map(drop))
     }
 
     // ---- free clusters ---------------------------------------------------------------------

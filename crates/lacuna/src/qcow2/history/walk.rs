@@ -257,7 +257,7 @@ impl<'a> Pass<'a> {
         while let Some(entry) = self.next_used() {
             let right = match entry.host() {
                 Some(host) => {
-                    let count = counts.now(self.geometry.host_cluster(host))?;
+                    let count = counts.of_shown(self.geometry.host_cluster(host))?;
                     entry.with_copied(count == 1)
                 }
                 None => entry,
