@@ -304,7 +304,12 @@ pub(crate) fn find(stage: &Stage, moment: usize, files: &[SparseBytes]) -> Resul
     for (marked, _) in allowed.bitmaps() {
         if let Some(facts) = there.iter().find(|facts| facts.name.to_string() == marked.name) {
             let ranges = named(&image, &facts.name)?;
-            let claims = vec![allowed.judge_bitmap(marked, &ranges, &seen)?.clone()];
+            let mut claim = allowed.judge_bitmap(marked, &ranges, &seen)?.clone();
+            if !facts.is_enabled {
+                // Several claims may hold: one that it was to stop is as true as one that it had not yet.
+                claim.end(&Arc::new(seen.to_vec()));
+            }
+            let claims = vec![claim];
             let (name, life) = (marked.name.clone(), Life::since(0));
             bitmaps.push(Marked { name, life, claims });
         }

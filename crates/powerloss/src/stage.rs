@@ -366,11 +366,9 @@ impl Stage {
     ) -> Result<()> {
         let now = self.now();
         let marked = self.bitmap(name);
-        let mut changes = marked.claims[marked.claims.len() - 1].changes.clone();
-        for (_, until) in &mut changes {
-            *until = until.take().or_else(|| Some(Arc::clone(&now)));
-        }
-        self.reclaim(name, changes);
+        let mut claim = marked.claims[marked.claims.len() - 1].clone();
+        claim.end(&now);
+        self.reclaim(name, claim.changes);
         image.enable_bitmap(&name.into(), false).await
     }
 

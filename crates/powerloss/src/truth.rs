@@ -5,6 +5,8 @@
 //! * What is being done may have happened or not; what a flush (or a change that is durable when it returns)
 //!   covered has.
 
+use std::sync::Arc;
+
 use lacuna::units::GuestRange;
 
 use crate::versions::{Disk, SECTOR, Seen, Versions};
@@ -71,6 +73,15 @@ pub(crate) struct Claim {
     pub(crate) from: usize,
     pub(crate) until: Option<usize>,
     pub(crate) changes: Vec<(Disk, Option<Disk>)>,
+}
+
+impl Claim {
+    /// What changes from `now` on it need not name.
+    pub(crate) fn end(&mut self, now: &Disk) {
+        for (_, until) in &mut self.changes {
+            until.get_or_insert_with(|| Arc::clone(now));
+        }
+    }
 }
 
 /// What may be seen at one moment.

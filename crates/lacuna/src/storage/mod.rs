@@ -275,7 +275,8 @@ pub trait Storage: Send + Sync + 'static {
 
     /// Makes everything durable whose call had returned before this one began.
     ///
-    /// After an error nothing that was unflushed may be taken for durable, ever.
+    /// After an error nothing that was unflushed may be taken for durable, ever. One that nobody waited for
+    /// any more is remembered: each later flush fails then, of this object.
     fn flush(&self) -> impl Future<Output = Result<()>> + Send;
 
     /// Returns the length in bytes.

@@ -2,6 +2,9 @@
 
 use super::host::OperationKind;
 
+/// What Linux calls an error of the medium.
+pub(super) const EIO: i32 = 5;
+
 /// What a failing call leaves behind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
@@ -38,7 +41,7 @@ impl Fault {
     /// Fails one call of `kind` with EIO, after `after` of them went well.
     #[must_use]
     pub const fn io(kind: OperationKind, after: usize) -> Self {
-        Self { kind: Some(kind), after, times: 1, errno: 5, failure: Failure::Clean }
+        Self { kind: Some(kind), after, times: 1, errno: EIO, failure: Failure::Clean }
     }
 
     /// Fails one call of `kind` with ENOSPC, after `after` of them went well.

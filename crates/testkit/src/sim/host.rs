@@ -264,6 +264,8 @@ struct Files {
     wakers: Vec<(u64, Waker)>,
     /// Calls whose future is gone.
     orphans: Vec<u64>,
+    /// Flushes that failed, with their files, which nobody has heard of: each later one fails too.
+    unheard: Vec<(u64, usize)>,
     next_call: u64,
     events: Vec<Event>,
     calls: Vec<SimulatedCall>,
@@ -428,7 +430,10 @@ impl SimHost {
         let mut files = self.files();
         files.wakers.retain(|(waiting, _)| *waiting != call);
         match files.replies.iter().position(|(answered, _)| *answered == call) {
-            Some(index) => Some(files.replies.swap_remove(index).1),
+            Some(index) => {
+                files.unheard.retain(|(failed, _)| *failed != call);
+                Some(files.replies.swap_remove(index).1)
+            }
             None => {
                 files.wakers.push((call, waker.clone()));
                 None
@@ -461,7 +466,7 @@ impl SimHost {
             return;
         };
         let pending = files.pending.swap_remove(index);
-        let kind = pending.request.kind();
+        let (kind, file) = (pending.request.kind(), pending.file);
         files.counts.add(&pending.request.describe(pending.file));
         let struck =
             files.faults.iter_mut().find_map(|fault| fault.strikes(kind).then_some(*fault));
@@ -473,6 +478,9 @@ impl SimHost {
             None => self.succeed(&mut files, pending),
         };
         let orphan = files.orphans.iter().position(|orphan| *orphan == call);
+        if kind == OperationKind::Flush && reply.errno.is_some() {
+            files.unheard.push((call, file));
+        }
         let waker = files.wakers.iter().position(|(waiting, _)| *waiting == call);
         let waker = waker.map(|index| files.wakers.swap_remove(index).1);
         let unwanted = match orphan {
@@ -503,6 +511,9 @@ impl SimHost {
             Request::Change { effect, buffer, hold, .. } => {
                 effect.apply(&mut files.current[file]);
                 (Some(Event::Applied { call }), buffer, hold)
+            }
+            Request::Flush if files.unheard.iter().any(|(_, failed)| *failed == file) => {
+                return (Reply { errno: Some(super::fault::EIO), buffer: None }, Hold::none());
             }
             Request::Flush => {
                 (Some(Event::Flushed { file, since: pending.since }), None, Hold::none())
