@@ -14,7 +14,7 @@ use testkit::SparseBytes;
 use testkit::sim::{Pace, SimHost, SimStorage};
 
 use crate::stage::Stage;
-use crate::truth::{Allowed, Kept, Life, Marked};
+use crate::truth::{Allowed, Claim, Kept, Life, Marked};
 
 /// One in so many states is opened once more after it was written to.
 const AGAIN: u64 = 8;
@@ -304,7 +304,8 @@ pub(crate) fn find(stage: &Stage, moment: usize, files: &[SparseBytes]) -> Resul
     for (marked, _) in allowed.bitmaps() {
         if let Some(facts) = there.iter().find(|facts| facts.name.to_string() == marked.name) {
             let ranges = named(&image, &facts.name)?;
-            let mut claim = allowed.judge_bitmap(marked, &ranges, &seen)?.clone();
+            let found = allowed.judge_bitmap(marked, &ranges, &seen)?;
+            let mut claim = Claim { from: 0, until: None, changes: found.changes.clone() };
             if !facts.is_enabled {
                 // Several claims may hold: one that it was to stop is as true as one that it had not yet.
                 claim.end(&Arc::new(seen.to_vec()));

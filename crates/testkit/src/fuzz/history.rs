@@ -41,7 +41,7 @@ impl Edit {
     fn choose(choices: &mut Choices<'_>) -> Self {
         let kind = choices.byte() % 8;
         let snapshot = *choices.pick(&SNAPSHOTS);
-        let bitmap = *choices.pick(&BITMAPS);
+        let (bitmap, other) = (*choices.pick(&BITMAPS), *choices.pick(&BITMAPS));
         match kind {
             0 => Self::Snapshot(snapshot),
             1 => Self::Apply(snapshot),
@@ -50,7 +50,7 @@ impl Edit {
             4 => Self::Remove(bitmap),
             5 => Self::Clear(bitmap),
             6 => Self::Enable(bitmap, choices.one_in(2)),
-            _ => Self::Merge { into: bitmap, from: *choices.pick(&BITMAPS) },
+            _ => Self::Merge { into: bitmap, from: other },
         }
     }
 

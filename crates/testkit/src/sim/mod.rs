@@ -10,13 +10,15 @@
 
 mod choice;
 pub mod crash;
+mod effect;
 mod fault;
 mod host;
 mod opener;
 mod storage;
 
 pub use choice::{Bounds, Choice};
+pub use effect::Effect;
 pub use fault::{Failure, Fault};
-pub use host::{Counts, Effect, Event, OperationKind, Pace, SimHost, SimulatedCall};
+pub use host::{Counts, Event, OperationKind, Pace, SimHost, SimulatedCall};
 pub use opener::HostOpener;
 pub use storage::SimStorage;

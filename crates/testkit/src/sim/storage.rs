@@ -12,7 +12,8 @@ use lacuna::units::{HostOffset, HostRange};
 use lacuna::{Error, Result};
 
 use super::SimHost;
-use super::host::{Effect, OperationKind, Reply, Request};
+use super::effect::Effect;
+use super::host::{OperationKind, Reply, Request};
 
 /// One file of a [`SimHost`].
 ///

@@ -25,8 +25,9 @@ pub(super) fn later_fields(cluster: &[u8], header_bytes: usize) -> &[u8] {
     let fields = cluster.get(V3_BYTES..header_bytes).unwrap_or_default();
     match fields.get(..SECTOR - V3_BYTES) {
         Some(first) if first.ends_with(&[0; 8]) => {
-            let used = first.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-            first.get(..used.next_multiple_of(8)).unwrap_or(first)
+            let zeros = first.iter().rev().take_while(|byte| **byte == 0).count();
+            let used = first.len().saturating_sub(zeros).next_multiple_of(8);
+            first.get(..used).unwrap_or(first)
         }
         _ => fields,
     }
