@@ -94,7 +94,7 @@ pub const PATHS: [Path; 51] = [
     path!("rename-backing", rebases, below::rename),
     path!("empty", stands, below::empty),
     path!("create", any, create::create_it),
-    path!("vm-state", own_data, machine::vm_state),
+    path!("vm-state", resizes, machine::vm_state),
     path!("vm-state-ends", resizes, machine::vm_state_ends),
     path!("after-loss", any, recover::after_loss),
     path!("repair-loss", any, recover::repair_loss),
@@ -194,7 +194,7 @@ fn wide(kind: &Kind) -> bool {
     grows(kind) && kind.refcount_order == 6 && own_data(kind)
 }
 
-/// Images of which another size is known to be possible whatever they hold.
+/// Images of which another size, and the state of a machine, are known to be possible whatever they hold.
 fn resizes(kind: &Kind) -> bool {
     own_data(kind) && !kind.shared_zero
 }

@@ -105,6 +105,22 @@ struct Shared<L, T> {
 }
 
 /// Leave to change a part of a disk, as long as it lives; made by [`Points::before_change`].
+///
+/// ```
+/// use lacuna::block::{Layer, Points, WriteFlags};
+/// use lacuna::buffer::Buffer;
+/// use lacuna::raw::Raw;
+/// use lacuna::storage::MemoryStorage;
+/// use lacuna::units::GuestOffset;
+/// pollster::block_on(async {
+///     let disk = Raw::create(MemoryStorage::new(), 4096).await?;
+///     let points = Points::<_, Raw<MemoryStorage>>::new(disk);
+///     let change = points.before_change(points.whole()).await;
+///     let mut bytes = Buffer::from(&[7; 512][..]);
+///     bytes.set_hold(change.hold());
+///     points.below().write(GuestOffset(0), bytes, WriteFlags::empty()).await.0
+/// }).unwrap();
+/// ```
 pub struct Change<T> {
     passed: Passed<Arc<Kept<T>>>,
     gate: Arc<Gate<Arc<Kept<T>>>>,
