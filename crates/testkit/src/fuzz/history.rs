@@ -297,7 +297,7 @@ pub fn damaged_history(data: &[u8]) {
     recipe.damage(&mut file, &mut choices);
     let storage = memory(&file);
     let Ok(image) = open(&storage, Access::ReadWrite) else { return };
-    let mut most = file.len() as u64 + GROWTH;
+    let mut most = file.len() as u64 + recipe.growth();
     for _ in 0..OPERATIONS {
         if choices.is_over() {
             break;

@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 
 use lacuna::block::{DiscardMode, WriteFlags, ZeroFlags};
-use lacuna::qcow2::format::CompressionType;
+use lacuna::qcow2::format::{CompressionType, Header};
 use lacuna::units::{GuestOffset, GuestRange};
 
 use super::choices::Choices;
+use super::images::GROWTH;
 use crate::{Built, ImageBuilder, Operation, SparseBytes};
 
 /// A valid image, and what its guest reads.
@@ -22,6 +23,8 @@ pub(super) struct Recipe {
 const CLUSTERS: u64 = 96;
 /// Clusters of a disk at most where they are of 16 KiB.
 const LARGE_CLUSTERS: u64 = 64;
+/// Places that are damaged at most.
+const DAMAGES: u64 = 6;
 /// Clusters that hold something at most.
 const FILLED: u64 = 12;
 
@@ -69,9 +72,28 @@ impl Recipe {
         self.built.bytes.read_vec(0, self.built.bytes.len() as usize)
     }
 
+    /// By how much the file may grow that a damaged image is in, beyond what is written: by tables, and by
+    /// what refcounts call used that are damaged. It is not written to, and takes no space.
+    pub(super) fn growth(&self) -> u64 {
+        let header = Header::decode(&self.file()).expect("what was made is valid");
+        let geometry = header.geometry;
+        let counted = geometry.refcount_block_entries() * self.cluster_bytes;
+        GROWTH + DAMAGES * counted
+    }
+
+    /// Says whether a damaged L1 table lies over other tables: it changes with what is repaired of them.
+    pub(super) fn l1_lies_over_tables(&self, file: &[u8]) -> bool {
+        let Ok(header) = Header::decode_for_check(file) else { return false };
+        let l1 =
+            header.l1.offset.0..header.l1.offset.0.saturating_add(8 * u64::from(header.l1.entries));
+        let built = &self.built;
+        let tables = built.l2.values().chain(&built.refcount_blocks).chain([&built.refcount_table]);
+        tables.into_iter().any(|at| l1.start < at + self.cluster_bytes && *at < l1.end)
+    }
+
     /// Damages the file; where it does so is where the format has something to say.
     pub(super) fn damage(&self, file: &mut [u8], choices: &mut Choices<'_>) {
-        for _ in 0..1 + choices.below(6) {
+        for _ in 0..1 + choices.below(DAMAGES) {
             let at = self.place(choices, file.len());
             let width = *choices.pick(&[8, 8, 1, 2, 4]);
             let Some(bytes) = file.get_mut(at..at + width) else { continue };

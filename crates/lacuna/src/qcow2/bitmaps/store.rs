@@ -9,9 +9,9 @@ use super::super::meta::Meta;
 use super::super::need::{Need, Planned};
 use super::super::write_back::Refcounting;
 use super::{Bitmaps, Tracked, add_bits, changing_fields};
-use crate::Result;
 use crate::storage::Storage;
 use crate::units::{HostOffset, HostRange};
+use crate::{Error, Result};
 
 impl Bitmaps {
     /// Sends all that is marked on its way; returns the bitmaps.
@@ -36,6 +36,19 @@ impl Bitmaps {
 }
 
 impl Meta {
+    /// Refuses a place that the image names and that nobody can have written: the file would become as long.
+    fn check_in_file(&self, range: HostRange) -> Result<()> {
+        let end = self.zero_from.0.next_multiple_of(self.geometry().cluster_bytes());
+        match range.end().0 <= end {
+            true => Ok(()),
+            false => Err(Error::corrupt(format!(
+                "A bitmap lies at {}, behind the end of the file at {}",
+                range.start, self.zero_from
+            ))
+            .at(range.start)),
+        }
+    }
+
     /// Allocates clusters, not while the file is being cut.
     pub(super) fn allocate_for_bitmap(&mut self, count: u64) -> Planned<HostOffset> {
         match self.paused {
@@ -164,7 +177,10 @@ impl<S: Storage> Image<S> {
     /// The image says where a bitmap lies, and may lie.
     pub(super) async fn write_bitmap(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
         let range = HostRange::new(offset, bytes.len() as u64);
-        let checked = self.0.meta.lock().structures.check(range, None);
+        let checked = {
+            let meta = self.0.meta.lock();
+            meta.check_in_file(range).and_then(|()| meta.structures.check(range, None))
+        };
         match checked {
             Ok(()) => self.write_bytes(offset, bytes).await,
             Err(error) => Err(self.mark_corrupt(error).await),
