@@ -82,25 +82,31 @@ impl Edit {
 }
 
 /// What a bitmap has to name: whatever differs between two contents of the disk.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 struct Tracked {
     /// Since when it is enabled.
     since: Option<Vec<u8>>,
-    before: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Which bytes had changed until then.
+    changed: Vec<bool>,
 }
 
 impl Tracked {
+    fn new(now: &[u8], is_enabled: bool) -> Self {
+        Self { since: is_enabled.then(|| now.to_vec()), changed: vec![false; now.len()] }
+    }
+
     /// Counts until now.
     fn turn(&mut self, now: &[u8]) {
-        let since = self.since.replace(now.to_vec());
-        self.before.extend(since.map(|since| (since, now.to_vec())));
+        let Some(since) = &mut self.since else { return };
+        for (at, changed) in self.changed.iter_mut().enumerate() {
+            *changed |= since[at] != now[at];
+        }
+        since.copy_from_slice(now);
     }
 
     fn judge(&self, named: &[bool]) {
-        for (old, new) in &self.before {
-            let missed = (0..new.len()).find(|at| old[*at] != new[*at] && !named[*at]);
-            assert_eq!(missed, None, "a byte that has changed is not named");
-        }
+        let missed = self.changed.iter().zip(named).position(|(changed, named)| *changed && !named);
+        assert_eq!(missed, None, "a byte that has changed is not named");
     }
 }
 
@@ -142,8 +148,7 @@ impl Kept {
     fn has_another_size(&mut self) {
         let now = self.now();
         for tracked in self.bitmaps.values_mut() {
-            tracked.before.clear();
-            tracked.since = tracked.since.take().map(|_| now.clone());
+            *tracked = Tracked::new(&now, tracked.since.is_some());
         }
     }
 
@@ -186,8 +191,7 @@ impl Kept {
             Edit::Delete(name) => drop(self.snapshots.remove(name)),
             Edit::Add(name, _) | Edit::Clear(name) => {
                 let is_off = self.bitmaps.get(name).is_some_and(|it| it.since.is_none());
-                let since = (!is_off).then_some(now);
-                self.bitmaps.insert(name, Tracked { since, before: Vec::new() });
+                self.bitmaps.insert(name, Tracked::new(&now, !is_off));
             }
             Edit::Remove(name) => drop(self.bitmaps.remove(name)),
             Edit::Enable(name, is_enabled) => {
@@ -198,7 +202,8 @@ impl Kept {
             Edit::Merge { into, from } => {
                 let mut of = self.bitmaps[from].clone();
                 of.turn(&now);
-                self.bitmaps.get_mut(into).expect("it was found").before.extend(of.before);
+                let into = self.bitmaps.get_mut(into).expect("it was found");
+                into.changed.iter_mut().zip(of.changed).for_each(|(to, from)| *to |= from);
             }
         }
     }
@@ -233,10 +238,7 @@ impl Kept {
         }
         for (name, tracked) in &mut self.bitmaps {
             let named = named(&self.image, name, now.len());
-            let is_enabled = tracked.since.is_some();
-            if is_enabled {
-                tracked.turn(&now);
-            }
+            tracked.turn(&now);
             tracked.judge(&named);
         }
     }
