@@ -81,16 +81,6 @@ impl Recipe {
         GROWTH + DAMAGES * counted
     }
 
-    /// Says whether a damaged L1 table lies over other tables: it changes with what is repaired of them.
-    pub(super) fn l1_lies_over_tables(&self, file: &[u8]) -> bool {
-        let Ok(header) = Header::decode_for_check(file) else { return false };
-        let l1 =
-            header.l1.offset.0..header.l1.offset.0.saturating_add(8 * u64::from(header.l1.entries));
-        let built = &self.built;
-        let tables = built.l2.values().chain(&built.refcount_blocks).chain([&built.refcount_table]);
-        tables.into_iter().any(|at| l1.start < at + self.cluster_bytes && *at < l1.end)
-    }
-
     /// Damages the file; where it does so is where the format has something to say.
     pub(super) fn damage(&self, file: &mut [u8], choices: &mut Choices<'_>) {
         for _ in 0..1 + choices.below(DAMAGES) {
