@@ -66,7 +66,8 @@ fn repaired(recipe: &Recipe, file: &[u8], repair: Repair) {
     let after = storage.to_vec();
     assert!(after.len() as u64 <= file.len() as u64 + GROWTH, "the file grows to {}", after.len());
     let left = report(&storage, Repair::None).expect("it could be checked before");
-    if !tables_share_places(&found, recipe.cluster_bytes) {
+    // A repair looks closer, where it is about to write.
+    if ![&found, &done].iter().any(|report| tables_share_places(report, recipe.cluster_bytes)) {
         no_worse(&found, &left);
         assert_eq!((done.corruptions, done.leaks), (left.corruptions, left.leaks), "what is left");
     }
