@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use futures_util::{StreamExt, stream};
 
 use super::image::{Image, METADATA};
+use super::in_flight::InFlight;
 use super::meta::Meta;
 use super::need::Planned;
 use super::options::GuestDiscard;
@@ -71,12 +72,17 @@ impl<S: Storage> Image<S> {
 
     /// A dropped write-back leaves writes with the driver; nothing may overtake them.
     pub(super) async fn wait_for_metadata_writes(&self) {
+        self.wait_until(|in_flight| !in_flight.has_metadata_writes()).await;
+    }
+
+    /// Waits until that is so of the requests under way; they are looked at after each that ends.
+    pub(super) async fn wait_until(&self, is_so: impl Fn(&InFlight) -> bool + Send) {
         loop {
             let over = {
                 let meta = self.0.meta.lock();
-                match meta.in_flight.has_metadata_writes() {
-                    false => return,
-                    true => meta.in_flight.wait(),
+                match is_so(&meta.in_flight) {
+                    true => return,
+                    false => meta.in_flight.wait(),
                 }
             };
             over.await;

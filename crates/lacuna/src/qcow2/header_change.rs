@@ -122,15 +122,15 @@ fn detour(old: &[u8], new: &Placed) -> Option<(Step, Step)> {
     };
     let room = free_room(old, new.bytes.len(), away.len())?;
     let at = u32::try_from(room).ok()?;
-    let mut first = if new.name_at <= SECTOR { new.with_name_at(at) } else { new.with_tail_at(at) };
-    first.resize(SECTOR, 0);
+    let first = if new.name_at <= SECTOR { new.with_name_at(at) } else { new.with_tail_at(at) };
     Some((Step { at: room, bytes: away.to_vec() }, Step { at: 0, bytes: first }))
 }
 
 /// Finds `len` bytes of whole sectors behind the first `taken` bytes, of which the header of `old` shows
 /// nothing: a change that failed half-way may have left anything there.
 fn free_room(old: &[u8], taken: usize, len: usize) -> Option<usize> {
-    let shown = shown_parts(old);
+    // It was read as a header just before.
+    let shown = shown_parts(old).ok()?;
     let mut rooms = (sectors(taken)..=old.len().checked_sub(len)?).step_by(SECTOR);
     rooms.find(|room| {
         let end = room + sectors(len);

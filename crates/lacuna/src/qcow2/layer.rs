@@ -62,16 +62,7 @@ impl<S: Storage> Layer for Image<S> {
 
     async fn settled(&self) {
         let now = self.0.meta.lock().in_flight.moment();
-        loop {
-            let over = {
-                let meta = self.0.meta.lock();
-                if meta.in_flight.changes_are_over(now) {
-                    return;
-                }
-                meta.in_flight.wait()
-            };
-            over.await;
-        }
+        self.wait_until(|in_flight| in_flight.changes_are_over(now)).await;
     }
 
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {

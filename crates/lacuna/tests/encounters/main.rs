@@ -247,6 +247,14 @@ async fn open_overlay(
     Image::open(parts, options().shared_zero_cluster(shared_zero)).await.unwrap()
 }
 
+/// Gives the disk another size after so many reads.
+async fn resize_after(image: &Image<SimStorage>, reads: u64, size_bytes: u64) -> Result<()> {
+    for _ in 0..reads {
+        read(image, range(0, 512)).await?;
+    }
+    image.resize(size_bytes, Shrink::Allow).await
+}
+
 #[test]
 fn zeros_that_come_to_be_shared_while_the_disk_grows_stay_pinned() {
     for seed in 1..SEEDS {
@@ -382,13 +390,9 @@ fn a_table_that_is_made_for_pins_is_no_state_of_a_machine() {
             zeroing.write_zeroes(range(512, 512), ZeroFlags::MAY_UNMAP).await
         });
         let clusters = if seed % 2 == 0 { 44 } else { 36 };
-        let resized = executor.spawn(async move {
-            // While the cluster is being made.
-            for _ in 0..seed % 20 {
-                read(&resizing, range(0, 512)).await?;
-            }
-            resizing.resize(clusters * 512, Shrink::Allow).await
-        });
+        // While the cluster is being made.
+        let resized =
+            executor.spawn(async move { resize_after(&resizing, seed % 20, clusters * 512).await });
         executor.run().unwrap();
         zeroed.take().unwrap().unwrap();
         resized.take().unwrap().unwrap();
@@ -421,13 +425,8 @@ fn equal_clusters_are_looked_for_on_a_disk_that_gets_smaller() {
         });
         // On odd seeds within a cluster.
         let size_bytes = 5 * CLUSTER + 512 * (seed % 2);
-        let cut = executor.spawn(async move {
-            // While clusters are found, compared, or shared.
-            for _ in 0..seed {
-                read(&cutting, range(0, 512)).await?;
-            }
-            cutting.resize(size_bytes, Shrink::Allow).await
-        });
+        // While clusters are found, compared, or shared.
+        let cut = executor.spawn(async move { resize_after(&cutting, seed, size_bytes).await });
         executor.run().unwrap();
         shared.take().unwrap().unwrap();
         cut.take().unwrap().unwrap();

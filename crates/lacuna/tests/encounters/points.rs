@@ -35,7 +35,6 @@ fn a_point_outlives_a_write_at_the_end_of_a_disk_that_was_cut() {
     });
 }
 
-/// The write is of several pieces, and the driver may have any of them when it is dropped.
 /// What is dropped on the way, through the disk that keeps points.
 #[derive(Clone, Copy, Debug)]
 enum Dropped {
@@ -69,6 +68,7 @@ async fn change(
     }
 }
 
+/// A write is of several pieces, and the driver may have any of them when it is dropped.
 #[test]
 fn a_point_waits_for_a_write_that_was_dropped_and_that_a_driver_has() {
     for what in [Dropped::Write, Dropped::ZeroPart, Dropped::Compress, Dropped::CompressPlain] {

@@ -1,6 +1,6 @@
 //! What other disks hold, or their bitmaps, copied onto the image.
 
-use lacuna::block::{Layer, WriteFlags};
+use lacuna::block::{Layer, WriteFlags, is_zero};
 use lacuna::buffer::Buffer;
 use lacuna::job::{
     ConvertOptions, Encoding, Threads, convert, copy_bitmaps, gather_common, write_difference,
@@ -18,7 +18,7 @@ use super::whole::scribble;
 use super::{Ran, stage, told};
 use crate::stage::Stage;
 
-/// Cuts a disk into so many clusters of the smallest size there is, at most.
+/// Only among the first so many clusters anything differs.
 const AMONG: u64 = 24;
 
 /// Writes the same to some clusters of each of some disks, as long as the image's.
@@ -40,6 +40,14 @@ fn becomes(stage: &mut Stage, bytes: &[u8]) {
     stage.seen();
 }
 
+/// What was copied is durable; a guest goes on.
+async fn copied(mut stage: Stage, image: Image<SimStorage>) -> Ran {
+    stage.flushed();
+    scribble(&mut stage, &image, 1).await?;
+    stage.close(image).await?;
+    Ok(stage)
+}
+
 /// Another disk is copied onto this one.
 pub(super) async fn convert_onto(kind: &Kind, seed: u64) -> Ran {
     let mut stage = stage(kind, seed);
@@ -59,12 +67,9 @@ pub(super) async fn convert_onto(kind: &Kind, seed: u64) -> Ran {
         threads: Threads::Caller,
         ..ConvertOptions::default()
     };
-    let copied = convert(&source, &image, &options, &mut |_| ()).await;
-    copied.map_err(told("Converting"))?;
-    stage.flushed();
-    scribble(&mut stage, &image, 1).await?;
-    stage.close(image).await?;
-    Ok(stage)
+    let converted = convert(&source, &image, &options, &mut |_| ()).await;
+    converted.map_err(told("Converting"))?;
+    copied(stage, image).await
 }
 
 /// What two other disks have in common is moved to this one.
@@ -84,7 +89,7 @@ pub(super) async fn gather(kind: &Kind, seed: u64) -> Ran {
     for at in (0..wanted.len()).step_by(cluster) {
         let part = at..wanted.len().min(at + cluster);
         let bytes = &both[0][part.clone()];
-        if bytes == &both[1][part.clone()] && bytes.iter().any(|byte| *byte != 0) {
+        if bytes == &both[1][part.clone()] && !is_zero(bytes) {
             wanted[part].copy_from_slice(bytes);
         }
     }
@@ -92,10 +97,7 @@ pub(super) async fn gather(kind: &Kind, seed: u64) -> Ran {
     let (one, other) = (disk_of(one).await?, disk_of(other).await?);
     let gathered = gather_common(&[&one, &other], &image, cluster as u64, &mut |_, _| ()).await;
     gathered.map_err(told("Gathering"))?;
-    stage.flushed();
-    scribble(&mut stage, &image, 1).await?;
-    stage.close(image).await?;
-    Ok(stage)
+    copied(stage, image).await
 }
 
 /// The image comes to read as another disk by what differs from its base.
@@ -114,10 +116,7 @@ pub(super) async fn difference(kind: &Kind, seed: u64) -> Ran {
     let (disk, below) = (disk_of(disk).await?, disk_of(below).await?);
     let written = write_difference(&disk, &below, &image, cluster, &mut |_, _| ()).await;
     written.map_err(told("Writing the difference"))?;
-    stage.flushed();
-    scribble(&mut stage, &image, 1).await?;
-    stage.close(image).await?;
-    Ok(stage)
+    copied(stage, image).await
 }
 
 /// Bitmaps of another image are copied, with what they name, while a guest goes on.

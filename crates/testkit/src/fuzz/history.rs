@@ -17,7 +17,9 @@ use lacuna::units::{GuestOffset, GuestRange};
 use pollster::block_on;
 
 use super::choices::Choices;
-use super::images::{GROWTH, Memory, OPERATIONS, memory, model, open, perform, report, settle};
+use super::images::{
+    GROWTH, Memory, OPERATIONS, ask, assert_length, memory, model, open, perform, report,
+};
 use super::recipe::{Recipe, operation};
 use crate::{ModelDisk, Operation};
 
@@ -134,11 +136,7 @@ impl Kept {
     }
 
     fn guest(&mut self, next: &Operation) {
-        if perform(&self.image, next).is_ok() {
-            settle(&self.image, &mut self.disk, next).unwrap_or_else(|it| panic!("{next:?}: {it}"));
-        } else {
-            assert!(matches!(next, Operation::Resize { .. }), "{next:?} failed");
-        }
+        ask(&self.image, &mut self.disk, next);
         if matches!(next, Operation::Resize { .. }) {
             self.has_another_size();
         }
@@ -211,12 +209,13 @@ impl Kept {
     fn applied(&mut self, name: &str) {
         let bytes = self.snapshots[name].clone();
         let size_bytes = bytes.len() as u64;
-        if size_bytes != self.disk.size_bytes() {
+        let is_other = size_bytes != self.disk.size_bytes();
+        if is_other {
             self.disk.apply(&Operation::Resize { size_bytes });
-            self.disk.adopt(GuestRange::new(GuestOffset(0), size_bytes), &bytes);
+        }
+        self.disk.adopt(GuestRange::new(GuestOffset(0), size_bytes), &bytes);
+        if is_other {
             self.has_another_size();
-        } else {
-            self.disk.adopt(GuestRange::new(GuestOffset(0), size_bytes), &bytes);
         }
     }
 
@@ -316,6 +315,5 @@ pub fn damaged_history(data: &[u8]) {
         drop(perform(&image, &next));
     }
     drop(block_on(image.close()));
-    let len = block_on(storage.len()).expect("memory has a length");
-    assert!(len <= most, "{len} bytes in the file, {most} would have been enough");
+    assert_length(&storage, most);
 }

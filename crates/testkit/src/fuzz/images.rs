@@ -185,13 +185,7 @@ pub fn operations(data: &[u8]) {
             image = open(&storage, Access::ReadWrite).expect("what was closed opens");
             continue;
         }
-        // Refused as a whole: a size that this image cannot have, or space that refcounts cannot count.
-        if perform(&image, &next).is_ok() {
-            settle(&image, &mut model, &next).unwrap_or_else(|wrong| panic!("{next:?}: {wrong}"));
-        } else {
-            let refusable = matches!(next, Operation::Resize { .. });
-            assert!(refusable, "{next:?} failed: {:?}", perform(&image, &next));
-        }
+        ask(&image, &mut model, &next);
     }
     block_on(model.verify(&image)).unwrap_or_else(|wrong| panic!("{wrong}"));
     block_on(image.close()).expect("nothing keeps it from closing");
@@ -234,7 +228,18 @@ pub(super) fn perform(image: &Image<Memory>, operation: &Operation) -> Result<()
     })
 }
 
-pub(super) fn settle(
+/// Has a guest ask something of a valid image, and holds the answer against the model.
+pub(super) fn ask(image: &Image<Memory>, model: &mut ModelDisk, next: &Operation) {
+    // Refused as a whole: a size that this image cannot have, or space that refcounts cannot count.
+    if perform(image, next).is_ok() {
+        settle(image, model, next).unwrap_or_else(|wrong| panic!("{next:?}: {wrong}"));
+    } else {
+        let refusable = matches!(next, Operation::Resize { .. });
+        assert!(refusable, "{next:?} failed: {:?}", perform(image, next));
+    }
+}
+
+fn settle(
     image: &Image<Memory>,
     model: &mut ModelDisk,
     operation: &Operation,
@@ -282,7 +287,11 @@ pub fn damaged_operations(data: &[u8]) {
         asked += next.range().map_or(0, |range| range.len + 2 * recipe.cluster_bytes);
         drop(perform(&image, &next));
     }
+    assert_length(&storage, file.len() as u64 + recipe.growth() + 2 * asked);
+}
+
+/// Says that the file has at most so many bytes.
+pub(super) fn assert_length(storage: &Memory, most: u64) {
     let len = block_on(storage.len()).expect("memory has a length");
-    let most = file.len() as u64 + recipe.growth() + 2 * asked;
     assert!(len <= most, "{len} bytes in the file, {most} would have been enough");
 }

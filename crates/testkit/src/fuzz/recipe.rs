@@ -75,9 +75,9 @@ impl Recipe {
     /// By how much the file may grow that a damaged image is in, beyond what is written: by tables, and by
     /// what refcounts call used that are damaged. It is not written to, and takes no space.
     pub(super) fn growth(&self) -> u64 {
-        let header = Header::decode(&self.file()).expect("what was made is valid");
-        let geometry = header.geometry;
-        let counted = geometry.refcount_block_entries() * self.cluster_bytes;
+        let first = self.built.bytes.read_vec(0, self.cluster_bytes as usize);
+        let header = Header::decode(&first).expect("what was made is valid");
+        let counted = header.geometry.refcount_block_entries() * self.cluster_bytes;
         GROWTH + DAMAGES * counted
     }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use lacuna::storage::ZeroMode;
 
 use crate::SparseBytes;
+
 /// What a call does to the bytes of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {

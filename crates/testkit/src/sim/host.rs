@@ -7,7 +7,7 @@ use lacuna::buffer::{Buffer, Hold};
 
 use super::SimStorage;
 use super::effect::Effect;
-use super::fault::{Failure, Fault};
+use super::fault::{EIO, Failure, Fault};
 use crate::executor::Device;
 use crate::{Random, SparseBytes};
 
@@ -416,7 +416,7 @@ impl SimHost {
                 (Some(Event::Applied { call }), buffer, hold)
             }
             Request::Flush if files.unheard.iter().any(|(_, failed)| *failed == file) => {
-                return (Reply { errno: Some(super::fault::EIO), buffer: None }, Hold::none());
+                return (Reply { errno: Some(EIO), buffer: None }, Hold::none());
             }
             Request::Flush => {
                 (Some(Event::Flushed { file, since: pending.since }), None, Hold::none())

@@ -26,10 +26,24 @@ struct State<P> {
 }
 
 /// Leave to change something, until it is dropped.
-pub(super) struct Passed<P> {
-    pub(super) hold: Hold,
+pub(super) struct Passed<P: Send + Sync> {
+    gate: Arc<Gate<P>>,
     /// Nothing where there are none.
     pub(super) points: Option<Arc<[P]>>,
+}
+
+impl<P: Send + Sync + 'static> Passed<P> {
+    /// Returns one more hold of the change.
+    pub(super) fn again(&self) -> Hold {
+        self.gate.state.lock().inside += 1;
+        Hold::new(Arc::clone(&self.gate) as Arc<dyn Release>, 0)
+    }
+}
+
+impl<P: Send + Sync> Drop for Passed<P> {
+    fn drop(&mut self) {
+        self.gate.release(0);
+    }
 }
 
 impl<P: Send + Sync + 'static> Gate<P> {
@@ -56,17 +70,7 @@ impl<P: Send + Sync + 'static> Gate<P> {
         state.inside += 1;
         let points = (!state.points.is_empty()).then(|| Arc::clone(&state.points));
         drop(state);
-        Ok(Passed { hold: self.hold(), points })
-    }
-
-    /// Returns one more hold of a change that has begun.
-    pub(super) fn again(self: &Arc<Self>) -> Hold {
-        self.state.lock().inside += 1;
-        self.hold()
-    }
-
-    fn hold(self: &Arc<Self>) -> Hold {
-        Hold::new(Arc::clone(self) as Arc<dyn Release>, 0)
+        Ok(Passed { gate: Arc::clone(self), points })
     }
 
     /// Waits until no change is under way; none begins while what is returned lives.
@@ -135,7 +139,7 @@ mod tests {
         let gate = Arc::new(Gate::<()>::new());
         let mut context = Context::from_waker(Waker::noop());
         let change = pollster::block_on(gate.pass());
-        let with_driver = gate.again();
+        let with_driver = change.again();
         let mut moment = pin!(gate.close());
         assert!(moment.as_mut().poll(&mut context).is_pending());
         let mut next = pin!(gate.pass());

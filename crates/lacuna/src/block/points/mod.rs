@@ -121,17 +121,14 @@ struct Shared<L, T> {
 ///     points.below().write(GuestOffset(0), bytes, WriteFlags::empty()).await.0
 /// }).unwrap();
 /// ```
-pub struct Change<T> {
-    passed: Passed<Arc<Kept<T>>>,
-    gate: Arc<Gate<Arc<Kept<T>>>>,
-}
+pub struct Change<T: Send + Sync>(Passed<Arc<Kept<T>>>);
 
 impl<T: Layer + 'static> Change<T> {
     /// Returns what rides with the buffer of a change that goes to the disk directly: dropped half-way,
     /// it is over when no driver has a part of it.
     #[must_use]
     pub fn hold(&self) -> Hold {
-        self.gate.again()
+        self.0.again()
     }
 }
 
@@ -147,9 +144,9 @@ impl<L, T> std::fmt::Debug for Points<L, T> {
     }
 }
 
-impl<T> std::fmt::Debug for Change<T> {
+impl<T: Send + Sync> std::fmt::Debug for Change<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Change").field(&self.passed.hold).finish()
+        f.debug_struct("Change").finish_non_exhaustive()
     }
 }
 
@@ -219,7 +216,7 @@ impl<L: Layer, T: Layer + 'static> Points<L, T> {
         loop {
             let passed = self.0.gate.pass().await;
             if passed.points.is_none() {
-                return self.change(passed);
+                return Change(passed);
             }
             if let Some(change) = Box::pin(self.save(passed, range)).await {
                 return change;
@@ -246,11 +243,7 @@ impl<L: Layer, T: Layer + 'static> Points<L, T> {
                 return None;
             }
         }
-        Some(self.change(passed))
-    }
-
-    fn change(&self, passed: Passed<Arc<Kept<T>>>) -> Change<T> {
-        Change { passed, gate: Arc::clone(&self.0.gate) }
+        Some(Change(passed))
     }
 }
 

@@ -46,9 +46,14 @@ impl RefcountTable {
         Self::new(geometry, Vec::new(), 0)
     }
 
-    pub(crate) fn block(&self, index: u64) -> Block {
+    /// Returns an entry; behind the end of the table there is no block.
+    pub(crate) fn entry(&self, index: u64) -> RefcountTableEntry {
         let entry = usize::try_from(index).ok().and_then(|index| self.entries.get(index));
-        match RefcountTableEntry(entry.copied().unwrap_or(0)).block() {
+        RefcountTableEntry(entry.copied().unwrap_or(0))
+    }
+
+    pub(crate) fn block(&self, index: u64) -> Block {
+        match self.entry(index).block() {
             None => Block::Absent,
             Some(offset) if !self.geometry.is_aligned(offset.0) || offset.0 > i64::MAX as u64 => {
                 Block::Unusable(offset)

@@ -3,7 +3,6 @@
 use super::super::check::FindingKind;
 use super::super::check::read::read_bytes;
 use super::super::check::refcounts::Block;
-use super::super::format::RefcountTableEntry;
 use super::Round;
 use crate::Result;
 use crate::storage::Storage;
@@ -48,12 +47,11 @@ impl<S: Storage> Round<'_, S> {
     /// Returns where a block lies that is a refcount block and nothing else. What an entry with reserved bits
     /// names was not counted, and may be anything.
     fn usable_block(&self, index: u64) -> Option<HostOffset> {
-        let entry =
-            usize::try_from(index).ok().and_then(|at| self.survey.refcounts.entries.get(at));
-        if entry.is_some_and(|entry| RefcountTableEntry(*entry).has_reserved_bits()) {
+        let table = &self.survey.refcounts;
+        if table.entry(index).has_reserved_bits() {
             return None;
         }
-        let Block::At(offset) = self.survey.refcounts.block(index) else { return None };
+        let Block::At(offset) = table.block(index) else { return None };
         let cluster = self.survey.geometry.host_cluster(offset).0;
         let is_ours = cluster < self.survey.clusters && self.survey.references.count(cluster) == 1;
         is_ours.then_some(offset)

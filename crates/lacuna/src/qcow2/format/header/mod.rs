@@ -246,16 +246,7 @@ impl Header {
         let cluster_bytes = usize::try_from(Self::peek_cluster_bytes(first_cluster)?)
             .map_err(|_| Error::unsupported("First cluster does not fit into memory"))?;
         let cluster = padded(first_cluster, cluster_bytes);
-        let (raw, rest) = RawHeader::read_from_prefix(&cluster)
-            .map_err(|_| Error::corrupt("First cluster is shorter than the header"))?;
-        let later = match raw.version()? {
-            Version::V2 => RawHeaderV3::of_version_2(),
-            Version::V3 => {
-                RawHeaderV3::read_from_prefix(rest)
-                    .map_err(|_| Error::corrupt("First cluster is shorter than the header"))?
-                    .0
-            }
-        };
+        let (raw, later) = raw_fields(&cluster)?;
         let areas = Areas::decode(&raw, &later, &cluster)?;
         Self::assemble(demand, &raw, &later, areas, &cluster)
     }
@@ -422,6 +413,17 @@ impl Header {
 }
 
 /// The first `len` bytes; what is missing is zeros.
+/// Takes the fixed fields from the start of a cluster.
+fn raw_fields(cluster: &[u8]) -> Result<(RawHeader, RawHeaderV3)> {
+    let is_short = || Error::corrupt("First cluster is shorter than the header");
+    let (raw, rest) = RawHeader::read_from_prefix(cluster).map_err(|_| is_short())?;
+    let later = match raw.version()? {
+        Version::V2 => RawHeaderV3::of_version_2(),
+        Version::V3 => RawHeaderV3::read_from_prefix(rest).map_err(|_| is_short())?.0,
+    };
+    Ok((raw, later))
+}
+
 fn padded(bytes: &[u8], len: usize) -> Cow<'_, [u8]> {
     match bytes.get(..len) {
         Some(bytes) => Cow::Borrowed(bytes),

@@ -4,16 +4,13 @@ use std::ops::Range;
 
 use super::super::extension;
 use super::super::geometry::Version;
-use super::{V2_BYTES, V3_BYTES};
+use super::{Areas, V3_BYTES, raw_fields};
+use crate::Result;
 
 /// What storage does not tear.
 pub(crate) const SECTOR: usize = 512;
-/// Where the header names the version.
-const VERSION_AT: usize = 4;
 /// Where the header names the place of the backing file name.
 const NAME_OFFSET_AT: usize = 8;
-/// Where the header names the length of that.
-const NAME_BYTES_AT: usize = 16;
 /// Where the header names its own length, behind which the extensions begin (version 3).
 const HEADER_BYTES_AT: usize = 100;
 
@@ -33,25 +30,16 @@ pub(super) fn later_fields(cluster: &[u8], header_bytes: usize) -> &[u8] {
     }
 }
 
-/// Returns where in a first cluster lies what its header shows, which decodes: header and extensions, and
-/// the name of the backing file.
-pub(crate) fn shown_parts(cluster: &[u8]) -> [Range<usize>; 2] {
-    let name_at = match u64::from_be_bytes(field(cluster, NAME_OFFSET_AT)) {
-        0 => cluster.len(),
-        at => usize::try_from(at).unwrap_or(cluster.len()).min(cluster.len()),
-    };
-    let header_bytes = match u32::from_be_bytes(field(cluster, VERSION_AT)) {
-        2 => V2_BYTES,
-        _ => u32::from_be_bytes(field(cluster, HEADER_BYTES_AT)) as usize,
-    };
-    let area = cluster.get(header_bytes..name_at).unwrap_or_default();
-    let name_bytes = u32::from_be_bytes(field(cluster, NAME_BYTES_AT)) as usize;
-    let name_end = name_at.saturating_add(name_bytes).min(cluster.len());
-    [0..header_bytes.saturating_add(extension::bytes_taken(area)), name_at..name_end]
-}
-
-fn field<const N: usize>(cluster: &[u8], at: usize) -> [u8; N] {
-    cluster.get(at..).and_then(|bytes| bytes.first_chunk()).copied().unwrap_or([0; N])
+/// Returns where in a first cluster lies what its header shows: header and extensions, and the name of the
+/// backing file.
+pub(crate) fn shown_parts(cluster: &[u8]) -> Result<[Range<usize>; 2]> {
+    let (raw, later) = raw_fields(cluster)?;
+    let Areas { header_bytes, extensions_end, backing_name } =
+        Areas::decode(&raw, &later, cluster)?;
+    let area = cluster.get(header_bytes..extensions_end).unwrap_or_default();
+    let name_bytes = backing_name.map_or(0, |name| name.as_bytes().len());
+    let name = extensions_end..extensions_end.saturating_add(name_bytes);
+    Ok([0..header_bytes.saturating_add(extension::bytes_taken(area)), name])
 }
 
 /// The start of a file: header, extensions and backing file name, right behind each other.
