@@ -5,11 +5,12 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Once, PoisonError};
 use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use lacuna::ErrorKind;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use signal_hook::flag;
 use signal_hook::iterator::Signals;
+use signal_hook::low_level;
 
 use crate::error::{CliError, CliResult};
 use crate::output;
@@ -86,16 +87,16 @@ fn say(text: &str, file: &str, code: i32) {
 pub(crate) struct Interrupted(Arc<AtomicBool>);
 
 impl Interrupted {
-    /// Takes note of signals from now on. A second one ends the process at once.
+    /// Takes note of signals from now on, in a thread of its own. [Another one](Requests) ends the
+    /// process at once.
     pub(crate) fn watch() -> Self {
         let flag = Arc::new(AtomicBool::new(false));
-        for signal in [SIGHUP, SIGINT, SIGTERM] {
-            let second =
-                flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&flag));
-            let first = second.and_then(|_| flag::register(signal, Arc::clone(&flag)));
-            if let Err(error) = first {
-                output::warn(&format!("Interruptions cannot be caught: {error}"));
-            }
+        match Signals::new([SIGHUP, SIGINT, SIGTERM]) {
+            Ok(mut signals) => drop(std::thread::spawn({
+                let flag = Arc::clone(&flag);
+                move || end_by(signals.forever(), &flag)
+            })),
+            Err(error) => output::warn(&format!("Interruptions cannot be caught: {error}")),
         }
         Self(flag)
     }
@@ -118,6 +119,38 @@ impl Interrupted {
             false => work.as_mut().poll(context).map(Some),
         })
         .await
+    }
+}
+
+/// The first request asks the work to end, the next one ends the process.
+fn end_by(signals: impl Iterator<Item = i32>, flag: &AtomicBool) {
+    let mut requests = Requests::default();
+    for signal in signals.filter(|_| requests.is_new()) {
+        if flag.swap(true, Ordering::Relaxed) {
+            low_level::exit(128 + signal);
+        }
+    }
+}
+
+/// Tells signals that ask for an end from echoes of them: `timeout` sends each to its child and then
+/// to the group of it, and wrappers pass on what the terminal has sent to all.
+#[derive(Default)]
+pub(crate) struct Requests {
+    last: Option<Instant>,
+}
+
+impl Requests {
+    /// What comes as fast as this was not asked for twice.
+    const ECHO: Duration = Duration::from_millis(200);
+
+    /// Says whether the signal that has come just now is another request.
+    pub(crate) fn is_new(&mut self) -> bool {
+        let now = Instant::now();
+        let is_new = self.last.is_none_or(|last| now.duration_since(last) >= Self::ECHO);
+        if is_new {
+            self.last = Some(now);
+        }
+        is_new
     }
 }
 

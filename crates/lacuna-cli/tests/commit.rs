@@ -213,8 +213,13 @@ fn an_interrupted_commit_leaves_a_chain_that_can_be_committed() {
          stock-img create -q -f qcow2 -b base -F qcow2 top; stock-io -c 'write -P 2 4M 32M' top >&2
          stock-img convert -O raw top before.raw",
     );
-    let got =
-        ours.run("timeout -s INT 0.6 lacuna commit --progress=json -r 4M top >log 2>&1; cat log");
+    // Twice within a moment, as `timeout` sends it: that is one request.
+    let got = ours.run(
+        "lacuna commit --progress=json -r 4M top >log 2>&1 & commit=$!
+         until grep -q '\"done\":[1-9]' log; do sleep 0.01; done
+         kill -INT $commit; sleep 0.01; kill -INT $commit; wait $commit; echo ended with $?; cat log",
+    );
+    assert!(got.text.starts_with("ended with 130\n"), "{}", got.text);
     assert!(got.text.contains("Interrupted; what was done so far is kept"), "{}", got.text);
     assert_eq!(
         ours.run(

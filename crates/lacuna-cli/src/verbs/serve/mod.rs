@@ -49,6 +49,7 @@ use super::{Example, Task, Verb, common, open, snapshot};
 use crate::args::{Flag, Parsed};
 use crate::control::{self, Control};
 use crate::error::{CliError, CliResult};
+use crate::interrupt::Requests;
 use crate::output;
 use crate::persona::Tool;
 
@@ -311,7 +312,9 @@ fn watch_signals(
         .map_err(|error| lacuna::Error::io(error, "Catching signals"))?;
     let handle = signals.handle();
     thread::spawn(move || {
-        let counts = |it: &i32| !has_command || !command::hears_by_itself(*it);
+        let mut requests = Requests::default();
+        let is_ours = |signal| !has_command || !command::hears_by_itself(signal);
+        let counts = |signal: &i32| is_ours(*signal) && requests.is_new();
         for _signal in signals.forever().filter(counts) {
             // Nobody waits where the server ends anyway.
             let _nobody_waits = end.send(());
