@@ -3,7 +3,8 @@
 
 mod common;
 
-use std::process::Command;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::Sandbox;
@@ -228,10 +229,8 @@ fn one_that_was_not_closed_cleanly_is_repaired_first() {
 fn an_image_that_somebody_writes_is_left_alone() {
     let ours = Sandbox::ours();
     ours.prepare(BLOATED);
-    let got = ours.run(
-        "stock-io -f qcow2 -c 'sleep 3000' a & sleep 0.5
-         lacuna reclaim a; code=$?; wait; exit $code",
-    );
+    let held = common::held("-f qcow2 a");
+    let got = ours.run(&format!("{held}\nlacuna reclaim a; code=$?; exec 3>&-; wait; exit $code"));
     assert_eq!(got.code, Some(1), "{}", got.text);
     assert!(got.text.contains("lock") || got.text.contains("writes"), "{}", got.text);
     assert_same(&ours);
@@ -243,15 +242,22 @@ fn interrupted_anywhere_it_leaves_a_sound_image_and_goes_on() {
     ours.prepare(BLOATED);
     for (wait, rate) in [(150, "4M"), (300, "8M"), (600, "16M")] {
         let mut child = Command::new(ours.program("lacuna"))
-            .args(["reclaim", "-q", "--bandwidth", rate])
+            .args(["reclaim", "--progress=json", "--bandwidth", rate])
             .arg(ours.path("a"))
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
+        // It has begun where it says how far it is.
+        let mut said = BufReader::new(child.stderr.take().unwrap()).lines();
+        assert!(said.next().is_some());
+        let rest = std::thread::spawn(move || said.map_while(Result::ok).last());
         std::thread::sleep(Duration::from_millis(wait));
         let pid = child.id().to_string();
         assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
         let code = child.wait().unwrap().code();
-        assert!([Some(0), Some(130)].contains(&code), "{code:?}");
+        let last = rest.join().unwrap();
+        assert!([Some(0), Some(130)].contains(&code), "{code:?}: {last:?}");
         assert_same(&ours);
     }
     json(&ours, "lacuna reclaim --report=json a");

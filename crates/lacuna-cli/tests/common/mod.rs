@@ -124,6 +124,15 @@ fn normal(text: &str) -> String {
     lines.join("\n")
 }
 
+/// Has `stock-io` with these arguments keep an image open from now on, until `exec 3>&-; wait`.
+pub(crate) fn held(arguments: &str) -> String {
+    // The prompt comes when the image is open.
+    format!(
+        "mkfifo commands; stock-io {arguments} <commands >prompt & exec 3>commands
+         timeout 60 sh -c 'until grep -q \\> prompt; do sleep 0.01; done'"
+    )
+}
+
 /// Starts a server that stays in the background: its exports are at `$a` and `$b`, `ctl` talks to it.
 pub(crate) fn serving(exports: &str) -> String {
     format!(
