@@ -22,7 +22,7 @@ const SERVED: &str = "
     start() {
         words=(); while [ \"$1\" != -- ]; do words+=(\"$1\"); shift; done; command=$2
         rm -f s; qemu-nbd -k $PWD/s \"${words[@]}\" & server=$!
-        while ! [ -S s ] && kill -0 $server 2>/dev/null; do sleep 0.01; done
+        while ! listens s && kill -0 $server 2>/dev/null; do sleep 0.01; done
         uri=nbd+unix:///?socket=$PWD/s; eval \"$command\"
     }
     served() { start \"$@\"; wait $server; echo server ended with $?; }

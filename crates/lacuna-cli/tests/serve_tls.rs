@@ -73,10 +73,10 @@ fn a_stock_server_does_the_same() {
     let clients =
         [ask("pki"), ask("guest"), "nbdinfo nbd+unix:///?socket=s >/dev/null 2>&1".into()];
     let clients = clients.join(" ");
-    for server in ["lacuna serve -k s", "stock-nbd -k $PWD/s"] {
+    for server in ["lacuna serve -k $PWD/s", "stock-nbd -k $PWD/s"] {
         let got = sandbox.run(&format!(
             "{server} -t {OBJECT}=pki --tls-creds t -f qcow2 disk.qcow2 >/dev/null 2>&1 & \
-             while ! [ -S s ]; do sleep 0.01; done; {clients}; echo $?; kill %1; wait; rm -f s"
+             while ! listens s; do sleep 0.01; done; {clients}; echo $?; kill %1; wait; rm -f s"
         ));
         assert_eq!(got.text, "0\n1\n1\n", "{server}");
     }

@@ -9,6 +9,9 @@ use tempfile::TempDir;
 
 /// The stock tools, as installed.
 const STOCK: &str = "/usr/bin";
+/// A function of the shell, which says whether somebody listens on this socket of the folder: its file
+/// is there a moment earlier.
+const LISTENS: &str = "() { grep -q \"00010000 .* $PWD/$1\\$\" /proc/net/unix; }";
 /// What to do where they are missing.
 const INSTALL: &str = "the stock tools are missing: apt-get install qemu-utils";
 
@@ -109,6 +112,7 @@ impl Sandbox {
             .args(["-c", line])
             .current_dir(self.folder.path().join("work"))
             .env("PATH", format!("{}:/usr/bin:/bin:/usr/sbin:/sbin", bin.display()))
+            .env("BASH_FUNC_listens%%", LISTENS)
             .env("TZ", "UTC")
             .env("LC_ALL", "C.UTF-8")
             .stdin(Stdio::null())
