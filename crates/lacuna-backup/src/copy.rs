@@ -10,7 +10,7 @@ use futures_util::{TryStreamExt, stream};
 use lacuna::Result;
 use lacuna::block::{BoxFuture, Layer};
 use lacuna::buffer::Buffer;
-use lacuna::job::compute;
+use lacuna::job::{compute, yield_now};
 use lacuna::units::{GuestOffset, GuestRange};
 
 use crate::changes::Changes;
@@ -76,6 +76,7 @@ pub(crate) async fn run<L: Layer, C: Changes, K: Keeper>(
     let mut packed = pin!(packed.try_buffered(options.in_flight.max(1)));
     while let Some(next) = packed.try_next().await? {
         report(keeper.keep(next, options).await?);
+        yield_now().await;
     }
     Ok(())
 }

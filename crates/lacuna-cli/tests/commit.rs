@@ -220,6 +220,11 @@ fn an_interrupted_commit_leaves_a_chain_that_can_be_committed() {
     );
     assert!(got.text.starts_with("ended with 130\n"), "{}", got.text);
     assert!(got.text.contains("Interrupted; what was done so far is kept"), "{}", got.text);
+    assert!(
+        got.text.contains(r#""state":"failed","phase":"copy""#),
+        "not to its end: {}",
+        got.text
+    );
     assert_eq!(
         ours.run(
             "stock-img compare before.raw top; stock-img check -q base; stock-img check -q top"

@@ -3,7 +3,8 @@
 //!
 //! * Always driven by extents: what metadata calls zero is neither read nor compared by bytes.
 //! * Always bounded: requests in flight times request size, said by each job.
-//! * A job is a future. Dropping it stops it at a safe place; what it wrote stays valid.
+//! * A job is a future. Dropping it stops it at a safe place; what it wrote stays valid. Where copying never
+//!   waits it [yields](yield_now) between pieces, so that it can be dropped.
 
 mod bitmaps;
 mod commit;
@@ -15,6 +16,7 @@ mod measure;
 mod rebase;
 mod salvage;
 mod sweep;
+mod yielding;
 
 pub use bitmaps::copy_bitmaps;
 pub use commit::{commit, empty_top};
@@ -33,3 +35,4 @@ pub use measure::{Estimate, measure, measure_bitmaps, measure_empty};
 pub use rebase::{OldZeros, Onto, RebaseOptions, Rebased, rebase, uncovered_bytes};
 pub use salvage::{Lost, LostPart, Salvage};
 pub use sweep::{SweepProgress, SweepReport, sweep, sweep_estimate};
+pub use yielding::yield_now;

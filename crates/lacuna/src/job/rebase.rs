@@ -12,6 +12,7 @@
 use futures_util::future::join;
 
 use super::Encoding;
+use super::yielding::yield_now;
 use crate::block::{
     AllocationDepth, DynLayer, Extent, ExtentCursor, ExtentStatus, Layer, WriteFlags, is_zero,
 };
@@ -276,6 +277,7 @@ impl<'a, S: Storage> Work<'a, S> {
             let rest = GuestRange::new(at, self.size_bytes - at.0);
             at = self.step(rest).await?;
             progress(at.0, self.size_bytes);
+            yield_now().await;
         }
         Ok(self.done)
     }

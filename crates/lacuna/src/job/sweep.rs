@@ -3,6 +3,7 @@
 //! * Bounded: one request of [`PIECE_BYTES`], or of a cluster where that is larger, and its like.
 //! * The image may be in use: clusters are given back only while nobody can write to them.
 
+use super::yielding::yield_now;
 use crate::Result;
 use crate::block::Layer;
 use crate::qcow2::Image;
@@ -146,6 +147,7 @@ async fn walk<S: Storage>(
             for piece in pieces(extent.range, image.geometry().cluster_bytes()) {
                 sweep.piece(piece).await?;
                 progress(sweep.reached(piece.end(), total_bytes));
+                yield_now().await;
             }
         }
         progress(sweep.reached(at, total_bytes));

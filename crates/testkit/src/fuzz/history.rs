@@ -20,11 +20,10 @@ use super::choices::Choices;
 use super::images::{
     GROWTH, Memory, OPERATIONS, ask, assert_length, memory, model, open, perform, report,
 };
-use super::recipe::{Recipe, operation};
+use super::recipe::{BITMAPS, Recipe, operation};
 use crate::{ModelDisk, Operation};
 
 const SNAPSHOTS: [&str; 4] = ["one", "two", "three", "four"];
-const BITMAPS: [&str; 3] = ["a", "b", "c"];
 
 /// What is asked of an image besides what its guest asks.
 #[derive(Clone, Copy, Debug)]
@@ -128,7 +127,11 @@ impl Kept {
         let made = block_on(image.snapshots()).expect("a valid image tells its snapshots");
         let names = SNAPSHOTS.into_iter().take(made.len());
         let snapshots = names.map(|name| (name, disk.content().to_vec())).collect();
-        Self { recipe, image, disk, snapshots, bitmaps: BTreeMap::new() }
+        let made = block_on(image.bitmaps()).expect("a valid image tells its bitmaps");
+        let names = BITMAPS.into_iter().take(made.len());
+        let now = disk.content().to_vec();
+        let bitmaps = names.map(|name| (name, Tracked::new(&now, true))).collect();
+        Self { recipe, image, disk, snapshots, bitmaps }
     }
 
     fn now(&self) -> Vec<u8> {
@@ -264,7 +267,7 @@ fn named(image: &Image<Memory>, name: &str, len: usize) -> Vec<bool> {
 pub fn history(data: &[u8]) {
     let mut choices = Choices::new(data);
     let recipe = Recipe::choose(&mut choices);
-    let storage = memory(&recipe.file());
+    let storage = memory(&recipe.file);
     let mut kept = Kept::new(recipe, &storage);
     for _ in 0..OPERATIONS {
         if choices.is_over() {
@@ -294,7 +297,7 @@ pub fn history(data: &[u8]) {
 pub fn damaged_history(data: &[u8]) {
     let mut choices = Choices::new(data);
     let recipe = Recipe::choose(&mut choices);
-    let mut file = recipe.file();
+    let mut file = recipe.file.clone();
     recipe.damage(&mut file, &mut choices);
     let storage = memory(&file);
     let Ok(image) = open(&storage, Access::ReadWrite) else { return };

@@ -37,7 +37,7 @@ pub fn damaged_image(data: &[u8]) {
     let mut choices = Choices::new(data);
     let recipe = Recipe::choose(&mut choices);
     let repair = *choices.pick(&[Repair::All, Repair::All, Repair::Leaks]);
-    let mut file = recipe.file();
+    let mut file = recipe.file.clone();
     let found = report(&memory(&file), Repair::None).expect("a valid image is checked");
     assert!(found.is_clean(), "the recipe makes valid images: {found:?}");
     recipe.damage(&mut file, &mut choices);
@@ -172,7 +172,7 @@ fn maps(image: &Image<Memory>, size_bytes: u64) {
 pub fn operations(data: &[u8]) {
     let mut choices = Choices::new(data);
     let recipe = Recipe::choose(&mut choices);
-    let storage = memory(&recipe.file());
+    let storage = memory(&recipe.file);
     let mut image = open(&storage, Access::ReadWrite).expect("a valid image opens");
     let mut model = model(&recipe);
     for _ in 0..OPERATIONS {
@@ -267,7 +267,7 @@ fn settle(
 pub fn damaged_operations(data: &[u8]) {
     let mut choices = Choices::new(data);
     let recipe = Recipe::choose(&mut choices);
-    let mut file = recipe.file();
+    let mut file = recipe.file.clone();
     recipe.damage(&mut file, &mut choices);
     let storage = memory(&file);
     let Ok(mut image) = open(&storage, Access::ReadWrite) else { return };

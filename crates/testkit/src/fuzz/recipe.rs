@@ -2,17 +2,24 @@
 
 use std::collections::BTreeSet;
 
-use lacuna::block::{DiscardMode, WriteFlags, ZeroFlags};
-use lacuna::qcow2::format::{CompressionType, Header};
+use lacuna::block::{DiscardMode, Layer as _, WriteFlags, ZeroFlags};
+use lacuna::buffer::Buffer;
+use lacuna::qcow2::Access;
+use lacuna::qcow2::format::{BitmapEntry, CompressionType, Header};
 use lacuna::units::{GuestOffset, GuestRange};
+use pollster::block_on;
 
 use super::choices::Choices;
-use super::images::GROWTH;
+use super::images::{GROWTH, memory, open};
 use crate::{Built, ImageBuilder, Operation, SparseBytes};
 
 /// A valid image, and what its guest reads.
 pub(super) struct Recipe {
-    pub(super) built: Built,
+    built: Built,
+    /// The bytes of the file.
+    pub(super) file: Vec<u8>,
+    /// Where directory and tables of bitmaps begin, and how many bytes of each there are.
+    bitmaps: Vec<(u64, u64)>,
     pub(super) guest: SparseBytes,
     pub(super) version: u32,
     pub(super) cluster_bytes: u64,
@@ -63,20 +70,25 @@ impl Recipe {
                 image = image.snapshot(["one", "two"][index as usize]);
             }
         }
+        let bitmaps = if version == 3 { choices.byte() % 3 } else { 0 };
+        for name in &BITMAPS[..usize::from(bitmaps)] {
+            image = image.bitmap(name, AUTO, 9 + choices.byte() % 4);
+        }
         guest.set_len(size_bytes);
-        Self { built: image.build(), guest, version, cluster_bytes, size_bytes }
-    }
-
-    /// The bytes of the file.
-    pub(super) fn file(&self) -> Vec<u8> {
-        self.built.bytes.read_vec(0, self.built.bytes.len() as usize)
+        let built = image.build();
+        let mut file = built.bytes.to_vec();
+        if bitmaps > 0 {
+            file = touched(&file, &guest, filled.first().copied().unwrap_or(0) * cluster_bytes);
+        }
+        let bitmaps = bitmap_places(&file);
+        Self { built, file, bitmaps, guest, version, cluster_bytes, size_bytes }
     }
 
     /// By how much the file may grow that a damaged image is in, beyond what is written: by tables, and by
     /// what refcounts call used that are damaged. It is not written to, and takes no space.
     pub(super) fn growth(&self) -> u64 {
-        let first = self.built.bytes.read_vec(0, self.cluster_bytes as usize);
-        let header = Header::decode(&first).expect("what was made is valid");
+        let header = Header::decode(&self.file[..self.cluster_bytes as usize]);
+        let header = header.expect("what was made is valid");
         let counted = header.geometry.refcount_block_entries() * self.cluster_bytes;
         GROWTH + DAMAGES * counted
     }
@@ -108,7 +120,7 @@ impl Recipe {
             base as usize + 8 * choices.below(self.cluster_bytes / 8) as usize
         };
         let tables: Vec<u64> = built.l2.values().copied().collect();
-        match choices.byte() % 8 {
+        match choices.byte() % 10 {
             0 => *choices.pick(&HEADER_FIELDS),
             1 => built.l1 as usize + 8 * choices.below(4) as usize,
             2 | 3 if !tables.is_empty() => {
@@ -120,10 +132,39 @@ impl Recipe {
             6 if built.snapshot_table != 0 => {
                 built.snapshot_table as usize + choices.below(96) as usize
             }
+            8 | 9 if !self.bitmaps.is_empty() => {
+                let (start, bytes) = *choices.pick(&self.bitmaps);
+                (start + choices.below(bytes)) as usize
+            }
             _ => choices.below(len as u64) as usize,
         }
     }
 }
+
+/// Has a guest write what is there already, so that bitmaps have clusters that name it.
+fn touched(file: &[u8], guest: &SparseBytes, at: u64) -> Vec<u8> {
+    let storage = memory(file);
+    let image = open(&storage, Access::ReadWrite).expect("a valid image opens");
+    let bytes = Buffer::from(&guest.read_vec(at, 512)[..]);
+    block_on(image.write(GuestOffset(at), bytes, WriteFlags::empty())).0.expect("there is room");
+    block_on(image.close()).expect("nothing keeps it from closing");
+    storage.to_vec()
+}
+
+/// Where the directory of bitmaps lies, and what it names; nothing without one.
+fn bitmap_places(file: &[u8]) -> Vec<(u64, u64)> {
+    let header = Header::decode(file).expect("what was made is valid");
+    let Some(bitmaps) = header.valid_bitmaps() else { return Vec::new() };
+    let start = bitmaps.directory_offset.0;
+    let directory = &file[start as usize..][..bitmaps.directory_bytes as usize];
+    let entries = BitmapEntry::decode_directory(directory, &bitmaps).expect("it is valid");
+    let tables = entries.iter().map(|one| (one.table_offset.0, 8 * u64::from(one.table_entries)));
+    std::iter::once((start, bitmaps.directory_bytes)).chain(tables).collect()
+}
+
+/// What bitmaps are called, and that they are to be kept (B.10).
+pub(super) const BITMAPS: [&str; 3] = ["a", "b", "c"];
+const AUTO: u32 = 1 << 1;
 
 /// Values at the edges of fields and limits.
 const EDGES: [u64; 12] = [

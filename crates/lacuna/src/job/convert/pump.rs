@@ -12,6 +12,7 @@ use futures_util::stream::{self, FuturesUnordered};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 
 use super::super::compute::compute;
+use super::super::yielding::yield_now;
 use super::cut::{Action, Cutter, Next, Piece};
 use super::sparse::{Run, runs};
 use super::units::{self, Form, Unit};
@@ -84,6 +85,7 @@ pub(super) async fn run<A: Layer, B: Target>(
             Event::Written(done) => {
                 copied.add(done?);
                 report(copied);
+                yield_now().await;
             }
         }
     }
