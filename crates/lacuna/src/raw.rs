@@ -1,7 +1,11 @@
 //! A storage object seen as a guest disk.
 
+mod lent;
+
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use self::lent::Lent;
 use crate::block::{AllocationDepth, DiscardMode, Extent, ExtentBuilder, ExtentStatus, Layer};
 use crate::block::{KnownZeroes, Preallocation, WriteFlags, ZeroFlags};
 use crate::buffer::{Buffer, Hold};
@@ -27,16 +31,21 @@ const HOST_BLOCK_BYTES: u64 = 4096;
 pub struct Raw<S> {
     storage: S,
     size_bytes: AtomicU64,
+    lent: Arc<Lent>,
 }
 
 impl<S: Storage> Raw<S> {
+    fn new(storage: S, size_bytes: u64) -> Self {
+        Self { storage, size_bytes: size_bytes.into(), lent: Arc::default() }
+    }
+
     /// Sees all of `storage` as a disk. A tail shorter than a sector reads as if zero-filled.
     ///
     /// # Errors
     /// What asking for the length gives.
     pub async fn open(storage: S) -> Result<Self> {
         let size_bytes = storage.len().await?.next_multiple_of(512);
-        Ok(Self { storage, size_bytes: size_bytes.into() })
+        Ok(Self::new(storage, size_bytes))
     }
 
     /// Sets the length of `storage` to `size_bytes` and sees it as a disk.
@@ -45,7 +54,7 @@ impl<S: Storage> Raw<S> {
     /// What setting the length gives.
     pub async fn create(storage: S, size_bytes: u64) -> Result<Self> {
         storage.set_len(size_bytes, Hold::none()).await?;
-        Ok(Self { storage, size_bytes: size_bytes.into() })
+        Ok(Self::new(storage, size_bytes))
     }
 
     /// Makes the disk `size_bytes` long, with what is added preallocated, and sees it so.
@@ -67,7 +76,7 @@ impl<S: Storage> Raw<S> {
     /// ```
     pub async fn grow(storage: S, size_bytes: u64, mode: Preallocation) -> Result<Self> {
         grow(&storage, size_bytes, mode).await?;
-        Ok(Self { storage, size_bytes: size_bytes.into() })
+        Ok(Self::new(storage, size_bytes))
     }
 
     /// Makes the disk `size_bytes` long in place, for all who see it. Durable when it returns.
@@ -215,7 +224,7 @@ impl<S: Storage> Layer for Raw<S> {
 
     async fn copy_from(&self, offset: GuestOffset, source: HostSource) -> Result<()> {
         let range = self.check(GuestRange::new(offset, source.range().len))?;
-        self.storage.copy_at(source, range.start, Hold::none()).await
+        self.storage.copy_at(source, range.start, self.lent.hold()).await
     }
 
     async fn write_zeroes(&self, range: GuestRange, flags: ZeroFlags) -> Result<()> {
@@ -229,14 +238,14 @@ impl<S: Storage> Layer for Raw<S> {
             return Err(Error::unsupported("The host cannot zero faster than writing"));
         }
         match flags.contains(ZeroFlags::FUA) {
-            true => self.storage.write_zeroes_durably_at(range, mode, Hold::none()).await,
-            false => self.storage.write_zeroes_at(range, mode, Hold::none()).await,
+            true => self.storage.write_zeroes_durably_at(range, mode, self.lent.hold()).await,
+            false => self.storage.write_zeroes_at(range, mode, self.lent.hold()).await,
         }
     }
 
     async fn discard(&self, range: GuestRange, _: DiscardMode) -> Result<()> {
         let range = self.check(range)?;
-        match self.storage.discard_at(range, Hold::none()).await {
+        match self.storage.discard_at(range, self.lent.hold()).await {
             // A discard is a hint; a host that cannot take it loses nothing.
             Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
             result => result,
@@ -245,6 +254,11 @@ impl<S: Storage> Layer for Raw<S> {
 
     async fn flush(&self) -> Result<()> {
         self.storage.flush().await
+    }
+
+    /// Of writes those know whose buffers hold something.
+    async fn settled(&self) {
+        self.lent.settled().await;
     }
 
     async fn extents(&self, range: GuestRange) -> Result<Vec<Extent>> {

@@ -1,7 +1,7 @@
 //! Points in time beside what is dropped, cut and full.
 
 use lacuna::Result;
-use lacuna::block::{Layer, PointOptions, Points, WhenFull, ZeroFlags};
+use lacuna::block::{DiscardMode, Layer, PointOptions, Points, WhenFull, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::qcow2::format::Version;
 use lacuna::qcow2::{CreateOptions, Image, Parts, Shrink};
@@ -9,7 +9,7 @@ use lacuna::raw::Raw;
 use lacuna::storage::MemoryStorage;
 use pollster::block_on;
 use testkit::sim::{Pace, SimHost, SimStorage};
-use testkit::{DropPoint, content};
+use testkit::{DropPoint, SparseBytes, content};
 
 use super::{CLUSTER, SEEDS, kind, made, options, range, read, scene, write};
 
@@ -102,6 +102,48 @@ fn dropped_beside_a_point(what: Dropped, seed: u64, polls: usize) {
     let (first, point) = seen.take().unwrap().unwrap();
     let again = executor.block_on(async move { read(&point, point.whole()).await });
     assert!(first == again.unwrap(), "{what:?}, seed {seed}, dropped after {polls} polls");
+}
+
+/// What a raw disk asks of its storage, which may have it still when it is dropped.
+#[derive(Clone, Copy, Debug)]
+enum RawChange {
+    Zero,
+    Discard,
+}
+
+#[test]
+fn a_point_of_a_raw_disk_waits_for_what_was_dropped_and_a_driver_has() {
+    for what in [RawChange::Zero, RawChange::Discard] {
+        for seed in 1..SEEDS {
+            dropped_on_a_raw_disk(what, seed);
+        }
+    }
+}
+
+fn dropped_on_a_raw_disk(what: RawChange, seed: u64) {
+    const SIZE: u64 = PIECES * CLUSTER;
+    let (host, mut executor) = scene(seed);
+    let points = executor.block_on(async move {
+        let disk = Raw::create(host.add_file(SparseBytes::default()), SIZE).await.unwrap();
+        write(&disk, 0, &[1; SIZE as usize]).await.unwrap();
+        Points::new(disk)
+    });
+    let changing = points.clone();
+    executor.spawn_until(DropPoint::AfterPoll(1), async move {
+        match what {
+            RawChange::Zero => changing.write_zeroes(range(0, SIZE), ZeroFlags::empty()).await,
+            RawChange::Discard => changing.discard(range(0, SIZE), DiscardMode::Guest).await,
+        }
+    });
+    let seen = executor.spawn(async move {
+        let target = Raw::create(MemoryStorage::new(), SIZE).await?;
+        let (point, ()) = points.add(target, PointOptions::default(), async { Ok(()) }).await?;
+        Ok::<_, lacuna::Error>((read(&point, point.whole()).await?, point))
+    });
+    executor.run().unwrap();
+    let (first, point) = seen.take().unwrap().unwrap();
+    let again = executor.block_on(async move { read(&point, point.whole()).await });
+    assert!(first == again.unwrap(), "{what:?}, seed {seed}");
 }
 
 #[test]
