@@ -10,12 +10,14 @@
 mod choices;
 mod history;
 mod images;
+mod jobs;
 mod nbd;
 mod nbd_seeds;
 mod recipe;
 
 pub use history::{damaged_history, history};
 pub use images::{damaged_image, damaged_operations, operations};
+pub use jobs::damaged_jobs;
 pub use nbd::{nbd_client, nbd_server, nbd_uri};
 pub use nbd_seeds::{NbdSeed, nbd_seeds};
 

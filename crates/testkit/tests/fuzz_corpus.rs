@@ -135,6 +135,11 @@ fn snapshots_and_bitmaps_of_damaged_images_survive_their_corpus_and_its_mutation
 }
 
 #[test]
+fn jobs_on_damaged_images_survive_their_corpus_and_its_mutations() {
+    replay_and_mutate_times(IMAGE_EXECUTIONS, "damaged_jobs", fuzz::damaged_jobs);
+}
+
+#[test]
 fn nbd_servers_survive_their_corpus_and_its_mutations() {
     replay_and_mutate("nbd_server", fuzz::nbd_server);
 }
@@ -243,8 +248,14 @@ fn write_the_corpus_anew() {
 #[test]
 #[ignore = "writes fuzz/corpus"]
 fn write_the_image_corpus_anew() {
-    let targets =
-        ["damaged_image", "operations", "damaged_operations", "history", "damaged_history"];
+    let targets = [
+        "damaged_image",
+        "operations",
+        "damaged_operations",
+        "history",
+        "damaged_history",
+        "damaged_jobs",
+    ];
     for target in targets {
         let folder = corpus_folder(target);
         fs::create_dir_all(&folder).unwrap();

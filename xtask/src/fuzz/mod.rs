@@ -24,9 +24,10 @@ const LIMITS: [&str; 4] =
 /// the statistics cost more than the image.
 const WITHOUT_STATISTICS: &str = "-entropic=0";
 /// What each input of these makes is an image: they reach thousands of edges each time.
-const IMAGES: [&str; 6] = [
+const IMAGES: [&str; 7] = [
     "damaged_history",
     "damaged_image",
+    "damaged_jobs",
     "damaged_operations",
     "header_and_tables",
     "history",
