@@ -2,16 +2,20 @@
 
 #![allow(dead_code, reason = "each test program uses its part of this module")]
 
+use std::cell::Cell;
 use std::future::Future;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 
-use lacuna::block::{DiscardMode, Layer, WriteFlags, ZeroFlags};
+use lacuna::block::{DiscardMode, DynLayer, Layer, WriteFlags, ZeroFlags};
 use lacuna::buffer::Buffer;
 use lacuna::chain::{self, Allow, ChainOptions, FileOpener, Format};
-use lacuna::qcow2::{Access, CreateOptions, Image, NewBitmap, OpenOptions, Parts, Shrink, create};
+use lacuna::qcow2::{
+    Access, BackingName, CreateOptions, Image, NewBitmap, OpenOptions, Parts, Shrink, create,
+};
+use lacuna::raw::Raw;
 use lacuna::storage::{FileOptions, MemoryStorage};
 use lacuna::units::{GuestOffset, GuestRange};
 use lacuna_backup::{
@@ -36,33 +40,69 @@ pub(crate) struct Bench {
     pub(crate) folder: Folder,
     pub(crate) image: Image<MemoryStorage>,
     pub(crate) model: Vec<u8>,
+    /// How many copies went on where they had been cut off.
+    pub(crate) resumed: Cell<u32>,
 }
+
+/// A disk to stand on, and what it reads as.
+pub(crate) type Below = (Arc<dyn DynLayer>, Vec<u8>);
 
 impl Bench {
     pub(crate) fn new(form: Form, random: &mut Random) -> Self {
         let place = TempDir::new().unwrap();
         let folder = Folder::open_or_create(&place.path().join("points"), form).unwrap();
         let size_bytes = (random.below(12) + 1) << 19;
+        Self::on(None, size_bytes, place, folder, random)
+    }
+
+    /// Makes an image that stands on a shorter disk.
+    pub(crate) fn over_raw(form: Form, random: &mut Random) -> Self {
+        let place = TempDir::new().unwrap();
+        let folder = Folder::open_or_create(&place.path().join("points"), form).unwrap();
+        let bytes: Vec<u8> = (0..700_u32 << 10).map(|at| (at >> 16) as u8 & 3).collect();
+        let raw = block_on(Raw::open(MemoryStorage::from(&bytes[..]))).unwrap();
+        Self::on(Some((Arc::new(raw), bytes)), 2 << 20, place, folder, random)
+    }
+
+    /// Makes an image that stands on this one, with the same folder.
+    pub(crate) fn overlay(&self, size_bytes: u64, random: &mut Random) -> Self {
+        let folder = Folder::open(self.folder.path()).unwrap();
+        let below: Below = (Arc::new(self.image.clone()), self.model.clone());
+        Self::on(Some(below), size_bytes, TempDir::new().unwrap(), folder, random)
+    }
+
+    fn on(
+        below: Option<Below>,
+        size_bytes: u64,
+        place: TempDir,
+        folder: Folder,
+        random: &mut Random,
+    ) -> Self {
         let storage = MemoryStorage::new();
         let cluster_bytes = 4096 << random.below(5);
-        let options = CreateOptions { size_bytes, cluster_bytes, ..CreateOptions::default() };
+        let name = || BackingName { name: "below".into(), format: Some("raw".into()) };
+        let backing = below.as_ref().map(|_| name());
+        let options =
+            CreateOptions { size_bytes, cluster_bytes, backing, ..CreateOptions::default() };
+        let mut model = below.as_ref().map(|(_, bytes)| bytes.clone()).unwrap_or_default();
+        model.resize(size_bytes as usize, 0);
         let image = block_on(async {
             create(&storage, &options).await?;
-            let image =
-                Image::open(Parts::alone(storage), OpenOptions::new(Access::ReadWrite)).await?;
+            let parts = Parts { backing: below.map(|(disk, _)| disk), ..Parts::alone(storage) };
+            let image = Image::open(parts, OpenOptions::new(Access::ReadWrite)).await?;
             let granularity_bytes = Some(4096 << random.below(6));
             image.add_bitmap(&NewBitmap { granularity_bytes, ..NewBitmap::new(BITMAP) }).await?;
             Ok::<_, lacuna::Error>(image)
         });
-        let model = vec![0; size_bytes as usize];
-        Self { _place: place, folder, image: image.unwrap(), model }
+        Self { _place: place, folder, image: image.unwrap(), model, resumed: Cell::default() }
     }
 
     /// Changes the image and the model alike.
     pub(crate) fn change(&mut self, random: &mut Random) {
         for _ in 0..random.below(14) {
             let size = self.model.len() as u64;
-            match random.below(8) {
+            match random.below(9) {
+                8 => self.write_compressed(random),
                 0 => self.resize(random),
                 1 | 2 => {
                     let range = some_range(random, size);
@@ -91,6 +131,17 @@ impl Bench {
             _ => (0..range.len).map(|_| random.next() as u8).collect(),
         };
         let write = self.image.write(range.start, Buffer::from(&bytes[..]), WriteFlags::empty());
+        block_on(write).0.unwrap();
+        self.part(range).copy_from_slice(&bytes);
+    }
+
+    /// Stores a cluster compressed.
+    fn write_compressed(&mut self, random: &mut Random) {
+        let unit = self.image.geometry().cluster_bytes();
+        let range =
+            GuestRange::new(GuestOffset(random.below(self.model.len() as u64 / unit) * unit), unit);
+        let bytes = vec![random.next() as u8; unit as usize];
+        let write = self.image.write_compressed(range.start, Buffer::from(&bytes[..]));
         block_on(write).0.unwrap();
         self.part(range).copy_from_slice(&bytes);
     }
@@ -147,6 +198,9 @@ impl Bench {
         let folder = Folder::open(self.folder.path())?;
         let mut work = folder.begin(facts.clone(), GoOn::default()).await?;
         assert!(cut == Cut::Often || *work.start() == Start::New);
+        if matches!(work.start(), Start::Resumed(at) if at.0 > 0) {
+            self.resumed.set(self.resumed.get() + 1);
+        }
         self.copy(&mut work, facts).await?;
         work.finish().await
     }

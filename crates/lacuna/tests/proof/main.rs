@@ -34,6 +34,7 @@ mod scene;
 mod sharing;
 mod sharing_rules;
 mod sharing_stock;
+mod shorter_table;
 mod sweeping;
 mod uniting;
 

@@ -154,7 +154,7 @@ fn tell_start(work: &Work<'_>) {
              changed since: '{point}' begins anew"
         )),
         Start::Resumed(at) => {
-            output::complain(&format!("Point '{point}' goes on at {} of {size} bytes\n", at.0));
+            output::warn(&format!("Point '{point}' goes on at {} of {size} bytes", at.0));
         }
     }
 }

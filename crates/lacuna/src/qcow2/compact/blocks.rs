@@ -4,6 +4,7 @@
 //! |---|---|
 //! | a new block, which counts itself; *flush*; its entry in the table; *flush* | bytes that nobody counts |
 //! | entries of blocks that are to go, which count themselves alone or are counted by others that stay; *flush* | leaks |
+//! | the length of the refcount table, which names none of them; *flush* | leaks |
 //! | their counts; counts of what lies beyond the new end; *flush* | a long file |
 //! | the length; *flush* | the dirty bit, where it was set |
 //! | the dirty bit; *flush* | |
@@ -14,6 +15,7 @@ use crate::Result;
 use crate::buffer::{Buffer, Hold};
 use crate::qcow2::check::read::read_bytes;
 use crate::qcow2::check::refcounts::Block;
+use crate::qcow2::format::RefcountTableLocation;
 use crate::qcow2::patch::{Word, write_changes, write_words};
 use crate::storage::{Capability, Storage};
 use crate::units::{HostCluster, HostOffset};
@@ -107,6 +109,31 @@ impl<S: Storage> Compaction<'_, S> {
         self.storage.flush().await?;
         self.punch(&kept).await;
         Ok(self.end())
+    }
+
+    /// Makes the refcount table as short as the blocks that there are allow; what was its end is free then.
+    pub(super) async fn shorten_table(&mut self) -> Result<()> {
+        let header = crate::qcow2::read_header(self.storage).await?;
+        let RefcountTableLocation { offset, clusters } = header.refcount_table;
+        let entries = self.blocks().last().map_or(1, |(index, _)| index + 1);
+        let needed = self.geometry.clusters_for(entries * 8);
+        if needed >= u64::from(clusters) {
+            return Ok(());
+        }
+        let shorter = RefcountTableLocation { offset, clusters: needed as u32 };
+        let (at, bytes) = shorter.header_update();
+        self.storage.write_at(at, Buffer::from(&bytes[..])).await.0?;
+        self.storage.flush().await?;
+        self.report.metadata_bytes += bytes.len() as u64;
+        self.counts.reload(self.storage).await?;
+        let first = self.geometry.host_cluster(offset).0;
+        let freed: Changes =
+            (first + needed..first + u64::from(clusters)).map(|cluster| (cluster, 0)).collect();
+        self.write_counts(&freed).await?;
+        self.storage.flush().await?;
+        self.punch(&freed).await;
+        self.structures = super::structures::Structures::read(self.storage).await?;
+        Ok(())
     }
 
     /// Clears counts of what lies beyond the end: nobody looks at those until the file grows.

@@ -48,6 +48,10 @@ impl<S: Storage> Compaction<'_, S> {
     async fn pass(&mut self) -> Result<()> {
         self.structures = Structures::read(self.storage).await?;
         self.give_up_blocks().await?;
+        // What is yet to be put in order needs room behind the end that is counted.
+        if !self.leaves_data {
+            self.shorten_table().await?;
+        }
         self.plan = self.make_plan();
         if self.end() <= self.plan.goal {
             return Ok(());
