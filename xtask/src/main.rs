@@ -1,6 +1,7 @@
 //! The project's own commands: `cargo xtask VERB`.
 //!
 //! * `ci.rs` — what everybody runs before saying "done", and the steps it is made of
+//! * `conform.rs` — the conformance kit before all the engines that it has a driver for
 //! * `simulate.rs` — whole scenarios on simulated storage, sockets and order
 //! * `crash_explore.rs` — what a power loss may leave of short runs
 //! * `setup.rs` — the foreign tools that the tests are checked against
@@ -26,6 +27,7 @@
 
 mod cells;
 mod ci;
+mod conform;
 mod crash_explore;
 mod dedup;
 mod figures;
@@ -88,6 +90,8 @@ usage: cargo xtask VERB [ARGUMENTS]
            fail (--seed N --parts N,...); --states: states of the medium looked at after a crash
   crash-explore [--seeds N] [--from N] [--path NAME] [--qemu-every N] [--exhaustive N]   what a power
            loss may leave of short runs of each way to write an image; a failure names its seed
+  conform                     the conformance kit with lacuna, stock qemu-io and imago (which it builds):
+           fails where one of them fails more than is known
   fuzz     [--seconds N] [--fast] [TARGET...]   cargo-fuzz on all targets, or on some; --fast: without
            the address sanitizer; --coverage: lines that the tests of the corpus reach, by module
 
@@ -119,6 +123,7 @@ fn dispatch(verb: &str, rest: &[String]) -> Outcome {
         "bench" => harness::bench(rest),
         "guest" => guest::boot(rest),
         "real" => real::run(rest),
+        "conform" => conform::run(),
         "crash-explore" => crash_explore::run(rest),
         "simulate" => simulate::run(rest),
         "torture" => torture::run(rest),

@@ -60,7 +60,7 @@ impl Running for Program {
         }
         self.child.wait().map(drop).unwrap_or_default();
         if let Some(group) = group {
-            wait_for(|| test_kill_process_group(group).is_err());
+            wait_for(|| test_kill_process_group(group).is_err() || !has_living(group));
         }
     }
 
@@ -78,6 +78,21 @@ impl Running for Program {
             None => text,
         }
     }
+}
+
+/// Says whether a group has more than processes that have ended and that nobody has waited for: in a
+/// container the first process may never do so.
+fn has_living(group: Pid) -> bool {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return true };
+    let stats = processes.flatten().map(|one| std::fs::read_to_string(one.path().join("stat")));
+    stats.flatten().any(|stat| {
+        // Behind the name, which may hold anything: state, parent, group.
+        let rest = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+        let mut words = rest.split(' ');
+        let (state, of) = (words.next(), words.nth(1));
+        state != Some("Z")
+            && of.and_then(|of| of.parse().ok()) == Some(group.as_raw_nonzero().get())
+    })
 }
 
 /// Waits for what happens soon, but not for ever.
