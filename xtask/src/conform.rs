@@ -53,10 +53,11 @@ pub(crate) fn run() -> Outcome {
 
 /// Builds the driver of imago.
 fn imago() -> Outcome<PathBuf> {
+    let target = workspace().join("target/imago");
     let mut build = cargo(&["build", "--locked", "--quiet"]);
-    build.current_dir(IMAGO).env("CARGO_TARGET_DIR", workspace().join(IMAGO).join("target"));
+    build.current_dir(IMAGO).env("CARGO_TARGET_DIR", &target);
     start(build)?;
-    Ok(workspace().join(IMAGO).join("target/debug/imago-driver"))
+    Ok(target.join("debug/imago-driver"))
 }
 
 /// What the kit says of an engine; that cases fail is no error here.

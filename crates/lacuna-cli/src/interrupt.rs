@@ -43,14 +43,19 @@ fn set(file: Option<String>) {
     *HALF_MADE.lock().unwrap_or_else(PoisonError::into_inner) = file;
 }
 
-/// Waits in a thread of its own: nothing is done within a signal handler.
 fn watch() {
+    on_signals(|signals| {
+        if let Some(signal) = signals.next() {
+            remove_and_exit(signal);
+        }
+    });
+}
+
+/// Hands signals that ask for an end to `work` in a thread of its own: nothing is done within a signal
+/// handler.
+fn on_signals(work: impl FnOnce(&mut dyn Iterator<Item = i32>) + Send + 'static) {
     match Signals::new([SIGHUP, SIGINT, SIGTERM]) {
-        Ok(mut signals) => drop(std::thread::spawn(move || {
-            if let Some(signal) = signals.forever().next() {
-                remove_and_exit(signal);
-            }
-        })),
+        Ok(mut signals) => drop(std::thread::spawn(move || work(&mut signals.forever()))),
         Err(error) => output::warn(&format!("Interruptions cannot be caught: {error}")),
     }
 }
@@ -87,17 +92,11 @@ fn say(text: &str, file: &str, code: i32) {
 pub(crate) struct Interrupted(Arc<AtomicBool>);
 
 impl Interrupted {
-    /// Takes note of signals from now on, in a thread of its own. [Another one](Requests) ends the
-    /// process at once.
+    /// Takes note of signals from now on. [Another one](Requests) ends the process at once.
     pub(crate) fn watch() -> Self {
         let flag = Arc::new(AtomicBool::new(false));
-        match Signals::new([SIGHUP, SIGINT, SIGTERM]) {
-            Ok(mut signals) => drop(std::thread::spawn({
-                let flag = Arc::clone(&flag);
-                move || end_by(signals.forever(), &flag)
-            })),
-            Err(error) => output::warn(&format!("Interruptions cannot be caught: {error}")),
-        }
+        let raised = Arc::clone(&flag);
+        on_signals(move |signals| end_by(signals, &raised));
         Self(flag)
     }
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Sandbox, both, both_in, held};
+use common::{Sandbox, both, both_in};
 
 #[test]
 fn what_is_asked_for_wrongly_is_refused_in_the_same_words() {
@@ -171,8 +171,7 @@ fn snapshots_and_bitmaps_of_the_overlay_stay_and_bitmaps_of_the_base_are_marked(
     );
     let marked = |sandbox: &Sandbox, name: &str, bitmap: &str| {
         sandbox.run(&format!(
-            "stock-nbd -r -f qcow2 -B {bitmap} -k $PWD/sock -x '' {name} & until listens sock; do \
-             sleep 0.02; done
+            "stock-nbd -r -f qcow2 -B {bitmap} -k $PWD/sock -x '' {name} & awaited sock
              stock-img map --output=json --image-opts driver=nbd,server.type=unix,server.path=$PWD/sock,x-dirty-bitmap=qemu:dirty-bitmap:{bitmap}"
         ))
     };
@@ -199,7 +198,7 @@ fn images_that_somebody_uses_are_refused_in_the_same_words() {
                  stock-img create -q -f qcow2 -b big.raw -F raw grows 2M",
             );
         }
-        let line = format!("{}\n{line}; code=$?; exec 3>&-; wait; exit $code", held(holder));
+        let line = format!("held {holder}; {line}; code=$?; exec 3>&-; wait; exit $code");
         assert_eq!(stock.run(&line), ours.run(&line), "{holder}: {line}");
     }
 }

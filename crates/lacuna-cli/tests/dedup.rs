@@ -390,10 +390,10 @@ fn a_run_that_ended_half_way_is_gone_on_with() {
     assert!(got.text.contains("is the base itself"), "{}", got.text);
     // An overlay that somebody writes is not stale.
     ours.prepare("stock-img create -q -f qcow2 -o cluster_size=4k d 8M; cp d d.lacuna-overlay");
-    let held = common::held("-f qcow2 d.lacuna-overlay");
-    let got = ours.run(&format!(
-        "{held}\nlacuna dedup --across a d --base base.qcow2; code=$?; exec 3>&-; wait; exit $code"
-    ));
+    let got = ours.run(
+        "held -f qcow2 d.lacuna-overlay
+         lacuna dedup --across a d --base base.qcow2; code=$?; exec 3>&-; wait; exit $code",
+    );
     assert_eq!(got.code, Some(1), "{}", got.text);
     ours.prepare("[ -e d.lacuna-overlay ]");
 }

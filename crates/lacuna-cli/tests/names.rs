@@ -185,10 +185,8 @@ const ROWS: &[Row] = &[
         matter: "an image that somebody else has",
         qemu: "asks whether another process is using it",
         lacuna: "names the process and says how to read it all the same",
-        prepare: "stock-img create -q -f qcow2 image 1M; mkfifo commands",
-        // The prompt comes when the image is open.
-        line: "stock-io image <commands >prompt & exec 3>commands
-               timeout 60 sh -c 'until grep -q \\> prompt; do :; done'
+        prepare: "stock-img create -q -f qcow2 image 1M",
+        line: "held image
                timeout 60 IMG info image 2>&1 | sed 's/pid [0-9]*/pid PID/'; exec 3>&-; wait",
         ours: "lacuna: Could not open 'image': image is in use: stock-io (pid PID) writes to it\n\
                hint: --force-share (-U) reads it all the same; what is read may be half changed\n",

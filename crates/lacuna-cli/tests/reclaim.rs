@@ -229,8 +229,7 @@ fn one_that_was_not_closed_cleanly_is_repaired_first() {
 fn an_image_that_somebody_writes_is_left_alone() {
     let ours = Sandbox::ours();
     ours.prepare(BLOATED);
-    let held = common::held("-f qcow2 a");
-    let got = ours.run(&format!("{held}\nlacuna reclaim a; code=$?; exec 3>&-; wait; exit $code"));
+    let got = ours.run("held -f qcow2 a; lacuna reclaim a; code=$?; exec 3>&-; wait; exit $code");
     assert_eq!(got.code, Some(1), "{}", got.text);
     assert!(got.text.contains("lock") || got.text.contains("writes"), "{}", got.text);
     assert_same(&ours);

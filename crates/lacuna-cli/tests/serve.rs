@@ -101,7 +101,7 @@ fn depth_and_allocation_are_those_of_qemu_nbd() {
         let ours = sandbox.run(&format!("lacuna serve -r -f qcow2 disk.qcow2 --run '{ask}'"));
         let theirs = sandbox.run(&format!(
             "stock-nbd -k $PWD/s -r -A -f qcow2 disk.qcow2 & \
-             while ! listens s; do sleep 0.01; done; uri=nbd+unix:///?socket=s; {ask}; wait"
+             awaited s; uri=nbd+unix:///?socket=s; {ask}; wait"
         ));
         assert_eq!((ours.code, &ours.text), (Some(0), &theirs.text), "{context}");
     }

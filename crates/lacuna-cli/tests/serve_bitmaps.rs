@@ -25,7 +25,7 @@ fn ours(sandbox: &Sandbox, options: &str, ask: &str) -> common::Outcome {
 
 fn theirs(sandbox: &Sandbox, options: &str, ask: &str) -> common::Outcome {
     sandbox.run(&format!(
-        "stock-nbd -t -k $PWD/s {options} & while ! listens s; do sleep 0.01; done; \
+        "stock-nbd -t -k $PWD/s {options} & awaited s; \
          uri=nbd+unix:///?socket=s; {ask}; kill $!; wait $! 2>/dev/null; rm -f s"
     ))
 }

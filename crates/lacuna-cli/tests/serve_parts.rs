@@ -122,7 +122,7 @@ fn a_part_of_a_disk_is_what_qemu_nbd_serves_behind_the_same_offset() {
     for (format, offset) in [("raw", 65536), ("qcow2", 65536), ("raw", 512), ("qcow2", 2 << 20)] {
         let got = sandbox.run(&format!(
             "stock-nbd -t -r -k $PWD/s -f {format} -o {offset} disk.{format} &
-             while ! listens s; do sleep 0.01; done
+             awaited s
              rm -f expected got; nbdcopy nbd+unix:///?socket=s expected
              lacuna serve -r -f {format} -o {offset} disk.{format} --run 'nbdcopy $uri got'
              kill $!; wait $! 2>/dev/null; rm -f s; cmp expected got && echo equal"

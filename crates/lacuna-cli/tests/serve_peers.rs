@@ -167,7 +167,7 @@ fn nbdinfo_totals_are_those_of_the_image() {
     let ours = sandbox.run(&format!("lacuna serve -r -f qcow2 disk.qcow2 --run '{ask}'"));
     let theirs = sandbox.run(&format!(
         "stock-nbd -k $PWD/s -r -f qcow2 disk.qcow2 & \
-         while ! listens s; do sleep 0.01; done; uri=nbd+unix:///?socket=s; {ask}; wait"
+         awaited s; uri=nbd+unix:///?socket=s; {ask}; wait"
     ));
     assert_eq!((ours.code, ours.text), (Some(0), theirs.text));
 }
@@ -201,7 +201,7 @@ fn nbdcopy_goes_from_one_of_our_servers_to_another() {
     );
     let got = sandbox.run(
         "lacuna serve a=disk.qcow2 b=copy.qcow2 -f qcow2 -k $PWD/s -t & \
-         while ! listens s; do sleep 0.01; done; \
+         awaited s; \
          nbdcopy 'nbd+unix:///a?socket=s' 'nbd+unix:///b?socket=s'; echo copied with $?; \
          kill %1; wait; stock-img compare -f qcow2 -F qcow2 disk.qcow2 copy.qcow2",
     );
@@ -244,7 +244,7 @@ fn signals_in_the_middle_of_everything_end_it_well() {
     for signal in ["TERM", "INT", "HUP"] {
         let got = sandbox.run(&format!(
             "rm -f s; lacuna serve -t -k $PWD/s -f qcow2 disk.qcow2 >&2 & server=$!; \
-             while ! listens s; do sleep 0.01; done; \
+             awaited s; \
              for n in 1 2 3; do stock-img bench -f raw -w -c 100000 -d 16 -s 4096 'nbd+unix:///?socket=s' >&2 & done; \
              while ! [ $(stat -c %s disk.qcow2) -gt 1000000 ]; do sleep 0.01; done; \
              for n in $(seq 20); do kill -{signal} $server 2>/dev/null; done; \

@@ -26,7 +26,7 @@ fn sockets_that_systemd_opened_are_served() {
     let sandbox = prepared();
     let got = sandbox.run(&format!(
         "systemd-socket-activate -l $PWD/a -l $PWD/b {SERVE} -t --pid-file pid >where 2>/dev/null & \
-         while ! listens b; do sleep 0.01; done; \
+         awaited b; \
          for it in b a b; do nbdinfo --size nbd+unix:///?socket=$it; done; \
          kill -TERM $(cat pid); wait $!; echo ended with $?; cat where; ls a b"
     ));
@@ -126,7 +126,7 @@ fn sockets_of_systemd_reach_a_server_in_the_background() {
     let sandbox = prepared();
     let got = sandbox.run(&format!(
         "systemd-socket-activate -l $PWD/a {SERVE} --fork --pid-file pid >/dev/null 2>&1 & \
-         while ! listens a; do sleep 0.01; done; \
+         awaited a; \
          nbdinfo --size nbd+unix:///?socket=a; wait $!; echo returned $?; \
          while [ -e pid ]; do sleep 0.01; done"
     ));
@@ -175,7 +175,7 @@ fn qemu_nbd_in_the_background_and_on_sockets_of_systemd() {
          qemu-nbd --fork -k $PWD/s missing.qcow2
          qemu-nbd --fork -k $PWD/none/s -f qcow2 disk.qcow2 2>&1 | sed s,$PWD,,
          systemd-socket-activate -l $PWD/a qemu-nbd -f qcow2 disk.qcow2 >/dev/null 2>&1 & \
-         while ! listens a; do sleep 0.01; done; nbdinfo --size nbd+unix:///?socket=a; wait $!
+         awaited a; nbdinfo --size nbd+unix:///?socket=a; wait $!
          sh -c 'LISTEN_FDS=2 LISTEN_PID=$$ exec qemu-nbd disk.qcow2' 3</dev/null 4</dev/null
          sh -c 'LISTEN_FDS=1 LISTEN_PID=$$ exec qemu-nbd -k $PWD/s disk.qcow2' 3</dev/null
          sh -c 'LISTEN_FDS=1 LISTEN_PID=$$ exec qemu-nbd -b ::1 disk.qcow2' 3</dev/null

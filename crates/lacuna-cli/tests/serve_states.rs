@@ -225,7 +225,7 @@ fn bitmaps_of_a_disk_that_grows_cover_it() {
     drop((one, other));
     drop(served);
     let told = sandbox.run(
-        "stock-nbd -k $PWD/s -r -f qcow2 -B b disk & while ! listens s; do sleep 0.01; done
+        "stock-nbd -k $PWD/s -r -f qcow2 -B b disk & awaited s
          nbdinfo --map=qemu:dirty-bitmap:b nbd+unix:///?socket=s; wait",
     );
     assert!(told.text.contains("   1048576       65536    1  dirty\n"), "{}", told.text);

@@ -76,7 +76,7 @@ fn a_stock_server_does_the_same() {
     for server in ["lacuna serve -k $PWD/s", "stock-nbd -k $PWD/s"] {
         let got = sandbox.run(&format!(
             "{server} -t {OBJECT}=pki --tls-creds t -f qcow2 disk.qcow2 >/dev/null 2>&1 & \
-             while ! listens s; do sleep 0.01; done; {clients}; echo $?; kill %1; wait; rm -f s"
+             awaited s; {clients}; echo $?; kill %1; wait; rm -f s"
         ));
         assert_eq!(got.text, "0\n1\n1\n", "{server}");
     }

@@ -188,7 +188,7 @@ fn a_bitmap_is_told_of_what_applying_changes() {
          stock-img bitmap --add image b; lacuna snapshot -a one image; stock-img check -q image",
     );
     let map = ours.run(
-        "stock-nbd -t -r -f qcow2 -B b -k $PWD/s image & until listens s; do sleep 0.01; done
+        "stock-nbd -t -r -f qcow2 -B b -k $PWD/s image & awaited s
          nbdinfo --map=qemu:dirty-bitmap:b 'nbd+unix:///?socket='$PWD/s | awk '{print $1, $2, $3}'; kill $!",
     );
     assert_eq!(

@@ -5,8 +5,9 @@ use std::rc::Rc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use lacuna::ErrorKind;
-use lacuna::job::{Dedup, DedupOptions, sweep};
-use lacuna::qcow2::{Image, LiveCompactOptions, LiveCompaction, SnapshotChoice};
+use lacuna::job::sweep;
+use lacuna::qcow2::{Image, SnapshotChoice};
+use testkit::drive;
 use testkit::sim::SimStorage;
 
 use crate::files::whole;
@@ -67,14 +68,10 @@ pub(crate) async fn work(
 }
 
 async fn compact(image: &Image<SimStorage>) -> lacuna::Result<()> {
-    let slice_bytes = 5 * image.geometry().cluster_bytes();
-    let options = LiveCompactOptions { slice_bytes, memory_bytes: 20_000 };
-    if image.why_not_compact().is_some() {
-        return Ok(());
+    match image.why_not_compact() {
+        Some(_) => Ok(()),
+        None => drive::compact_in_use(image).await,
     }
-    let mut compaction = LiveCompaction::new(image, options)?;
-    while compaction.step().await?.is_some() {}
-    Ok(())
 }
 
 async fn resize(
@@ -97,13 +94,10 @@ async fn resize(
 }
 
 async fn dedup(image: &Image<SimStorage>) -> lacuna::Result<()> {
-    if image.why_not_share().is_some() {
-        return Ok(());
+    match image.why_not_share() {
+        Some(_) => Ok(()),
+        None => drive::dedup(image, FINGERPRINT_SEED).await,
     }
-    let options = DedupOptions { seed: Some(FINGERPRINT_SEED), ..DedupOptions::default() };
-    let mut dedup = Dedup::new(image, options)?;
-    while dedup.step().await?.is_some() {}
-    Ok(())
 }
 
 // ---- snapshots -----------------------------------------------------------------------------

@@ -5,8 +5,9 @@ use crate::sim::{Pace, SimHost};
 use crate::{ModelDisk, Operation, SparseBytes, content};
 use lacuna::block::{DiscardMode, Layer, Preallocation};
 use lacuna::buffer::Buffer;
+use lacuna::job::{Dedup, DedupOptions};
 use lacuna::qcow2::check::{CheckOptions, CheckReport, check};
-use lacuna::qcow2::{Image, Shrink};
+use lacuna::qcow2::{Image, LiveCompactOptions, LiveCompaction, Shrink};
 use lacuna::storage::Storage;
 use lacuna::units::{GuestOffset, GuestRange};
 
@@ -67,6 +68,23 @@ pub async fn settle<S: Storage>(
         model.settle_discard(range, mode, &seen)?;
     }
     model.apply(operation);
+    Ok(())
+}
+
+/// Compacts an image that is open, in steps of a few clusters and in little memory.
+pub async fn compact_in_use<S: Storage>(image: &Image<S>) -> lacuna::Result<()> {
+    let slice_bytes = 5 * image.geometry().cluster_bytes();
+    let options = LiveCompactOptions { slice_bytes, memory_bytes: 20_000 };
+    let mut compaction = LiveCompaction::new(image, options)?;
+    while compaction.step().await?.is_some() {}
+    Ok(())
+}
+
+/// Has equal clusters share one, in the same steps for the same seed of fingerprints.
+pub async fn dedup<S: Storage>(image: &Image<S>, seed: u64) -> lacuna::Result<()> {
+    let options = DedupOptions { seed: Some(seed), ..DedupOptions::default() };
+    let mut dedup = Dedup::new(image, options)?;
+    while dedup.step().await?.is_some() {}
     Ok(())
 }
 

@@ -9,9 +9,19 @@ use tempfile::TempDir;
 
 /// The stock tools, as installed.
 const STOCK: &str = "/usr/bin";
-/// A function of the shell, which says whether somebody listens on this socket of the folder: its file
-/// is there a moment earlier.
-const LISTENS: &str = "() { grep -q \"00010000 .* $PWD/$1\\$\" /proc/net/unix; }";
+/// Functions of the shell that every line may call.
+const FUNCTIONS: [(&str, &str); 3] = [
+    // Says whether somebody listens on this socket of the folder: its file is there a moment earlier.
+    ("listens", "grep -q \"00010000 .* $PWD/$1\\$\" /proc/net/unix"),
+    ("awaited", "until listens $1; do sleep 0.01; done"),
+    // Has `stock-io` with these arguments keep an image open, until `exec 3>&-; wait`: the prompt comes
+    // when it is open.
+    (
+        "held",
+        "mkfifo commands; stock-io \"$@\" <commands >prompt & exec 3>commands
+         timeout 60 sh -c 'until grep -q \\> prompt; do sleep 0.01; done'",
+    ),
+];
 /// What to do where they are missing.
 const INSTALL: &str = "the stock tools are missing: apt-get install qemu-utils";
 
@@ -112,7 +122,11 @@ impl Sandbox {
             .args(["-c", line])
             .current_dir(self.folder.path().join("work"))
             .env("PATH", format!("{}:/usr/bin:/bin:/usr/sbin:/sbin", bin.display()))
-            .env("BASH_FUNC_listens%%", LISTENS)
+            .envs(
+                FUNCTIONS.map(|(name, body)| {
+                    (format!("BASH_FUNC_{name}%%"), format!("() {{ {body}\n}}"))
+                }),
+            )
             .env("TZ", "UTC")
             .env("LC_ALL", "C.UTF-8")
             .stdin(Stdio::null())
@@ -126,15 +140,6 @@ fn normal(text: &str) -> String {
     let mut lines: Vec<String> = text.lines().map(normal_line).collect();
     lines.push(String::new());
     lines.join("\n")
-}
-
-/// Has `stock-io` with these arguments keep an image open from now on, until `exec 3>&-; wait`.
-pub(crate) fn held(arguments: &str) -> String {
-    // The prompt comes when the image is open.
-    format!(
-        "mkfifo commands; stock-io {arguments} <commands >prompt & exec 3>commands
-         timeout 60 sh -c 'until grep -q \\> prompt; do sleep 0.01; done'"
-    )
 }
 
 /// Starts a server that stays in the background: its exports are at `$a` and `$b`, `ctl` talks to it.

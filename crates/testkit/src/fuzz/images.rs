@@ -19,7 +19,7 @@ use pollster::block_on;
 
 use super::choices::Choices;
 use super::recipe::{Recipe, operation};
-use crate::{AfterDiscard, ModelDisk, Operation, Rules, content};
+use crate::{AfterDiscard, ModelDisk, Operation, Rules, content, drive};
 
 pub(super) type Memory = Arc<MemoryStorage>;
 
@@ -84,8 +84,8 @@ fn repaired(recipe: &Recipe, file: &[u8], repair: Repair) {
     }
 }
 
-/// Says whether a table lies over others or the header, as far as the report lists that: what it holds changes with what is
-/// repaired of those, and cannot be compared.
+/// Says whether a table lies over others or the header, as far as the report lists that: what it holds
+/// changes with what is repaired of those, and cannot be compared.
 fn tables_share_places(found: &CheckReport, cluster_bytes: u64) -> bool {
     let is_shared = |kind: &FindingKind| match kind {
         FindingKind::RefcountBlockShared { .. } | FindingKind::L2Overlaps { .. } => true,
@@ -156,14 +156,9 @@ fn clusters(disk: &impl Layer, recipe: &Recipe) -> Vec<Option<Vec<u8>>> {
     let starts = (0..size_bytes).step_by(recipe.cluster_bytes as usize);
     let read = |start: u64| {
         let len = recipe.cluster_bytes.min(size_bytes - start);
-        read(disk, GuestRange::new(GuestOffset(start), len)).ok().map(|bytes| bytes.to_vec())
+        block_on(drive::read(disk, GuestRange::new(GuestOffset(start), len))).ok()
     };
     starts.map(read).collect()
-}
-
-fn read(disk: &impl Layer, range: GuestRange) -> Result<Buffer> {
-    let (result, bytes) = block_on(disk.read(range.start, Buffer::new(range.len as usize)));
-    result.map(|()| bytes)
 }
 
 /// Extents make headway, stay in what was asked, and claim no zeros over anything else.
@@ -178,7 +173,7 @@ fn maps(image: &Image<Memory>, size_bytes: u64) {
         let len: u64 = extents.iter().map(|extent| extent.range.len).sum();
         assert!(len > 0 && len <= rest.len, "extents make headway and stay in the range");
         for extent in extents.iter().filter(|extent| extent.status.reads_zero && !claimed) {
-            let bytes = read(image, extent.range);
+            let bytes = block_on(drive::read(image, extent.range));
             assert!(bytes.is_ok_and(|bytes| is_zero(&bytes)), "{extent:?}");
         }
         rest = GuestRange::new(rest.start + len, rest.len - len);
@@ -232,7 +227,7 @@ pub(super) fn perform(image: &Image<Memory>, operation: &Operation) -> Result<()
     let bytes = |seed, range| Buffer::from(&content(seed, range)[..]);
     block_on(async {
         match *operation {
-            Operation::Read(range) => read(image, range).map(drop),
+            Operation::Read(range) => drive::read(image, range).await.map(drop),
             Operation::Write { range, seed, flags } => {
                 image.write(range.start, bytes(seed, range), flags).await.0
             }
@@ -266,11 +261,11 @@ fn settle(
 ) -> Result<(), String> {
     match *operation {
         Operation::Read(range) => {
-            let seen = read(image, range).map_err(|error| error.to_string())?;
+            let seen = block_on(drive::read(image, range)).map_err(|error| error.to_string())?;
             model.compare(range, &seen)?;
         }
         Operation::Discard { range, mode } => {
-            let seen = read(image, range).map_err(|error| error.to_string())?;
+            let seen = block_on(drive::read(image, range)).map_err(|error| error.to_string())?;
             model.settle_discard(range, mode, &seen)?;
         }
         _ => {}

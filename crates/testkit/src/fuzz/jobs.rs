@@ -5,16 +5,15 @@
 //! * Always: whatever else a check finds, the file stays within bounds.
 
 use lacuna::Result;
-use lacuna::job::{Dedup, DedupOptions, sweep};
+use lacuna::job::sweep;
 use lacuna::qcow2::check::Repair;
-use lacuna::qcow2::{
-    Access, CompactOptions, CompactOrder, Image, LiveCompactOptions, LiveCompaction,
-};
+use lacuna::qcow2::{Access, CompactOptions, CompactOrder, Image};
 use pollster::block_on;
 
 use super::choices::Choices;
 use super::images::{Memory, assert_length, guest, memory, open, report};
 use super::recipe::Recipe;
+use crate::drive;
 
 /// Jobs done at most.
 const JOBS: u64 = 4;
@@ -46,17 +45,8 @@ impl Job {
                 let options = CompactOptions { order, ..CompactOptions::default() };
                 return image.compact(&options, &mut |_| ()).await.map(drop);
             }
-            Self::CompactInUse => {
-                let slice_bytes = 5 * image.geometry().cluster_bytes();
-                let options = LiveCompactOptions { slice_bytes, memory_bytes: 20_000 };
-                let mut compaction = LiveCompaction::new(&image, options)?;
-                while compaction.step().await?.is_some() {}
-            }
-            Self::Dedup => {
-                let seed = Some(FINGERPRINT_SEED);
-                let mut dedup = Dedup::new(&image, DedupOptions { seed, ..Default::default() })?;
-                while dedup.step().await?.is_some() {}
-            }
+            Self::CompactInUse => drive::compact_in_use(&image).await?,
+            Self::Dedup => drive::dedup(&image, FINGERPRINT_SEED).await?,
             Self::Sweep => drop(sweep(&image, &mut |_| ()).await?),
             Self::Unpin => return image.unpin().await,
         }
